@@ -1,0 +1,32 @@
+"""The model families that can be gated, one file each.
+
+A family file holds the gated attention class and says what its export needs. Adding a family is
+adding a file and its name here; the tests of `tests/test_families.py` then run on it.
+"""
+
+from importlib import import_module
+
+from retrofit.adapters._family import Family, GatedAttention
+from retrofit.errors import UserError
+
+__all__ = ["Family", "GatedAttention", "family_of", "supported_model_types"]
+
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """Every `model_type` that gates can be inserted into."""
+    return _MODEL_TYPES
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `config.model_type`.
+
+    Raises:
+        UserError: if it is not supported; the message lists those that are.
+    """
+    if model_type not in _MODEL_TYPES:
+        raise UserError(
+            f"cannot gate a {model_type!r} model; supported: {', '.join(_MODEL_TYPES)}"
+        )
+    return import_module(f"retrofit.adapters.{model_type}").FAMILY

@@ -1,0 +1,94 @@
+"""What every family shares: the gated forward and the record that a family file fills in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+@dataclass(frozen=True)
+class Family:
+    """One supported architecture.
+
+    Attributes:
+        model_type: `config.model_type` of the base.
+        attention: the attention class that transformers builds.
+        gated: the subclass it is swapped for.
+        causal_lm: the model with a language-model head.
+    """
+
+    model_type: str
+    attention: type[nn.Module]
+    gated: type[nn.Module]
+    causal_lm: type[PreTrainedModel]
+
+
+class GatedAttention(nn.Module):
+    """Softmax attention whose output passes the gate `g1` before `o_proj`.
+
+    A mixin before a transformers attention class. Its forward is that class's forward, operation
+    by operation, plus the gate; the tests hold a zero gate bitwise equal to the original, so that
+    a change upstream is noticed. A family sets the two functions of its own modeling file and
+    overrides what differs.
+    """
+
+    apply_rotary_pos_emb: Callable
+    eager_attention_forward: Callable
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query, key and value `[batch, heads, seq_len, head_dim]`, before RoPE."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        return tuple(
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+
+    def attention_kwargs(self) -> dict:
+        """What the family passes to its attention function beyond the common arguments."""
+        return {}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query_states, key_states, value_states = self.project(hidden_states)
+        cos, sin = position_embeddings
+        query_states, key_states = self.apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(
+                key_states, value_states, self.layer_idx
+            )
+
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **self.attention_kwargs(),
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        attn_output = self.g1(attn_output, hidden_states)
+        return self.o_proj(attn_output), attn_weights
+
+
+def sliding_window_of(config: PreTrainedConfig) -> int | None:
+    """The sliding window that some layer of the model really uses, in tokens."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)

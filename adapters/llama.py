@@ -1,0 +1,18 @@
+"""Llama 1, 2, 3, 3.x and what shares its code: SmolLM2, TinyLlama, Yi, ..."""
+
+from transformers.models.llama import modeling_llama
+
+from retrofit.adapters._family import Family, GatedAttention
+
+
+class GatedLlamaAttention(GatedAttention, modeling_llama.LlamaAttention):
+    apply_rotary_pos_emb = staticmethod(modeling_llama.apply_rotary_pos_emb)
+    eager_attention_forward = staticmethod(modeling_llama.eager_attention_forward)
+
+
+FAMILY = Family(
+    model_type="llama",
+    attention=modeling_llama.LlamaAttention,
+    gated=GatedLlamaAttention,
+    causal_lm=modeling_llama.LlamaForCausalLM,
+)

@@ -1,0 +1,136 @@
+"""Every family: zero gates are the base bit for bit, and gates that are not zero gate."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import VOCAB_SIZE, tiny_model
+
+from retrofit import GateConfig
+from retrofit.errors import UserError
+from retrofit.gates import gate_layers, gates_off
+
+SLIDING = {"mistral": {"sliding_window": 8}, "qwen2": {"use_sliding_window": True}}
+
+
+def batch(padded: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 256, (2, 24), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    if padded:
+        attention_mask[0, :7] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_zero_gates_equal_the_base_bitwise(family, granularity, attention, dtype, padded):
+    model = tiny_model(family).to(dtype)
+    model.set_attn_implementation(attention)
+    inputs = batch(padded)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        expected_text = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        gated = get_peft_model(model, GateConfig(granularity=granularity, task_type="CAUSAL_LM"))
+        logits = gated(**inputs).logits
+        text = gated.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(logits, expected)
+    assert torch.equal(text, expected_text)
+
+
+def test_zero_gates_equal_the_base_bitwise_under_a_sliding_window():
+    for family, window in SLIDING.items():
+        settings = {"layer_types": None, **window} if family == "mistral" else {
+            **window, "sliding_window": 8, "max_window_layers": 0
+        }
+        model = tiny_model(family, **settings)
+        inputs = batch(padded=False)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            full = tiny_model(family)(**inputs).logits
+            logits = get_peft_model(model, GateConfig())(**inputs).logits
+        assert not torch.equal(expected, full), "the window must matter for this test to count"
+        assert torch.equal(logits, expected)
+
+
+def test_cached_steps_equal_prefill(family, granularity):
+    config = GateConfig(granularity=granularity, init_weights=False)
+    model = get_peft_model(tiny_model(family), config).eval()
+    input_ids = batch(padded=False)["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids).logits
+        prefill = model(input_ids[:, :-1], use_cache=True)
+        step = model(input_ids[:, -1:], past_key_values=prefill.past_key_values).logits
+    torch.testing.assert_close(step[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_gate_scales_each_head_before_o_proj(family, granularity):
+    """Against the formula: capture Y and X, and compare o_proj's input with Y * 2 sigmoid(X W)."""
+    model = get_peft_model(
+        tiny_model(family), GateConfig(granularity=granularity, init_weights=False)
+    ).eval()
+    attention = model.base_model.model.model.layers[1].self_attn
+    seen = {}
+    attention.g1.register_forward_pre_hook(lambda _, args: seen.update(y=args[0], x=args[1]))
+    attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(gated=args[0]))
+    with torch.no_grad():
+        model(batch(padded=False)["input_ids"])
+    weight = attention.g1.g_proj["default"].weight
+    scores = 2 * torch.sigmoid(seen["x"] @ weight.T)
+    if granularity == "headwise":
+        scores = scores.repeat_interleave(attention.head_dim, dim=-1)
+    torch.testing.assert_close(seen["gated"], seen["y"] * scores)
+    assert (scores - 1).abs().max() > 0.1
+
+
+def test_gates_off_is_the_base_and_leaves_no_trace(family):
+    base = tiny_model(family)
+    inputs = batch(padded=True)
+    with torch.no_grad():
+        expected = base(**inputs).logits
+        model = get_peft_model(base, GateConfig(init_weights=False)).eval()
+        gated = model(**inputs).logits
+        with gates_off(model):
+            assert torch.equal(model(**inputs).logits, expected)
+        assert torch.equal(model(**inputs).logits, gated)
+    assert not torch.equal(gated, expected)
+    assert all(p.requires_grad for layer in gate_layers(model).values() for p in layer.parameters())
+
+
+def test_only_gates_train_and_base_keys_stay(family):
+    base = tiny_model(family)
+    keys = set(base.state_dict())
+    model = get_peft_model(base, GateConfig())
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {
+        f"base_model.model.model.layers.{i}.self_attn.g1.g_proj.default.weight" for i in range(3)
+    }
+    assert keys < set(model.base_model.model.state_dict())
+
+
+def test_layers_to_transform_gates_only_those(family):
+    model = get_peft_model(tiny_model(family), GateConfig(layers_to_transform=[1]))
+    assert list(gate_layers(model)) == [1]
+
+
+def test_elementwise_and_headwise_widths(family):
+    for granularity, width in {"headwise": 4, "elementwise": 64}.items():
+        model = get_peft_model(tiny_model(family), GateConfig(granularity=granularity))
+        weight = gate_layers(model)[0].g_proj["default"].weight
+        assert weight.shape == (width, 64)
+
+
+def test_an_unsupported_architecture_is_refused_with_the_list():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=VOCAB_SIZE))
+    with pytest.raises(UserError, match="'gpt2'.*llama, mistral, qwen2, qwen3"):
+        get_peft_model(model, GateConfig())
+
+
+def test_a_patched_attention_is_refused():
+    model = tiny_model("llama")
+    attention = model.model.layers[2].self_attn
+    attention.forward = attention.forward
+    with pytest.raises(UserError, match="patched by a hook"):
+        get_peft_model(model, GateConfig())
