@@ -1,0 +1,41 @@
+"""The command line: one file a verb, each importing torch only when it runs."""
+
+import sys
+
+import typer
+
+from retrofit import __version__
+from retrofit.cli import check, measure, merge, recipes, train
+from retrofit.errors import UserError
+
+app = typer.Typer(
+    name="retrofit",
+    help="Put trained attention gates into a pretrained LLM whose own weights stay frozen.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.main)
+app.command("measure")(measure.main)
+app.command("merge")(merge.main)
+app.command("check")(check.main)
+app.add_typer(recipes.app, name="recipes")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version.")):
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 the input is wrong, 130 interrupted, 1 the fault is ours."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        sys.exit(130)

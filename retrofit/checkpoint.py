@@ -1,0 +1,109 @@
+"""Trainer state in safetensors and JSON: what the Trainer would otherwise pickle.
+
+The state is all that a bitwise continuation needs: AdamW's moments, the schedule, and the random
+generators of Python, numpy and torch.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+_STATE = "state.json"
+_OPTIMIZER = "optimizer.safetensors"
+
+
+class SafetensorsCheckpoints(Trainer):
+    """Mixin before a Trainer. Under FSDP and DeepSpeed their own sharded formats stay."""
+
+    def _sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, which the recipe replaces.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self._sharded():
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return None
+        optimizer = self.optimizer.state_dict()
+        tensors = {
+            f"{index}.{key}": value.detach().cpu().contiguous()
+            for index, moments in optimizer["state"].items()
+            for key, value in moments.items()
+        }
+        state = {
+            "param_groups": optimizer["param_groups"],
+            "scheduler": self.lr_scheduler.state_dict(),
+        }
+        save_file(tensors, Path(output_dir) / _OPTIMIZER)
+        (Path(output_dir) / _STATE).write_text(json.dumps(state))
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self._sharded():
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state = json.loads((Path(checkpoint) / _STATE).read_text())
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        with safe_open(Path(checkpoint) / _OPTIMIZER, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                index, key = name.split(".", 1)
+                moments.setdefault(int(index), {})[key] = file.get_tensor(name)
+        self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        return None
+
+    def _rng_file(self, folder) -> Path:
+        return Path(folder) / f"rng-{self.args.process_index}.safetensors"
+
+    def _save_rng_state(self, output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        version, words, gauss_next = random.getstate()
+        algorithm, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+        tensors = {
+            "torch": torch.get_rng_state(),
+            "python": torch.tensor(words, dtype=torch.int64),
+            "numpy": torch.from_numpy(keys.astype(np.int64)),
+        }
+        if torch.cuda.is_available():
+            tensors["cuda"] = torch.cuda.get_rng_state()
+        rest = {
+            "python": [version, gauss_next],
+            "numpy": [algorithm, position, has_gauss, cached_gaussian],
+        }
+        save_file(tensors, self._rng_file(output_dir), metadata={"rest": json.dumps(rest)})
+
+    def _load_rng_state(self, checkpoint):
+        # A run that goes on with more ranks has no file for the new ones; they keep their seed.
+        if checkpoint is None or not self._rng_file(checkpoint).is_file():
+            return
+        with safe_open(self._rng_file(checkpoint), framework="pt") as file:
+            rest = json.loads(file.metadata()["rest"])
+            version, gauss_next = rest["python"]
+            random.setstate((version, tuple(file.get_tensor("python").tolist()), gauss_next))
+            algorithm, position, has_gauss, cached_gaussian = rest["numpy"]
+            keys = file.get_tensor("numpy").numpy().astype(np.uint32)
+            np.random.set_state((algorithm, keys, position, has_gauss, cached_gaussian))
+            torch.set_rng_state(file.get_tensor("torch"))
+            if torch.cuda.is_available() and "cuda" in file.keys():  # noqa: SIM118
+                torch.cuda.set_rng_state(file.get_tensor("cuda"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; one cut off while it was written lacks `trainer_state.json`,
+    which comes last."""
+    whole = [
+        path.parent
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+        if path.parent.name.removeprefix("checkpoint-").isdigit()
+    ]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

@@ -1,0 +1,41 @@
+"""`retrofit recipes`: list, show and copy the bundled ones."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retrofit.errors import UserError
+from retrofit.files import write_text
+from retrofit.recipe import bundled_recipes, recipe_file
+
+app = typer.Typer(help="List, show or copy the bundled recipes.", invoke_without_command=True)
+
+
+@app.callback()
+def _default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        ls()
+
+
+@app.command()
+def ls() -> None:
+    """Name and first comment line of each recipe."""
+    for name, path in bundled_recipes():
+        title = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        typer.echo(f"{name:28} {title}")
+
+
+@app.command()
+def show(name: str) -> None:
+    """Print a recipe."""
+    typer.echo(recipe_file(name).read_text(encoding="utf-8"), nl=False)
+
+
+@app.command()
+def copy(name: str, to: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+    """Copy a recipe to change it."""
+    if to.exists():
+        raise UserError(f"{to} exists")
+    write_text(to, recipe_file(name).read_text(encoding="utf-8"))
+    typer.echo(str(to))

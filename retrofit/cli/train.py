@@ -1,0 +1,37 @@
+"""`retrofit train`"""
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from retrofit.process import prepare_process
+from retrofit.recipe import load_recipe
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a bundled recipe's name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.max_steps=40.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train the gates of a recipe into its output_dir."""
+    resolved = load_recipe(recipe, overrides or ())
+    prepare_process()
+    from rich.console import Console
+
+    from retrofit.train import Interrupted, train
+
+    console = Console()
+    try:
+        run = train(resolved, resume=resume, console=console)
+    except Interrupted as stop:
+        again = shlex.join(["retrofit", "train", recipe, *(overrides or ()), "--resume"])
+        raise KeyboardInterrupt(f"{stop}; go on with: {again}") from None
+    if resolved.measure:
+        from retrofit.cli.measure import measure_run
+
+        measure_run(resolved, run, console)
+    console.print(f"run: {run}", highlight=False)
+    console.print(f"next: retrofit merge {run} --out {run}-merged", highlight=False)

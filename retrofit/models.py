@@ -1,0 +1,175 @@
+"""Open a model, whatever it is: a base, a run of ours, an adapter, or a merged checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from retrofit.adapters import family_of
+from retrofit.errors import UserError
+from retrofit.files import read_json
+from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.gates import GateConfig
+from retrofit.recipe import Model, load_recipe
+
+
+def load_base(spec: Model) -> PreTrainedModel:
+    """The base model of a recipe, in eval mode, on the GPU if there is one.
+
+    Raises:
+        UserError: if it cannot be found, or is quantized without bitsandbytes.
+    """
+    config = load_config(spec)
+    kwargs: dict[str, Any] = {}
+    if spec.quantization:
+        kwargs["quantization_config"] = _quantization(spec, config)
+    if torch.cuda.is_available():
+        kwargs["device_map"] = {"": torch.cuda.current_device()}
+    if spec.attn_implementation:
+        kwargs["attn_implementation"] = spec.attn_implementation
+    return AutoModelForCausalLM.from_pretrained(
+        _expand(spec.base),
+        config=config,
+        revision=spec.revision,
+        dtype=spec.dtype,
+        trust_remote_code=spec.trust_remote_code,
+        **kwargs,
+    ).eval()
+
+
+def load_config(spec: Model) -> PreTrainedConfig:
+    """The base's config.
+
+    Raises:
+        UserError: if there is no such folder or hub id.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            _expand(spec.base), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_found(spec.base, error) from None
+
+
+def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
+    """The base's tokenizer.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _expand(spec.base), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_found(spec.base, error) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    source: str, dtype: str = "auto"
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Open anything `retrofit measure` can be pointed at.
+
+    Args:
+        source: a run folder, an adapter folder, a checkpoint folder or a hub id.
+        dtype: of the base weights; `auto` keeps a run's, or the stored one.
+
+    Raises:
+        UserError: if there is nothing there, or the adapter does not fit its base.
+    """
+    folder = Path(source).expanduser()
+    adapter = folder / "adapter" if (folder / "run.json").is_file() else folder
+    if not (adapter / "adapter_config.json").is_file():
+        if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
+            raise UserError(f"{source} is an unfinished run; finish it with --resume")
+        spec = Model(base=source, dtype=dtype)
+        return load_base(spec), load_tokenizer(spec)
+    spec = _base_of(folder, adapter)
+    if dtype != "auto":
+        spec = spec.model_copy(update={"dtype": dtype})
+    base = load_base(spec)
+    _check_base(base, folder, spec)
+    return load_adapter(base, adapter).eval(), load_tokenizer(spec)
+
+
+def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Put trained gates on their base.
+
+    Raises:
+        UserError: if they were trained on another family or shape, or the file is damaged.
+    """
+    try:
+        return PeftModel.from_pretrained(base, str(adapter))
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the adapter in {adapter} does not fit its base: {reason}") from None
+
+
+def _base_of(folder: Path, adapter: Path) -> Model:
+    if (resolved := folder / "recipe.resolved.yaml").is_file():
+        return load_recipe(str(resolved)).model
+    config = GateConfig.from_pretrained(str(adapter))
+    return Model(base=config.base_model_name_or_path, revision=config.revision)
+
+
+def _check_base(base: PreTrainedModel, folder: Path, spec: Model) -> None:
+    """The weights must be those the run was trained on, where the run says so and they are held
+    in the same form."""
+    if not (folder / "run.json").is_file():
+        return
+    trained_on = read_json(folder / "run.json")["base"]
+    held = str(base.dtype).removeprefix("torch.")
+    if trained_on["dtype"] != held or trained_on["quantization"] != spec.quantization:
+        return
+    if weights_sha256(base_weights(base)) != trained_on["weights_sha256"]:
+        raise UserError(
+            f"the weights in {spec.base} are not those that {folder} was trained on (their sha256 "
+            "differs); point model.base of its recipe.resolved.yaml at the original"
+        )
+
+
+def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise UserError('quantization needs bitsandbytes: pip install "gate-retrofit[bnb]"')
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quantization,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def _expand(base: str) -> str:
+    return str(Path(base).expanduser()) if base.startswith("~") else base
+
+
+def _not_found(base: str, error: Exception) -> UserError:
+    if Path(base).expanduser().is_dir():
+        return UserError(f"{base} is not a model folder: {' '.join(str(error).split())[:200]}")
+    hint = "; `make assets` fetches the models and texts of the CPU recipes" if "~" in base else ""
+    return UserError(f"no model at {base!r}: neither a folder nor a hub id within reach{hint}")
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Raises `UserError` if gates cannot be put on this architecture."""
+    family_of(config.model_type)

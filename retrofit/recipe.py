@@ -1,0 +1,218 @@
+"""A recipe: everything a run needs, in one YAML file that says no to anything it does not know.
+
+`load_recipe` reads a file or the name of a bundled recipe, applies `key.subkey=value` overrides and
+validates. Each field below is documented once, here; `retrofit recipes show NAME` prints examples.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from retrofit.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(_Section):
+    base: str  # a folder, or a hub id
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"  # auto: as stored
+    quantization: Literal["nf4", "fp4", "int8"] | None = None  # bitsandbytes; the merge uses none
+    attn_implementation: str | None = None  # sdpa where the model has it
+    trust_remote_code: bool = False
+
+
+class Gate(_Section):
+    granularity: Literal["headwise", "elementwise"] = "headwise"
+    layers: list[int] | None = None  # which layers to gate; all of them by default
+
+
+class Source(_Section):
+    path: str  # a .jsonl, .parquet or .txt file, or a hub id
+    name: str | None = None  # the hub dataset's configuration
+    split: str = "train"
+    text_field: str = "text"  # for plain text: the column that holds it
+    weight: Annotated[float, Field(gt=0)] | None = None  # its share of the training tokens
+
+
+class Data(_Section):
+    sources: Annotated[list[Source], Field(min_length=1)]
+    sequence_length: Annotated[int, Field(ge=16)] = 1024
+    packing: bool = True  # several documents a row, none of which sees another
+    streaming: bool = False  # read while training; needs train.max_steps
+    assistant_only_loss: bool = False  # chat data: train on the assistant's turns alone
+
+    @model_validator(mode="after")
+    def _weights_all_or_none(self):
+        given = [source.weight is not None for source in self.sources]
+        if any(given) and not all(given):
+            raise ValueError("give every source a weight, or none")
+        return self
+
+
+class Objective(_Section):
+    lm: Annotated[float, Field(ge=0)] = 1.0  # next-token cross-entropy
+    kl: Annotated[float, Field(ge=0)] = 0.0  # KL(base || gated) of the next-token distribution
+
+    @model_validator(mode="after")
+    def _something_must_move_the_gates(self):
+        # At zero-init the gated model is its base, so the KL and its gradient are exactly zero.
+        if self.lm == 0:
+            raise ValueError(
+                "kl alone leaves zero-initialized gates where they are, since its gradient is "
+                "exactly zero there; set objective.lm above 0"
+            )
+        return self
+
+
+class Train(_Section):
+    max_steps: Annotated[int, Field(gt=0)] | None = None  # else `epochs` over the data
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Annotated[int, Field(gt=0)] = 1  # rows of sequence_length a step and device
+    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2  # of the gates; nothing else trains
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.05  # below 1: a share of all steps
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: Literal["off", "non_reentrant", "reentrant"] = "off"
+    torch_compile: bool = False
+    seed: int = 0
+    logging_steps: Annotated[int, Field(gt=0)] = 1
+    save_steps: Annotated[int, Field(gt=0)] = 100
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+
+
+class Measure(_Section):
+    text: str  # .txt or .jsonl that no source contains
+    length: Annotated[int, Field(ge=192)] = 512
+    windows: Annotated[int, Field(gt=0)] = 16
+
+
+class Recipe(_Section):
+    output_dir: str  # the run folder; must not exist
+    model: Model
+    gate: Gate = Gate()
+    data: Data
+    objective: Objective = Objective()
+    train: Train = Train()
+    measure: Measure | None = None  # compare base and gated model when training ends
+
+    @model_validator(mode="after")
+    def _streams_have_no_length(self):
+        if self.data.streaming and self.train.max_steps is None:
+            raise ValueError("a stream has no end: set train.max_steps")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        name: a YAML file, or the name of a bundled recipe (`llama/smollm2-135m-cpu`, or its last
+            part alone).
+        overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+        UserError: one line that names the file, the key and what it should be.
+    """
+    try:
+        settings = yaml.safe_load(recipe_file(name).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{name} is not a recipe: expected keys such as model and data")
+    for override in overrides:
+        _apply(settings, override)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"{name}: {_explain(error)}") from None
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe given by path or by bundled name.
+
+    Raises:
+        UserError: if there is none; the message names the nearest bundled recipe.
+    """
+    if (path := Path(name).expanduser()).is_file():
+        return path
+    bundled = dict(bundled_recipes())
+    wanted = name.removesuffix(".yaml")
+    matches = [full for full in bundled if wanted in (full, full.split("/")[-1])]
+    if len(matches) == 1:
+        return bundled[matches[0]]
+    near = _nearest(wanted.split("/")[-1], [full.split("/")[-1] for full in bundled])
+    raise UserError(
+        f"no recipe {name!r}: neither a file nor a bundled recipe{near}; `retrofit recipes` "
+        "lists those"
+    )
+
+
+def bundled_recipes() -> Iterator[tuple[str, Path]]:
+    """Name and file of each recipe that comes with the package, sorted by name."""
+    root = Path(str(resources.files("retrofit.recipes")))
+    for path in sorted(root.rglob("*.yaml")):
+        yield path.relative_to(root).with_suffix("").as_posix(), path
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"{override!r} is not an override: write key=value, as in train.seed=1")
+    *parents, last = key.split(".")
+    for parent in parents:
+        settings = settings.setdefault(parent, {})
+        if not isinstance(settings, dict):
+            raise UserError(f"{key}: {parent} holds a value, not a section")
+    try:
+        settings[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: {value!r} is not a YAML value") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
+    return f"{key}: {message}{given}" if key else message
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in path:
+        if isinstance(part, int):  # a list: its items share one section
+            continue
+        annotation = section.model_fields[part].annotation
+        section = next(kind for kind in _classes(annotation) if issubclass(kind, _Section))
+    return list(section.model_fields)
+
+
+def _classes(annotation: Any) -> Iterator[type]:
+    arguments = getattr(annotation, "__args__", ())
+    if isinstance(annotation, type) and not arguments:
+        yield annotation
+    for argument in arguments:
+        yield from _classes(argument)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

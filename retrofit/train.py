@@ -1,0 +1,203 @@
+"""`retrofit train`: a recipe in, a run folder out.
+
+A run folder holds `recipe.resolved.yaml` (written first), `checkpoints/` (to resume from), and when
+training is done `adapter/` (PEFT), `run.json` (what was trained on what, and proof that the base
+stayed frozen) and, if the recipe asks for it, `measure.json` and `measure.png`.
+"""
+
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PrinterCallback
+from trl import SFTConfig
+
+from retrofit.callbacks import GradientCheck, Interrupt, ProgressBar
+from retrofit.checkpoint import last_checkpoint
+from retrofit.data import load_sources
+from retrofit.errors import UserError
+from retrofit.files import write_json, write_text
+from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.gates import GateConfig
+from retrofit.models import check_family, load_base, load_config, load_tokenizer
+from retrofit.recipe import Recipe, load_recipe
+from retrofit.trainer import GateTrainer
+
+
+class BaseChangedError(RuntimeError):
+    """A frozen weight differs after training."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; a checkpoint is written."""
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Train the gates of a recipe.
+
+    Args:
+        recipe: what to train, on what, how long.
+        resume: go on from the newest checkpoint of the recipe's `output_dir`.
+        console: where progress is shown.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: for bad input, before anything is written.
+        Interrupted: after Ctrl-C, when the checkpoint is written.
+        DeadGateError: if a gate got no gradient at the first step.
+        BaseChangedError: if a base weight changed.
+    """
+    console = console or Console()
+    run = Path(recipe.output_dir).expanduser()
+    checkpoint = _check_folder(run, recipe, resume)
+    check_family(load_config(recipe.model))
+    sources = load_sources(recipe.data)
+    base = load_base(recipe.model)
+    frozen = _fingerprint(base, recipe)
+    interrupt, bar = Interrupt(console), ProgressBar(console)
+    trainer = GateTrainer(
+        model=base,
+        args=_training_arguments(recipe, run),
+        sources=sources,
+        processing_class=load_tokenizer(recipe.model),
+        gates=gate_config(recipe),
+        objective=recipe.objective,
+        callbacks=[GradientCheck(), interrupt, bar],
+    )
+    trainer.remove_callback(PrinterCallback)
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        interrupt.restore()
+        bar.stop()
+    if interrupt.requested:
+        raise Interrupted(f"stopped at step {trainer.state.global_step}")
+    after = _fingerprint(trainer.model, recipe)
+    if after != frozen:
+        raise BaseChangedError("a weight of the frozen base changed during training")
+    if trainer.is_world_process_zero():
+        _save_adapter(trainer, run)
+        write_json(run / "run.json", _summary(trainer, recipe, frozen, after))
+    return run
+
+
+def gate_config(recipe: Recipe) -> GateConfig:
+    """The PEFT config of a recipe's gates."""
+    return GateConfig(
+        task_type="CAUSAL_LM",
+        granularity=recipe.gate.granularity,
+        layers_to_transform=recipe.gate.layers,
+        revision=recipe.model.revision,
+    )
+
+
+def _check_folder(run: Path, recipe: Recipe, resume: bool) -> Path | None:
+    if not resume:
+        if run.exists():
+            raise UserError(f"{run} exists; choose another output_dir, or add --resume")
+        return None
+    resolved = run / "recipe.resolved.yaml"
+    if not resolved.is_file():
+        raise UserError(f"nothing to resume: {run} holds no run")
+    before, now = load_recipe(str(resolved)).model_dump(), recipe.model_dump()
+    changed = [key for key in now if key != "measure" and before[key] != now[key]]
+    if changed:
+        raise UserError(
+            f"{run} was started with another recipe (its {', '.join(changed)} differ); resume with "
+            f"{resolved}"
+        )
+    if (run / "run.json").is_file():
+        raise UserError(f"{run} is finished; there is nothing to resume")
+    checkpoint = last_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{run} has no checkpoint to resume from; remove it and start again")
+    return checkpoint
+
+
+def _training_arguments(recipe: Recipe, run: Path) -> SFTConfig:
+    train, data = recipe.train, recipe.data
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard"))
+    return SFTConfig(
+        output_dir=str(run / "checkpoints"),
+        max_steps=train.max_steps or -1,
+        num_train_epochs=train.epochs,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        warmup_steps=train.warmup_steps,
+        lr_scheduler_type=train.schedule,
+        max_grad_norm=train.max_grad_norm,
+        gradient_checkpointing=train.gradient_checkpointing != "off",
+        gradient_checkpointing_kwargs={
+            "use_reentrant": train.gradient_checkpointing == "reentrant"
+        },
+        torch_compile=train.torch_compile,
+        # The base computes in the dtype it was loaded in and the gates follow it.
+        bf16=False,
+        seed=train.seed,
+        data_seed=train.seed,
+        logging_steps=train.logging_steps,
+        logging_first_step=True,
+        save_steps=train.save_steps,
+        save_total_limit=2,
+        report_to=train.report_to,
+        run_name=run.name,
+        disable_tqdm=True,
+        include_num_input_tokens_seen="all",
+        max_length=data.sequence_length,
+        packing=data.packing,
+        # Long documents are split into rows, not cut off.
+        packing_strategy="bfd_split",
+        shuffle_dataset=True,
+        assistant_only_loss=data.assistant_only_loss,
+    )
+
+
+def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        "name_or_path": recipe.model.base,
+        "revision": recipe.model.revision,
+        "model_type": base.config.model_type,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantization": recipe.model.quantization,
+        "weights_sha256": weights_sha256(base_weights(model)),
+    }
+
+
+def _save_adapter(trainer: GateTrainer, run: Path) -> None:
+    partial = run / ".adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.model.save_pretrained(str(partial))
+    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card template
+    os.replace(partial, run / "adapter")
+
+
+def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    keys = ("loss", "lm", "kl", "gate_movement")
+    return {
+        "base": before,
+        "base_weights_sha256_after": after["weights_sha256"],
+        "gate": {**recipe.gate.model_dump(), "weights": weights},
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "seconds": round(trainer.state.log_history[-1].get("train_runtime", 0.0), 1),
+        "first": {key: losses[0][key] for key in keys if key in losses[0]},
+        "last": {key: losses[-1][key] for key in keys if key in losses[-1]},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "versions": {
+            name: version(name)
+            for name in ("gate-retrofit", "torch", "transformers", "peft", "trl", "datasets")
+        },
+    }

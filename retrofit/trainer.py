@@ -1,0 +1,133 @@
+"""TRL's SFTTrainer, with the gates' objectives, mixed sources and pickle-free checkpoints."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from retrofit.checkpoint import SafetensorsCheckpoints
+from retrofit.data import LoadedSource, mix
+from retrofit.errors import UserError
+from retrofit.gates import GateConfig, gate_layers
+from retrofit.objectives import add_objectives
+from retrofit.recipe import Objective
+
+
+class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
+    """Trains gates on a frozen base.
+
+    Args:
+        model: the base; gates are inserted here.
+        args: TRL's settings; `max_length` is the row length.
+        sources: what to train on; each is tokenized and packed alone, then rows are mixed.
+        processing_class: the tokenizer.
+        gates: the gates to insert.
+        objective: weights of the losses.
+        callbacks: added to the Trainer's own.
+
+    Raises:
+        UserError: if the data gives less than one optimizer step, or the model cannot be gated.
+    """
+
+    _tag_names = ["retrofit", "gated-attention"]  # noqa: RUF012 - as in TRL
+    # The loss is divided by the labelled tokens of all accumulated batches.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        sources: list[LoadedSource],
+        processing_class: PreTrainedTokenizerBase,
+        gates: GateConfig,
+        objective: Objective,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.sources = sources
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=sources[0].rows,
+            processing_class=processing_class,
+            peft_config=gates,
+            callbacks=callbacks,
+        )
+        for layer in gate_layers(self.model).values():
+            layer.float()  # TRL casts trainable weights to bf16 on a quantized base
+        add_objectives(self.model.get_base_model(), objective)
+        self._clock: tuple[float, int] | None = None
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, name):
+        """Prepare each source by TRL's rules for its own format, then mix."""
+        prepared = []
+        for source in self.sources:
+            self.completion_only_loss = source.completion_only
+            rows = super()._prepare_dataset(
+                source.rows, processing_class, args, packing, formatting_func, name
+            )
+            prepared.append(rows)
+        mixed = mix(prepared, [source.weight for source in self.sources], args.seed)
+        self._check_length(mixed, args, packing)
+        return mixed
+
+    def _check_length(self, rows, args: SFTConfig, packing: bool) -> None:
+        if not hasattr(rows, "__len__"):  # a stream
+            return
+        needed = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if len(rows) < needed:
+            packed = f" of {args.max_length} tokens" if packing else ""
+            raise UserError(
+                f"data: too short: {len(rows)} rows{packed}, and one step takes {needed}; add "
+                "text, or lower data.sequence_length or train.batch_size"
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with gate_movement(self.model) as movements:
+            outputs = model(**inputs, objectives=True)
+        num_tokens = outputs.num_tokens if num_items_in_batch is None else num_items_in_batch
+        loss = outputs.loss / torch.as_tensor(num_tokens, device=outputs.loss.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
+        self._record(outputs, movements)
+        return (loss, outputs) if return_outputs else loss
+
+    def _record(self, outputs, movements: list[torch.Tensor]) -> None:
+        metrics = self._metrics["train"]
+        tokens = outputs.num_tokens.clamp(min=1)
+        metrics["lm"].append((outputs.lm / tokens).item())
+        metrics["kl"].append((outputs.kl / tokens).item())
+        if movements:
+            metrics["gate_movement"].append(torch.stack(movements).mean().item())
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            now = (time.monotonic(), self.state.num_input_tokens_seen)
+            then, self._clock = self._clock, now
+            if then:
+                logs["tokens_per_second"] = (now[1] - then[1]) / (now[0] - then[0])
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs):
+        """TRL writes a draft card beside every checkpoint; the merge writes the real one."""
+
+
+@contextmanager
+def gate_movement(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects the mean |g - 1| of each layer whose gate runs inside, `g` the doubled sigmoid."""
+    movements: list[torch.Tensor] = []
+
+    def record(_module, _args, gate):
+        movements.append((gate.detach() - 1).abs().mean(dtype=torch.float32))
+
+    handles = [
+        layer.activation.register_forward_hook(record) for layer in gate_layers(model).values()
+    ]
+    try:
+        yield movements
+    finally:
+        for handle in handles:
+            handle.remove()

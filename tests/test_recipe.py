@@ -1,0 +1,99 @@
+"""Recipes: bundled ones load, and every mistake is named in one line."""
+
+import pytest
+import yaml
+
+from retrofit.errors import UserError
+from retrofit.recipe import Recipe, bundled_recipes, load_recipe, recipe_file
+
+MINIMAL = {
+    "output_dir": "runs/x",
+    "model": {"base": "some/model"},
+    "data": {"sources": [{"path": "text.jsonl"}]},
+}
+
+
+@pytest.fixture
+def recipe_path(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in bundled_recipes()])
+def test_bundled_recipes_load_and_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.to_yaml())
+    assert load_recipe(str(resolved)) == recipe
+
+
+@pytest.mark.parametrize("name", [name for name, _ in bundled_recipes()])
+def test_bundled_recipes_say_how_they_are_run(name):
+    text = recipe_file(name).read_text()
+    assert text.startswith("# ")
+    assert f"retrofit train {name.split('/')[-1]}" in text
+
+
+def test_a_bundled_recipe_is_found_by_its_last_part():
+    assert load_recipe("smollm2-135m-cpu") == load_recipe("llama/smollm2-135m-cpu")
+
+
+def test_overrides_are_yaml_values(recipe_path):
+    recipe = load_recipe(
+        recipe_path, ["train.max_steps=40", "gate.layers=[1, 2]", "measure={text: t.txt}"]
+    )
+    assert recipe.train.max_steps == 40
+    assert recipe.gate.layers == [1, 2]
+    assert recipe.measure.text == "t.txt"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_step=4", "unknown key 'train.max_step'; did you mean 'max_steps'?"),
+        ("modle={}", "unknown key 'modle'; did you mean 'model'?"),
+        (
+            "data.sources=[{path: a, wieght: 1}]",
+            "unknown key 'data.sources.0.wieght'; did you mean 'weight'?",
+        ),
+        ("measure={text: a, lenght: 512}", "unknown key 'measure.lenght'; did you mean 'length'?"),
+        ("train.max_steps=many", "train.max_steps: input should be a valid integer"),
+        ("gate.granularity=head", "gate.granularity: input should be 'headwise' or 'elementwise'"),
+        ("objective.lm=0", "kl alone leaves zero-initialized gates where they are"),
+        ("data.streaming=true", "a stream has no end: set train.max_steps"),
+        ("data.sources=[{path: a, weight: 1}, {path: b}]", "give every source a weight, or none"),
+        ("train.seed", "'train.seed' is not an override"),
+        ("output_dir.x=1", "output_dir holds a value, not a section"),
+        ("train.seed=[", "is not a YAML value"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(recipe_path, override, message):
+    with pytest.raises(UserError) as raised:
+        load_recipe(recipe_path, [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'smollm2-135m-cpu'"):
+        load_recipe("smollm-135m-cpu")
+
+
+def test_a_missing_section_is_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output_dir: x\nmodel: {base: y}\n")
+    with pytest.raises(UserError, match="data is missing"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a list", ""])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"is not (YAML|a recipe)"):
+        load_recipe(str(path))
+
+
+def test_defaults_are_those_of_the_schema():
+    assert Recipe.model_validate(MINIMAL).objective.lm == 1.0
