@@ -114,4 +114,5 @@ class ProgressBar(TrainerCallback):
 
     def stop(self):
         """Called however training ended."""
-        self.bar.stop()
+        if self.console.is_terminal:
+            self.bar.stop()

