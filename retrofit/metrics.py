@@ -1,0 +1,239 @@
+"""What `retrofit measure` reports: formulas, sources, and the sums they are made of.
+
+`A[i, j]` is the attention that query `i` pays to key `j`, and `T` the length of a sequence. Every
+sum is streamed: over blocks of queries for attention, over chunks of tokens for logits.
+"""
+
+import torch
+from torch import nn
+
+NEAR = 64  # attention to a key less than this far back is honest local attention
+TAIL = 128  # a key needs some far queries of its own: none of the last positions counts
+SINK_THRESHOLD = 0.3
+GATE_BINS = 20  # of [0, 1]
+_QUERY_BLOCK = 128
+_TOKEN_CHUNK = 128
+
+
+def attention_columns(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    scaling: float,
+    attention_mask: torch.Tensor | None = None,
+    block: int = _QUERY_BLOCK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two readings of the attention matrix in O(block * T) memory a head, in float32.
+
+    Args:
+        query_states: `[batch, heads, T, head_dim]`, after RoPE.
+        key_states: `[batch, kv_heads, T, head_dim]`, after RoPE.
+        scaling: factor of the logits.
+        attention_mask: bool `[batch or 1, heads or 1, T, T]`, True where a query may look, never
+            ahead of itself; `None` for plain causal attention.
+        block: rows of queries at a time.
+
+    Returns:
+        `first`, `A[i, 0]` by query `[batch, heads, T]`, and `share`, the mean of `A[i, j]` over
+        the queries `i >= j + NEAR`, by key `j <= T - TAIL`: `[batch, heads, T - TAIL + 1]`.
+    """
+    batch, heads, length, _ = query_states.shape
+    # Groups are folded into the rows, so that keys are not repeated for every query head.
+    queries = query_states.float().unflatten(1, (key_states.shape[1], -1))
+    keys = key_states.float().mT
+    first, columns = [], queries.new_zeros(batch, heads, length)
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        rows = queries[:, :, :, start:end].flatten(2, 3)
+        logits = (rows @ keys[..., :end]).view(batch, heads, end - start, end) * scaling
+        hidden = ~_allowed(attention_mask, start, end, logits.device)
+        logits.masked_fill_(hidden, -torch.inf)
+        # A row of padding sees nothing, and its softmax is not a number.
+        weights = logits.softmax(-1).masked_fill_(hidden, 0)
+        first.append(weights[..., 0].clone())  # a view would keep the block
+        columns[..., :end] += weights.tril_(start - NEAR).sum(-2)
+    far_queries = torch.arange(length - NEAR, TAIL - NEAR - 1, -1, device=columns.device)
+    return torch.cat(first, -1), columns[..., : length - TAIL + 1] / far_queries
+
+
+def _allowed(mask: torch.Tensor | None, start: int, end: int, device) -> torch.Tensor:
+    if mask is None:
+        return torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
+    return mask[..., start:end, :end]
+
+
+class AttentionStatistics:
+    """The attention of one layer, summed over sequences."""
+
+    def __init__(self):
+        self.sequences = 0
+        zero = torch.zeros(1, dtype=torch.float64)
+        self._first = self._share = self._peak = self._load = zero
+
+    def add(
+        self, first: torch.Tensor, share: torch.Tensor, gate_scores: torch.Tensor | None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            first: from `attention_columns`.
+            share: from `attention_columns`.
+            gate_scores: `[batch, T, heads, channels]`, `None` without a gate. A constant factor
+                makes no difference.
+        """
+        load = 1 - first
+        if gate_scores is not None:
+            load = load * gate_scores.mean(-1).transpose(1, 2)
+        self.sequences += first.shape[0]
+        self._first = self._first + _batch_sum(first.mean(-1))
+        self._share = self._share + _batch_sum(share)
+        self._peak = self._peak + _batch_sum(share.amax(-1))
+        self._load = self._load + _batch_sum(load.mean(-1))
+
+    @property
+    def f_attn(self) -> float:
+        """Attention to the first token: mean of `A[i, 0]` over heads, all queries and sequences
+        (F-Attn, arXiv:2505.06708)."""
+        return (self._first.mean() / self.sequences).item()
+
+    @property
+    def sink_ratio(self) -> float:
+        """Share of heads whose mean `A[i, 0]` over queries and sequences is above 0.3
+        (arXiv:2410.10781)."""
+        return (self._first / self.sequences > SINK_THRESHOLD).double().mean().item()
+
+    @property
+    def column_share(self) -> torch.Tensor:
+        """`share(j)`, mean of `A[i, j]` over heads, sequences and the queries `i >= j + 64`, by
+        key `j <= T - 128`: `[T - 127]` (ours)."""
+        return self._share.mean(0) / self.sequences
+
+    @property
+    def peak_share_per_head(self) -> float:
+        """Mean over heads and sequences of `max_j` of that head's own `share(j)`: a sink that sits
+        elsewhere in every head or text cannot hide in the average (ours)."""
+        return (self._peak.mean() / self.sequences).item()
+
+    @property
+    def head_load_cv(self) -> float:
+        """Coefficient of variation (population std / mean) over heads of the importance: the mean
+        over tokens and sequences of the effective load `(1 - A[i, 0]) * g[i]`, with `g` the mean
+        gate over the head's channels, 1 without a gate (arXiv:2602.01203)."""
+        return (self._load.std(correction=0) / self._load.mean()).item()
+
+
+class GateStatistics:
+    """The gate scores of one layer: `sigmoid(X W_g)`, half of a retrofit's doubled gate, so that
+    0.5 is the identity there (arXiv:2505.06708)."""
+
+    def __init__(self):
+        self._sum = 0.0
+        self._counts = torch.zeros(GATE_BINS, dtype=torch.int64)
+
+    def add(self, scores: torch.Tensor) -> None:
+        """Add a batch of scores of any shape, in [0, 1]."""
+        self._sum += scores.mean().item() * scores.numel()
+        # Integers, because a float32 bin stops counting at 2^24.
+        bins = (scores.flatten() * GATE_BINS).long().clamp_(0, GATE_BINS - 1)
+        self._counts += torch.bincount(bins, minlength=GATE_BINS).cpu()
+
+    @property
+    def score(self) -> float:
+        """Mean over heads, channels, tokens and sequences."""
+        return self._sum / self._counts.sum().item()
+
+    @property
+    def histogram(self) -> list[float]:
+        """Share of the scores in each of 20 equal bins of [0, 1]."""
+        return (self._counts / self._counts.sum()).tolist()
+
+    @property
+    def below_a_tenth(self) -> float:
+        """Share of the scores below 0.1: gates that are all but shut."""
+        return sum(self.histogram[: GATE_BINS // 10])
+
+
+class ActivationStatistics:
+    """The hidden states that one decoder layer puts out, by their largest absolute values.
+
+    Attributes:
+        largest_of_all: the largest of any token of any sequence.
+    """
+
+    def __init__(self):
+        self.sequences = 0
+        self.largest_of_all = 0.0
+        self._largest = self._first_token = 0.0
+
+    def add(self, hidden_states: torch.Tensor) -> None:
+        """Add a batch `[batch, T, hidden_size]`."""
+        by_token = hidden_states.abs().amax(-1).cpu().double()
+        by_sequence = by_token.amax(-1)
+        self.sequences += len(by_sequence)
+        self._largest += by_sequence.sum().item()
+        self._first_token += by_token[:, 0].sum().item()
+        self.largest_of_all = max(self.largest_of_all, by_sequence.max().item())
+
+    @property
+    def largest(self) -> float:
+        """Mean over sequences of the largest activation of any token. Its mean over layers is
+        M-Act (arXiv:2505.06708)."""
+        return self._largest / self.sequences
+
+    @property
+    def largest_first_token(self) -> float:
+        """Mean over sequences of the first token's largest activation."""
+        return self._first_token / self.sequences
+
+
+class PredictionStatistics:
+    """Next-token predictions of one model, summed over the tokens of all sequences but each one's
+    first, and their distance from the base's.
+
+    Args:
+        head: the output head, from final hidden states to logits.
+        base: the base's predictions of the same batches; `None` if this is the base.
+    """
+
+    def __init__(self, head: nn.Linear, base: "PredictionStatistics | None" = None):
+        self.head = head
+        self.base = base
+        # By batch, `[tokens, hidden_size]` on the CPU: the logits are made again where needed.
+        self.hidden_states: list[torch.Tensor] = []
+        self.same_vocabulary = base is None or base.head.out_features == head.out_features
+        self._tokens = 0
+        self._nll = 0.0
+        self._kl = 0.0
+
+    def add(self, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> None:
+        """Add a batch of final hidden states `[batch, T, hidden_size]` and its tokens
+        `[batch, T]`, a chunk of tokens at a time: full logits never exist."""
+        hidden_states, labels = hidden_states[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+        for start in range(0, labels.numel(), _TOKEN_CHUNK):
+            chunk = slice(start, start + _TOKEN_CHUNK)
+            log_p = self.head(hidden_states[chunk]).float().log_softmax(-1)
+            self._nll -= log_p.gather(-1, labels[chunk, None]).sum().item()
+            if self.base is not None and self.same_vocabulary:
+                log_q = self.base.log_probabilities(len(self.hidden_states), chunk)
+                self._kl += (log_q.exp() * (log_q - log_p)).sum().item()
+        self._tokens += labels.numel()
+        self.hidden_states.append(hidden_states.cpu())
+
+    def log_probabilities(self, batch: int, chunk: slice) -> torch.Tensor:
+        """Of the tokens in `chunk` of a batch, `[tokens, vocabulary]` in float32."""
+        hidden_states = self.hidden_states[batch][chunk].to(self.head.weight.device)
+        return self.head(hidden_states).float().log_softmax(-1)
+
+    @property
+    def perplexity(self) -> float:
+        """`exp` of the mean negative log-likelihood of the next token."""
+        return torch.tensor(self._nll / self._tokens, dtype=torch.float64).exp().item()
+
+    @property
+    def kl_to_base(self) -> float | None:
+        """Mean over tokens of `KL(base || model)` of the next-token distribution, in nats; `None`
+        between different vocabularies."""
+        return self._kl / self._tokens if self.same_vocabulary else None
+
+
+def _batch_sum(values: torch.Tensor) -> torch.Tensor:
+    return values.sum(0).cpu().double()

@@ -1,0 +1,172 @@
+"""Reads a running model: attention, gates and hidden states of whatever passes run inside `probe`.
+
+Nothing about the model changes but its attention implementation, which is put back afterwards.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from retrofit.errors import UserError
+from retrofit.gated_models import Gate
+from retrofit.gates import GateLayer
+from retrofit.metrics import (
+    ActivationStatistics,
+    AttentionStatistics,
+    GateStatistics,
+    attention_columns,
+)
+
+# transformers refuses a name with "sdpa" in it to the models that SDPA would get wrong.
+_IMPLEMENTATION = "sdpa_probe"
+# Stock attention whose `q_proj` packs `[q ; gate]` for each head.
+_PACKED_GATES = ("Qwen3_5Attention", "Qwen3NextAttention")
+
+AttentionWatcher = Callable[
+    [nn.Module, torch.Tensor, torch.Tensor, float, torch.Tensor | None], None
+]
+GateWatcher = Callable[[int, torch.Tensor], None]
+
+
+class LayerStatistics:
+    """What one decoder layer shows: `None` for the parts it does not have.
+
+    A pass calls `see_gate` and `see_attention` in either order, then `finish`.
+    """
+
+    def __init__(self):
+        self.activation = ActivationStatistics()
+        self.attention: AttentionStatistics | None = None
+        self.gate: GateStatistics | None = None
+        self._columns: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._gate_scores: torch.Tensor | None = None
+
+    def see_attention(self, columns: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._columns = columns
+
+    def see_gate(self, scores: torch.Tensor) -> None:
+        self._gate_scores = scores
+
+    def finish(self, hidden_states: torch.Tensor) -> None:
+        """Take in the layer's output, and join its attention with its gate."""
+        self.activation.add(hidden_states)
+        if self._columns is not None:
+            self.attention = self.attention or AttentionStatistics()
+            self.attention.add(*self._columns, self._gate_scores)
+        if self._gate_scores is not None:
+            self.gate = self.gate or GateStatistics()
+            self.gate.add(self._gate_scores)
+        self._columns = self._gate_scores = None
+
+
+@contextmanager
+def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
+    """Statistics of each decoder layer, over unpadded batches of one sequence length.
+
+    Args:
+        model: a causal language model, without a PEFT wrapper around it.
+
+    Raises:
+        UserError: if its attention cannot be watched.
+    """
+    decoder_layers = model.get_decoder().layers
+    statistics = [LayerStatistics() for _ in decoder_layers]
+
+    def watch(module, query_states, key_states, scaling, attention_mask):
+        columns = attention_columns(query_states, key_states, scaling, attention_mask)
+        statistics[module.layer_idx].see_attention(columns)
+
+    with ExitStack() as stack:
+        stack.enter_context(attention_watched(model, watch))
+        for handle in _gate_hooks(model, lambda index, scores: statistics[index].see_gate(scores)):
+            stack.enter_context(handle)
+        for layer, layer_statistics in zip(decoder_layers, statistics, strict=True):
+            stack.enter_context(layer.register_forward_hook(_output_hook(layer_statistics.finish)))
+        yield statistics
+
+
+@contextmanager
+def attention_watched(model: PreTrainedModel, watch: AttentionWatcher) -> Iterator[None]:
+    """Run the model on SDPA and show `watch` the inputs of every attention call: the module,
+    query and key states after RoPE, the scaling, and the mask (bool, or `None` if causal).
+
+    Raises:
+        UserError: if the model does not go through transformers' attention interface.
+    """
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        watch(module, query, key, scaling, attention_mask)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+
+    before = model.config._attn_implementation
+    # Without its own mask function an implementation gets no mask at all, and no error.
+    ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, sdpa_mask)
+    try:
+        _set_implementation(model)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        del ALL_ATTENTION_FUNCTIONS._global_mapping[_IMPLEMENTATION]
+        del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_IMPLEMENTATION]
+
+
+def _set_implementation(model: PreTrainedModel) -> None:
+    with suppress(ValueError, ImportError):
+        model.set_attn_implementation(_IMPLEMENTATION)
+    # Models outside the interface are not an error to transformers, only a warning.
+    if model.config._attn_implementation != _IMPLEMENTATION:
+        raise UserError(
+            f"cannot watch the attention of {type(model).__name__}: it does not run on SDPA "
+            "through transformers' attention interface"
+        )
+
+
+def _gate_hooks(model: PreTrainedModel, watch: GateWatcher) -> Iterator[RemovableHandle]:
+    """Show `watch` each layer's gate scores in (0, 1), `[batch, T, heads, channels]`."""
+
+    def hook(index: int, by_head: Callable[[torch.Tensor], torch.Tensor]):
+        return lambda _module, _args, logits: watch(index, by_head(logits).float().sigmoid())
+
+    for index, projection, by_head in _gate_projections(model):
+        yield projection.register_forward_hook(hook(index, by_head))
+
+
+def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, Callable]]:
+    """Each gate's layer index, the module that puts out its logits, and how to part them by
+    head."""
+    module: Any
+    for module in model.modules():
+        gate = getattr(module, "g1", None)
+        if isinstance(gate, Gate | GateLayer):
+            by_head = partial(_unflatten, num_heads=gate.num_heads)
+            projections = [gate.g_proj] if isinstance(gate, Gate) else gate.g_proj.values()
+            for projection in projections:
+                yield module.layer_idx, projection, by_head
+        elif type(module).__name__ in _PACKED_GATES:
+            yield module.layer_idx, module.q_proj, partial(_unpack, head_dim=module.head_dim)
+
+
+def _unflatten(logits: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return logits.unflatten(-1, (num_heads, -1))
+
+
+def _unpack(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return query_and_gate.unflatten(-1, (-1, 2 * head_dim))[..., head_dim:]
+
+
+def _output_hook(see: Callable[[torch.Tensor], None]):
+    # Decoder layers return their hidden states, bare or first in a tuple.
+    return lambda _module, _args, output: see(output[0] if isinstance(output, tuple) else output)
