@@ -26,7 +26,5 @@ def family_of(model_type: str) -> Family:
         UserError: if it is not supported; the message lists those that are.
     """
     if model_type not in _MODEL_TYPES:
-        raise UserError(
-            f"cannot gate a {model_type!r} model; supported: {', '.join(_MODEL_TYPES)}"
-        )
+        raise UserError(f"cannot gate a {model_type!r} model; supported: {', '.join(_MODEL_TYPES)}")
     return import_module(f"retrofit.adapters.{model_type}").FAMILY

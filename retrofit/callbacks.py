@@ -2,9 +2,17 @@
 
 import signal
 import time
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 
@@ -40,7 +48,7 @@ class Interrupt(TrainerCallback):
     def __init__(self, console: Console):
         self.console = console
         self.requested = False
-        self.previous = {}
+        self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -65,7 +73,7 @@ class Interrupt(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """Loss, gate movement, tokens a second and time left; plain lines where there is no terminal."""
+    """Loss, gate movement, tokens a second, time left; plain lines where there is no terminal."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -77,7 +85,7 @@ class ProgressBar(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = None
+        self.task: TaskID | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_local_process_zero:

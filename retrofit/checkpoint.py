@@ -68,11 +68,11 @@ class SafetensorsCheckpoints(Trainer):
     def _save_rng_state(self, output_dir):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         version, words, gauss_next = random.getstate()
-        algorithm, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+        algorithm, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
         tensors = {
             "torch": torch.get_rng_state(),
             "python": torch.tensor(words, dtype=torch.int64),
-            "numpy": torch.from_numpy(keys.astype(np.int64)),
+            "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         }
         if torch.cuda.is_available():
             tensors["cuda"] = torch.cuda.get_rng_state()

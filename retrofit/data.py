@@ -21,14 +21,9 @@ _COLUMNS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"text"})
 class LoadedSource:
     """A source with its columns in TRL's names, not yet tokenized."""
 
-    name: str
     rows: Dataset | IterableDataset
     weight: float | None
-
-    @property
-    def completion_only(self) -> bool:
-        """Prompt/completion data trains on the completion alone, as in TRL."""
-        return {"prompt", "completion"} <= set(self.rows.column_names)
+    completion_only: bool  # prompt/completion data trains on the completion alone, as in TRL
 
 
 def load_sources(data: Data) -> list[LoadedSource]:
@@ -50,13 +45,13 @@ def mix(
     """
     if len(rows) == 1:
         return rows[0]
-    if weights[0] is None:
+    shares = [weight for weight in weights if weight is not None]
+    if not shares:
         joined = datasets.concatenate_datasets(rows)
         return joined.shuffle(seed=seed)
-    total = sum(weights)
     return datasets.interleave_datasets(
         rows,
-        probabilities=[weight / total for weight in weights],
+        probabilities=[share / sum(shares) for share in shares],
         seed=seed,
         stopping_strategy="all_exhausted",
     )
@@ -89,10 +84,12 @@ def _load(source: Source, streaming: bool) -> LoadedSource:
         raise UserError(f"data: cannot read {source.path}: {_one_line(cause)}") from None
     if first is None:
         raise UserError(f"data: {source.path} is empty")
-    return LoadedSource(source.path, _name_columns(rows, first, source), source.weight)
+    rows, columns = _name_columns(rows, first, source)
+    return LoadedSource(rows, source.weight, completion_only="completion" in columns)
 
 
 def _name_columns(rows, first: dict, source: Source):
+    """Keep the columns that TRL reads, under its names."""
     columns = set(first)
     if source.text_field != "text":
         if source.text_field not in columns:
@@ -104,8 +101,8 @@ def _name_columns(rows, first: dict, source: Source):
         columns = {"text"}
     for known in _COLUMNS:
         if known <= columns:
-            extra = {"tools", "chat_template_kwargs"} & columns
-            return rows.select_columns(sorted(known | extra))
+            known = known | ({"tools", "chat_template_kwargs"} & columns)
+            return rows.select_columns(sorted(known)), known
     raise UserError(
         f"data: {source.path} has the columns {', '.join(sorted(columns))}; expected text, "
         "prompt and completion, or messages (or set text_field)"

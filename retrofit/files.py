@@ -1,7 +1,6 @@
 """Files that appear whole or not at all."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ def write_text(path: Path, text: str) -> None:
     """Write through a neighbour and a rename, so that a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

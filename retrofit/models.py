@@ -20,7 +20,7 @@ from retrofit.errors import UserError
 from retrofit.files import read_json
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
-from retrofit.recipe import Model, load_recipe
+from retrofit.recipe import Dtype, Model, load_recipe
 
 
 def load_base(spec: Model) -> PreTrainedModel:
@@ -79,7 +79,7 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: str, dtype: str = "auto"
+    source: str, dtype: Dtype = "auto"
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Open anything `retrofit measure` can be pointed at.
 

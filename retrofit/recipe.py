@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from retrofit.errors import UserError
 
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -23,7 +25,7 @@ class _Section(BaseModel):
 class Model(_Section):
     base: str  # a folder, or a hub id
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"  # auto: as stored
+    dtype: Dtype = "auto"  # auto: as stored
     quantization: Literal["nf4", "fp4", "int8"] | None = None  # bitsandbytes; the merge uses none
     attn_implementation: str | None = None  # sdpa where the model has it
     trust_remote_code: bool = False
@@ -82,7 +84,7 @@ class Train(_Section):
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05  # below 1: a share of all steps
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    gradient_checkpointing: Literal["off", "non_reentrant", "reentrant"] = "off"
+    gradient_checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"
     torch_compile: bool = False
     seed: int = 0
     logging_steps: Annotated[int, Field(gt=0)] = 1
@@ -186,7 +188,9 @@ def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
+        return (
+            f"unknown key {key!r}{_nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
+        )
     if first["type"] == "missing":
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")

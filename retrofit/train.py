@@ -136,7 +136,7 @@ def _training_arguments(recipe: Recipe, run: Path) -> SFTConfig:
         warmup_steps=train.warmup_steps,
         lr_scheduler_type=train.schedule,
         max_grad_norm=train.max_grad_norm,
-        gradient_checkpointing=train.gradient_checkpointing != "off",
+        gradient_checkpointing=train.gradient_checkpointing != "none",
         gradient_checkpointing_kwargs={
             "use_reentrant": train.gradient_checkpointing == "reentrant"
         },
@@ -180,7 +180,7 @@ def _save_adapter(trainer: GateTrainer, run: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     trainer.model.save_pretrained(str(partial))
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card template
-    os.replace(partial, run / "adapter")
+    partial.replace(run / "adapter")
 
 
 def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:

@@ -1,1 +1,24 @@
-def main(): ...
+"""`retrofit check`"""
+
+from typing import Annotated
+
+import typer
+
+from retrofit.process import prepare_process
+from retrofit.recipe import load_recipe
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a bundled recipe's name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.max_steps=40.")
+    ] = None,
+) -> None:
+    """Preflight: say what a recipe would do, or what is wrong with it. Nothing is trained."""
+    resolved = load_recipe(recipe, overrides or ())
+    prepare_process()
+    from retrofit.check import check
+
+    for line in check(resolved):
+        typer.echo(f"{line.name:6} {line.finding}")
+    typer.echo("ok")

@@ -1,1 +1,32 @@
-def main(): ...
+"""`retrofit merge`"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from retrofit.process import prepare_process
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base, if it is no longer where the run found it.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Stored; the base's by default.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.")] = "5GB",
+) -> None:
+    """Write base and gates as one checkpoint, compared with the trained model before it appears."""
+    prepare_process()
+    from retrofit.merge import merge
+
+    report = merge(run, out, base=base, dtype=dtype, max_shard_size=max_shard_size)
+    figures = report["verification"]
+    typer.echo(
+        f"{out}: {report['checkpoint']['model_type']} in {report['checkpoint']['dtype']}; against "
+        f"the trained model: KL {figures['kl']:.1e}, largest logprob difference "
+        f"{figures['max_logprob_difference']:.1e}, same top token {figures['top1_agreement']:.1%}"
+    )

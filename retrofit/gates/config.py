@@ -36,8 +36,8 @@ class GateConfig(PeftConfig):
     granularity: Granularity = "headwise"
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
     init_weights: bool = True
     modules_to_save: list[str] | None = None
     base_model_type: str | None = field(default=None)

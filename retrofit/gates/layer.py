@@ -52,7 +52,7 @@ class GateLayer(nn.Module, BaseTunerLayer):
         self.device = device
         self.g_proj = nn.ModuleDict()
         self.activation = DoubledSigmoid()
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: GateConfig) -> None:
         """Add the projection of one adapter: `[num_heads, hidden_size]` or `[num_heads *

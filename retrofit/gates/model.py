@@ -90,7 +90,9 @@ def gates_off(model: nn.Module) -> Iterator[None]:
     PEFT's `disable_adapter` also toggles `requires_grad`, which is wasted work at every step and
     trips torch.compile and FSDP2.
     """
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+    layers = [
+        m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters
+    ]
     for layer in layers:
         layer._disable_adapters = True
     try:

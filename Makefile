@@ -1,0 +1,42 @@
+# The README's two commands are `make demo` and `make test`; each sets up what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Two spinning thread pools on two cores collapse: one pool, as wide as the machine.
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check assets format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+assets: $(VENV)/installed
+	$(BIN)/python scripts/assets.py
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# The constraints name the tested versions; without that of torch, pip would take a newer one and
+# gigabytes of CUDA with it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: retrofit needs Python 3.11 or newer; set PYTHON=python3.12, say" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

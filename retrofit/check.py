@@ -1,0 +1,99 @@
+"""`retrofit check`: what a recipe would do, found out without loading a weight."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from retrofit.data import load_sources
+from retrofit.export.native import refusal
+from retrofit.models import check_family, load_config, load_tokenizer
+from retrofit.recipe import Recipe
+from retrofit.train import gate_config
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the preflight."""
+
+    name: str
+    finding: str
+
+
+def check(recipe: Recipe) -> list[Check]:
+    """Open the config, the tokenizer and the data of a recipe, and build the gated model on the
+    meta device.
+
+    Raises:
+        UserError: for anything that would stop `retrofit train` before its first step.
+    """
+    config = load_config(recipe.model)
+    check_family(config)
+    base, gates = _count_weights(config, recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    sources = load_sources(recipe.data)
+    reason = refusal(config)
+    return [
+        Check("base", _describe_base(config, recipe, base)),
+        Check("gates", _describe_gates(config, recipe, gates, base)),
+        *(
+            Check("data", f"{source.path}: {_preview(loaded.rows, tokenizer)}")
+            for source, loaded in zip(recipe.data.sources, sources, strict=True)
+        ),
+        Check("step", _describe_step(recipe)),
+        Check(
+            "merge",
+            "stock qwen3_5_text checkpoint, no code of ours needed"
+            if reason is None
+            else f"gated checkpoint that needs `import retrofit`: {reason}",
+        ),
+    ]
+
+
+def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        base = model.num_parameters()
+        gated = get_peft_model(model, gate_config(recipe))
+    return base, sum(p.numel() for p in gated.parameters() if p.requires_grad)
+
+
+def _describe_base(config: PreTrainedConfig, recipe: Recipe, weights: int) -> str:
+    dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+    stored = recipe.model.dtype if recipe.model.dtype != "auto" else dtype
+    held = recipe.model.quantization or stored
+    return (
+        f"{config.model_type}, {config.num_hidden_layers} layers, {config.num_attention_heads} "
+        f"heads; {weights:,} weights in {held}: about {weights * _BYTES[held] / 1e9:.1f} GB"
+    )
+
+
+def _describe_gates(config: PreTrainedConfig, recipe: Recipe, gates: int, base: int) -> str:
+    layers = len(recipe.gate.layers or range(config.num_hidden_layers))
+    return (
+        f"{recipe.gate.granularity} on {layers} layers: {gates:,} weights, "
+        f"{gates / base:.2%} of the model"
+    )
+
+
+def _preview(rows, tokenizer: PreTrainedTokenizerBase, characters: int = 60) -> str:
+    row = next(iter(rows))
+    if "messages" in row:
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    elif "completion" in row:
+        text = f"{row['prompt']} -> {row['completion']}"
+    else:
+        text = row.get("text") or str(row)
+    length = f"{len(rows):,} documents" if hasattr(rows, "__len__") else "a stream"
+    return f"{length}; {' '.join(str(text).split())[:characters]!r}..."
+
+
+def _describe_step(recipe: Recipe) -> str:
+    train = recipe.train
+    rows = train.batch_size * train.gradient_accumulation_steps
+    tokens = rows * recipe.data.sequence_length
+    total = f"{train.max_steps} steps, " if train.max_steps else f"{train.epochs:g} epochs, "
+    return f"{total}{rows} rows x {recipe.data.sequence_length} = {tokens:,} tokens a step"

@@ -1,0 +1,46 @@
+"""Every bundled recipe passes `retrofit check` and runs to a merged checkpoint, on a tiny random
+model of its architecture."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from retrofit.check import check
+from retrofit.cli.measure import measure_run
+from retrofit.merge import merge
+from retrofit.recipe import bundled_recipes, load_recipe
+from retrofit.train import train
+
+ARCHITECTURE = {"smollm2": "llama", "llama": "llama", "qwen2.5": "qwen2", "qwen3": "qwen3"}
+
+
+@pytest.mark.parametrize("name", [name for name, _ in bundled_recipes()])
+def test_recipe_checks_trains_measures_and_merges(name, tiny_base, tmp_path):
+    model_type = ARCHITECTURE[name.split("/")[1].split("-")[0]]
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"the sink draws {i} tokens " * 40}) + "\n" for i in range(40)]
+    text.write_text("".join(lines))
+    recipe = load_recipe(
+        name,
+        [
+            f"output_dir={tmp_path / 'run'}",
+            f"model.base={tiny_base(model_type)}",
+            f"data.sources=[{{path: {text}, weight: 1.0}}, {{path: {text}, weight: 1.0}}]",
+            "data.sequence_length=64",
+            "train.max_steps=2",
+            f"measure={{text: {text}, length: 192, windows: 2}}",
+        ],
+    )
+    if recipe.model.quantization:
+        pytest.importorskip("bitsandbytes")
+    assert "stock qwen3_5_text" in {line.name: line.finding for line in check(recipe)}["merge"]
+    run = train(recipe)
+    from rich.console import Console
+
+    measure_run(recipe, run, Console(quiet=True))
+    merge(run, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(merged).__name__ == "Qwen3_5ForCausalLM"
+    assert torch.isfinite(merged(torch.arange(20)[None]).logits).all()

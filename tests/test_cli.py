@@ -1,0 +1,126 @@
+"""The command line: exit codes, one-line errors, and a help that answers at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from retrofit.recipe import bundled_recipes
+
+COMMAND = [sys.executable, "-c", "from retrofit.cli import main; main()"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def recipe_file(tiny_base, tmp_path):
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": f"a sink is token {i}"}) + "\n" for i in range(99)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "output_dir": str(tmp_path / "run"),
+                "model": {"base": str(tiny_base("llama"))},
+                "data": {"sources": [{"path": str(data)}], "sequence_length": 64},
+                "train": {"max_steps": 2, "report_to": []},
+                "measure": {"text": str(data), "length": 192, "windows": 2},
+            }
+        )
+    )
+    return path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["recipes", "ls"]])
+def test_help_and_recipes_import_no_torch(arguments):
+    code = (
+        "import sys; from retrofit.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "heavy = {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_verbs_are_listed():
+    result = run("--help")
+    assert result.returncode == 0
+    for verb in ("train", "measure", "merge", "check", "recipes"):
+        assert verb in result.stdout
+
+
+def test_recipes_lists_shows_and_copies(tmp_path):
+    listed = run("recipes").stdout
+    assert all(name in listed for name, _ in bundled_recipes())
+    shown = run("recipes", "show", "qwen3-0.6b").stdout
+    assert run("recipes", "copy", "qwen3-0.6b", str(tmp_path / "mine.yaml")).returncode == 0
+    assert (tmp_path / "mine.yaml").read_text() == shown
+    again = run("recipes", "copy", "qwen3-0.6b", str(tmp_path / "mine.yaml"))
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.slow
+def test_train_measure_merge_by_hand(recipe_file, tmp_path, tiny_base):
+    base, folder, merged = str(tiny_base("llama")), str(tmp_path / "run"), str(tmp_path / "merged")
+    trained = run("train", str(recipe_file), "train.max_steps=3")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 3
+    assert (tmp_path / "run" / "measure.png").read_bytes().startswith(b"\x89PNG")
+    merging = run("merge", folder, "--out", merged)
+    assert merging.returncode == 0, merging.stderr
+    out, text = tmp_path / "figures.json", str(tmp_path / "text.jsonl")
+    measured = run(
+        "measure", base, folder, merged, "--text", text, "--length", "192", "--json", str(out)
+    )
+    assert measured.returncode == 0, measured.stderr
+    base_model, adapter, checkpoint = json.loads(out.read_text())["models"]
+    assert base_model["metrics"]["gate_score"] is None
+    assert adapter["metrics"]["gate_score"] is not None
+    for metric in ("f_attn", "perplexity", "gate_score", "kl_to_base", "max_activation"):
+        if metric == "max_activation":  # the native form scales the residual stream
+            continue
+        assert checkpoint["metrics"][metric] == pytest.approx(
+            adapter["metrics"][metric], rel=1e-3, abs=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "{recipe}", "train.max_step=3"], "did you mean 'max_steps'?"),
+        (["train", "{recipe}", "model.base=/nowhere"], "no model at '/nowhere'"),
+        (["train", "nothing"], "no recipe 'nothing'"),
+        (["train", "{recipe}", "output_dir={tmp}"], "exists; choose another output_dir"),
+        (["check", "{recipe}", "data.sources=[{{path: gone.jsonl}}]"], "no file gone.jsonl"),
+        (["merge", "{tmp}/gone", "--out", "{tmp}/merged"], "{tmp}/gone"),
+        (["measure", "{base}", "--text", "{tmp}/gone.txt"], "no text file at"),
+        (["measure", "{base}", "--text", "{recipe}", "--json", "/no/x.json"], "no folder to write"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    recipe_file, tmp_path, tiny_base, arguments, message
+):
+    names = {"recipe": recipe_file, "tmp": tmp_path, "base": tiny_base("llama")}
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*(argument.format(**names) for argument in arguments))
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message.format(**names) in errors[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_describes_and_writes_nothing(recipe_file, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    result = run("check", str(recipe_file))
+    assert result.returncode == 0, result.stderr
+    assert "headwise on 3 layers: 768 weights" in result.stdout
+    assert "stock qwen3_5_text checkpoint" in result.stdout
+    assert sorted(tmp_path.rglob("*")) == before
