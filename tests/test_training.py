@@ -282,7 +282,9 @@ def test_prompt_completion_data_trains_on_completions_and_learns_where_they_end(
 
 def test_chat_data_goes_through_the_chat_template(make_recipe, tmp_path):
     path = tmp_path / "chat.jsonl"
-    message = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+    message = {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    }
     path.write_text((json.dumps(message) + "\n") * 40)
     recipe = make_recipe(sources=[{"path": str(path)}], data={"packing": False})
     trainer = make_trainer(recipe)
