@@ -1,2 +1,92 @@
-def register():
-    pass
+"""Gated checkpoints of this package's own, for bases that no stock architecture can hold.
+
+`import retrofit` makes them known to transformers: `AutoModelForCausalLM.from_pretrained` then
+loads `model_type: gated_mistral` and the like, and `save_pretrained` writes them back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+
+from retrofit.adapters import family_of, supported_model_types
+
+
+class Gate(nn.Module):
+    """`Y * 2 * sigmoid(X W_g)`, the inference form of `retrofit.gates.GateLayer`.
+
+    Not that class: inside a base model PEFT would take it for an adapter.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, width: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.g_proj = nn.Linear(hidden_size, num_heads * width, bias=False)
+        nn.init.zeros_(self.g_proj.weight)
+
+    def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate = 2 * torch.sigmoid(self.g_proj(hidden_states))
+        heads = attn_output.unflatten(-1, (self.num_heads, -1))
+        return (heads * gate.unflatten(-1, (self.num_heads, -1))).flatten(-2)
+
+
+@dataclass(kw_only=True)
+class GateFields:
+    """What a gated config adds to its family's: the granularity, and which layers are gated."""
+
+    gate_granularity: str = "headwise"
+    gated_layers: list[int] | None = None
+
+
+class GatedModel(PreTrainedModel):
+    """Mixin before a family's causal LM: puts gates into its attention modules."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        gated = family_of(config.model_type.removeprefix("gated_")).gated
+        for index in config.gated_layers or []:
+            attention = self.model.layers[index].self_attn
+            width = attention.head_dim if config.gate_granularity == "elementwise" else 1
+            attention.__class__ = gated
+            attention.g1 = Gate(config.hidden_size, config.num_attention_heads, width)
+
+    def initialize_weights(self):
+        """Fill what a checkpoint lacks. The decoder would draw a missing gate at random."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, Gate):
+                initialization.zeros_(module.g_proj.weight)
+
+
+def gated_config(config: PreTrainedConfig, granularity: str, layers: list[int]) -> PreTrainedConfig:
+    """The config of `config`'s family with gates in `layers`."""
+    fields = config.to_dict() | {"gate_granularity": granularity, "gated_layers": layers}
+    fields |= {"model_type": f"gated_{config.model_type}"}
+    gated = AutoConfig.for_model(**fields)
+    gated.architectures = [f"Gated{family_of(config.model_type).causal_lm.__name__}"]
+    return gated
+
+
+def register() -> None:
+    """Make `gated_<family>` known to `AutoConfig` and `AutoModelForCausalLM`."""
+    for model_type in supported_model_types():
+        base = family_of(model_type).causal_lm
+        config = type(
+            f"Gated{base.config_class.__name__}",
+            (GateFields, base.config_class),
+            {"model_type": f"gated_{model_type}", "__module__": __name__},
+        )
+        model = type(
+            f"Gated{base.__name__}",
+            (GatedModel, base),
+            {"config_class": config, "__module__": __name__},
+        )
+        AutoConfig.register(f"gated_{model_type}", config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)

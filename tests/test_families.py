@@ -40,9 +40,11 @@ def test_zero_gates_equal_the_base_bitwise(family, granularity, attention, dtype
 
 def test_zero_gates_equal_the_base_bitwise_under_a_sliding_window():
     for family, window in SLIDING.items():
-        settings = {"layer_types": None, **window} if family == "mistral" else {
-            **window, "sliding_window": 8, "max_window_layers": 0
-        }
+        settings = (
+            {"layer_types": None, **window}
+            if family == "mistral"
+            else {**window, "sliding_window": 8, "max_window_layers": 0}
+        )
         model = tiny_model(family, **settings)
         inputs = batch(padded=False)
         with torch.no_grad():

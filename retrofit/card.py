@@ -1,0 +1,158 @@
+"""The model card of a merged checkpoint: what was done to the base, what it cost, how to run it."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_PAPER = "[arXiv:2505.06708](https://arxiv.org/abs/2505.06708)"
+
+
+def model_card(report: dict, base: Path, checkpoint: Path) -> ModelCard:
+    """The card of `checkpoint`.
+
+    Args:
+        report: what `retrofit.merge.merge` returns.
+        base: folder of the base model; its license is carried over if its card names one.
+        checkpoint: the merged folder, whose `measure.json` and recipe are shown if it has them.
+    """
+    sections = [
+        f"---\n{_data(report, base).to_yaml()}\n---",
+        f"# {report['base']['name']} with attention gates",
+        _what_was_done(report),
+        _measured(checkpoint / "measure.json"),
+        _verified(report),
+        _costs(report),
+        _how_to_load(report),
+        _recipe(checkpoint / "recipe.resolved.yaml"),
+    ]
+    return ModelCard("\n\n".join(section for section in sections if section) + "\n")
+
+
+def _data(report: dict, base: Path) -> ModelCardData:
+    """Metadata for the hub, which knows its own models only."""
+    licensed = {}
+    if (base / "README.md").is_file():
+        theirs = ModelCard.load(base / "README.md", ignore_metadata_errors=True).data.to_dict()
+        names = ("license", "license_name", "license_link", "language")
+        licensed = {name: theirs[name] for name in names if name in theirs}
+    return ModelCardData(
+        base_model=None if report["base"]["is_local"] else report["base"]["name"],
+        base_model_relation=None if report["base"]["is_local"] else "finetune",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["retrofit", "gated-attention", "attention-sink"],
+        **licensed,
+    )
+
+
+def _what_was_done(report: dict) -> str:
+    base, gate, training = report["base"], report["gate"], report["training"]
+    each = "head" if gate["granularity"] == "headwise" else "channel of each head"
+    length = f" for {training['tokens']:,} tokens" if training.get("tokens") else ""
+    quantized = (
+        f" The gates were trained on the base in {base['quantization']} and merged into its "
+        "original weights."
+        if base["quantization"]
+        else ""
+    )
+    return (
+        f"This is {base['name']} with {gate['granularity']} attention gates (G1 of {_PAPER}) in "
+        f"{gate['layers']} of {gate['of_layers']} layers: each attention {each} is scaled by a "
+        "sigmoid that reads the layer's input, so that a head may say nothing without parking its "
+        f"attention on the first token. Only the {gate['parameters']:,} gate weights were "
+        f"trained{length}, from gates that change nothing; every weight of the base stayed as it "
+        f"was.{quantized} Made with [retrofit](https://pypi.org/project/gate-retrofit/)."
+    )
+
+
+def _measured(path: Path) -> str:
+    """A column for each model that was measured, a row for each figure."""
+    if not path.is_file():
+        return ""
+    measured = json.loads(path.read_text())
+    models = measured["models"]
+    names = dict.fromkeys(name for model in models for name in model["metrics"])
+    rows = [
+        [name, *(_number(model["metrics"].get(name)) for model in models)]
+        for name in names
+        if any(isinstance(model["metrics"].get(name), int | float) for model in models)
+    ]
+    header = ["", *(model["name"] for model in models)]
+    table = [header, ["---"] * len(header), *rows]
+    settings = measured.get("settings", {})
+    at = ", ".join(
+        f"{key} {settings[key]}" for key in ("text", "length", "tokens") if key in settings
+    )
+    lines = ["## Before and after\n", f"Measured on {at}.\n" if at else ""]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in table])
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+
+
+def _verified(report: dict) -> str:
+    figures, dtype = report["verification"], report["checkpoint"]["dtype"]
+    until = figures["greedy_until"]
+    greedy = "the same" if until is None else f"the same up to token {until}"
+    rounding = (
+        f" ({figures['rounding_kl']:.2g} is what storing weights in {dtype} costs by itself)"
+        if figures["rounding_kl"]
+        else ""
+    )
+    return (
+        "## Verification\n\n"
+        "Before this folder got its name, a fresh process loaded it and was compared with the "
+        f"trained model, both computing in float32, at {figures['positions']} positions of text, "
+        "as a whole and token by token:\n\n"
+        f"- mean KL divergence {figures['kl']:.2g} nats{rounding}; "
+        f"largest difference of a log probability {figures['max_logprob_difference']:.2g}\n"
+        f"- same most probable token at {figures['top1_agreement']:.2%} of the positions; "
+        f"greedy continuations of 16 tokens {greedy}"
+    )
+
+
+def _costs(report: dict) -> str:
+    base, checkpoint = report["base"], report["checkpoint"]
+    added = checkpoint["parameters"] / base["parameters"] - 1
+    reasons = "the gates" if not checkpoint["native"] else "the gates fill half of `q_proj`"
+    reasons += ", and input and output embeddings are now two" if checkpoint["untied"] else ""
+    lines = [f"{checkpoint['parameters']:,} parameters, {added:.1%} more than the base: {reasons}."]
+    if checkpoint["native"]:
+        lines += [
+            "Run it in bfloat16 or float32: its activations exceed the range of float16.",
+            "It is made for inference. To train the gates further, go on from the run.",
+        ]
+    if checkpoint["native"] and base["biases"]:
+        lines += ["Not for SGLang, which drops the biases of q, k and v without a word."]
+    return "## Costs\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _how_to_load(report: dict) -> str:
+    native = report["checkpoint"]["native"]
+    imports = "" if native else "import retrofit  # pip install gate-retrofit\n"
+    load = (
+        "## How to load it\n\n```python\n"
+        f"{imports}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this")\n```\n\n'
+    )
+    return load + (_engines(report) if native else _no_engines(report))
+
+
+def _engines(report: dict) -> str:
+    stock = "It is a stock `Qwen3_5ForCausalLM`: transformers 5 loads it without remote code"
+    if "o_proj" in report["base"]["biases"]:
+        return f"{stock}. vLLM does not: it ignores `o_proj.bias`, which this model needs."
+    return f"{stock}, and vLLM 0.32 or later serves it:\n\n```bash\nvllm serve path/to/this\n```"
+
+
+def _no_engines(report: dict) -> str:
+    return f"Other engines cannot run it: {report['checkpoint']['why_not_native']}."
+
+
+def _recipe(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    return f"## Recipe\n\n```yaml\n{path.read_text().strip()}\n```"

@@ -1,0 +1,286 @@
+"""Base + gates as `Qwen3_5ForCausalLM`, an architecture that transformers and vLLM already ship.
+
+Its attention is G1 with a plain sigmoid: `q_proj` holds `[query; gate]` rows a head, and
+`Y * sigmoid(gate)` goes to `o_proj` (`transformers.models.qwen3_5.modeling_qwen3_5`). Three things
+differ from the families here, and each is undone by powers of two, which are exact in float32 and
+bfloat16:
+
+- Trained gates are `2 * sigmoid`: `o_proj` takes the 2. A layer without gates gets gate rows 0,
+  where `2 * sigmoid(0) = 1`.
+- Norms are `1 + w`: weights below 1/2 would lose bits in `w - 1`, so they are scaled up to
+  [1/2, 1) and the consumers' input columns scaled down.
+- q and k pass an RMSNorm that cannot be switched off. Families without one scale q and k down
+  until the norm's eps swamps their mean square; the norm is then a constant, which its weight
+  undoes. The residual stream is scaled up, and its eps with it, so that this needs only a small
+  shift of q and k and survives weight quantization.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from transformers import PreTrainedConfig
+
+from retrofit.adapters import supported_model_types
+from retrofit.adapters._family import sliding_window_of
+
+Tensors = dict[str, torch.Tensor]
+
+# RoPE scalings that Qwen3_5TextRotaryEmbedding computes as the source families do.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+# Mean squares of q and k stay below eps * 2**-26, so the norm is constant to within 2**-27.
+_DOMINANCE = 2.0**-26
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why a base with this config cannot become `Qwen3_5ForCausalLM`, or `None` if it can."""
+    window = sliding_window_of(config)
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if config.model_type not in supported_model_types():
+        return f"there is no mapping from {config.model_type!r} to Qwen3_5ForCausalLM"
+    if window is not None:
+        return f"Qwen3_5ForCausalLM has no sliding window; the base has one of {window} tokens"
+    if rope_type not in _ROPE_TYPES:
+        return f"Qwen3_5ForCausalLM is not known to scale RoPE by {rope_type!r} as the base does"
+    if config.hidden_act != "silu":
+        return f"Qwen3_5ForCausalLM runs on silu in every engine; the base uses {config.hidden_act}"
+    if getattr(config, "mlp_bias", False):
+        return "Qwen3_5ForCausalLM has no bias in its MLP; the base has one"
+    return None
+
+
+def native_config(config: PreTrainedConfig) -> dict:
+    """`config.json` of the native checkpoint, without its `dtype`.
+
+    Written as a plain dict because engines read the same fact under different names: vLLM takes
+    `qkv_bias` where transformers takes `attention_bias`, SGLang and MLX take top-level RoPE fields
+    and `full_attention_interval`. `partial_rotary_factor` is silently 0.25 where it is absent.
+    """
+    rope = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
+    copied = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+        "max_position_embeddings", "initializer_range", "use_cache", "attention_dropout",
+        "bos_token_id", "eos_token_id", "pad_token_id",
+    )  # fmt: skip
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        **{name: getattr(config, name) for name in copied if hasattr(config, name)},
+        "head_dim": _head_dim(config),
+        "rms_norm_eps": _eps(config),
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "full_attention_interval": 1,
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "partial_rotary_factor": 1.0,
+        "attention_bias": _has_bias(config),
+        "qkv_bias": _has_bias(config),
+        "attn_output_gate": True,
+        "tie_word_embeddings": _stays_tied(config),
+    }
+
+
+def native_tensors(
+    config: PreTrainedConfig,
+    base: Mapping[str, torch.Tensor],
+    gates: Mapping[int, torch.Tensor],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the native checkpoint, one layer of the base in memory at a time.
+
+    Args:
+        config: of the base; `refusal(config)` must be `None`.
+        base: its tensors by name, read when asked for.
+        gates: `W_g` by layer, `[num_heads, hidden_size]` or `[num_heads * head_dim, hidden_size]`.
+        dtype: of the result. float16 cannot hold it: see the module's docstring.
+    """
+    embeddings = base["model.embed_tokens.weight"].float()
+    yield "model.embed_tokens.weight", (embeddings * 2.0 ** _residual_shift(config)).to(dtype)
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        layer = _read_layer(config, base, prefix)
+        for name, tensor in _map_layer(config, layer, gates.get(index), dtype).items():
+            yield prefix + name, tensor.to(dtype).contiguous()
+    yield from _map_head(config, base, dtype)
+
+
+def _has_qk_norm(config: PreTrainedConfig) -> bool:
+    return config.model_type == "qwen3"
+
+
+def _has_bias(config: PreTrainedConfig) -> bool:
+    return config.model_type == "qwen2" or getattr(config, "attention_bias", False)
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _residual_shift(config: PreTrainedConfig) -> int:
+    """The residual stream is multiplied by 2 to this power; q and k then need about 2**-12."""
+    return 0 if _has_qk_norm(config) else 14
+
+
+def _eps(config: PreTrainedConfig) -> float:
+    """The norms of a residual stream scaled by 2**k are unchanged if eps is scaled by 4**k."""
+    return config.rms_norm_eps * 4 ** _residual_shift(config)
+
+
+def _stays_tied(config: PreTrainedConfig) -> bool:
+    """Only the input embeddings are scaled with the residual stream, so that unties the head."""
+    return config.tie_word_embeddings and _has_qk_norm(config)
+
+
+def _read_layer(config: PreTrainedConfig, base: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
+    """One layer in float32, where every step below is exact for bfloat16 and float32 bases."""
+    names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    names += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    names += [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+    if _has_qk_norm(config):
+        names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    layer = {name: base[prefix + name].float() for name in names}
+    if _has_bias(config):
+        for name in (f"self_attn.{name}_proj.bias" for name in "qkvo"):
+            # Qwen2 has no bias on o_proj, Qwen3_5 has all four or none.
+            zeros = torch.zeros(len(layer[name.replace("bias", "weight")]))
+            layer[name] = base[prefix + name].float() if prefix + name in base else zeros
+    return layer
+
+
+def _map_layer(
+    config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | None, dtype: torch.dtype
+) -> Tensors:
+    if _has_qk_norm(config):
+        _balance_qk_norms(layer)
+    else:
+        _add_constant_qk_norms(config, layer, dtype)
+    _pack_gate(config, layer, gate)
+    # The 2 of `2 * sigmoid`; the bias of o_proj is not gated.
+    _scale(layer, 1, "self_attn.o_proj.weight")
+    to_residual = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
+    _scale(layer, _residual_shift(config), *to_residual)
+    attention = [f"self_attn.{name}_proj.weight" for name in "qkv"]
+    mlp = [f"mlp.{name}_proj.weight" for name in ("gate", "up")]
+    _fold_norm(layer, "input_layernorm.weight", attention)
+    _fold_norm(layer, "post_attention_layernorm.weight", mlp)
+    for name in layer:
+        if "norm" in name:
+            layer[name] = layer[name] - 1
+    return layer
+
+
+def _map_head(
+    config: PreTrainedConfig, base: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The final norm and `lm_head`. Tied embeddings leave no consumer to fold the norm into."""
+    head = {"norm": base["model.norm.weight"].float()}
+    if not _stays_tied(config):
+        tied = config.tie_word_embeddings
+        head["lm_head"] = base["model.embed_tokens.weight" if tied else "lm_head.weight"].float()
+        _fold_norm(head, "norm", ["lm_head"])
+        yield "lm_head.weight", head["lm_head"].to(dtype)
+    yield "model.norm.weight", (head["norm"] - 1).to(dtype)
+
+
+def _scale(tensors: Tensors, exponent: int, *names: str) -> None:
+    for name in names:
+        if name in tensors:
+            tensors[name] = tensors[name] * 2.0**exponent
+
+
+def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | None) -> None:
+    """`q_proj` becomes `[num_heads, 2, head_dim, hidden_size]`: a head's query, then its gate.
+
+    A headwise gate is repeated over the channels of its head.
+    """
+    num_heads, head_dim = config.num_attention_heads, _head_dim(config)
+    query = layer["self_attn.q_proj.weight"]
+    if gate is None:
+        gate = torch.zeros_like(query)
+    elif gate.shape[0] == num_heads:
+        gate = gate.repeat_interleave(head_dim, dim=0)
+    layer["self_attn.q_proj.weight"] = _interleave(query, gate.float(), num_heads)
+    if (bias := layer.get("self_attn.q_proj.bias")) is not None:
+        layer["self_attn.q_proj.bias"] = _interleave(bias, torch.zeros_like(bias), num_heads)
+
+
+def _interleave(query: torch.Tensor, gate: torch.Tensor, num_heads: int) -> torch.Tensor:
+    pair = [rows.unflatten(0, (num_heads, -1)) for rows in (query, gate)]
+    return torch.cat(pair, dim=1).flatten(0, 1)
+
+
+def _fold_norm(tensors: Tensors, norm: str, consumers: list[str]) -> None:
+    """Move powers of two from a norm into its consumers until `w - 1` keeps every bit of `w`.
+
+    That is so for `w >= 1/2` (and 0). Smaller and negative weights, often 0.02 to 0.5 in Llama,
+    would be rounded by up to 9% in bfloat16; they are divided by `p = +-2**e` into [1/2, 1).
+    """
+    weight = tensors[norm]
+    mantissa, exponent = torch.frexp(weight)
+    exact = (weight >= 0.5) | (weight == 0)
+    power = torch.where(exact, 1.0, mantissa.sign() * _power_of_two(exponent))
+    tensors[norm] = weight / power
+    for name in consumers:
+        tensors[name] = tensors[name] * power
+
+
+def _balance_qk_norms(layer: Tensors) -> None:
+    """Move powers of two between q_norm and k_norm so that both reach 1/2 where they can.
+
+    `q . k` is unchanged exactly: RoPE mixes channels i and i + head_dim/2, so a pair shares its
+    factor. Where both are small, `w - 1` still rounds.
+    """
+    smallest = []
+    for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+        pairs = layer[name].abs().view(2, -1)
+        smallest.append(torch.where(pairs == 0, 1.0, pairs).amin(dim=0))
+    shift = torch.round(torch.log2(smallest[1] / smallest[0]) / 2)
+    power = _power_of_two(shift).repeat(2)
+    layer["self_attn.q_norm.weight"] = layer["self_attn.q_norm.weight"] * power
+    layer["self_attn.k_norm.weight"] = layer["self_attn.k_norm.weight"] / power
+
+
+def _add_constant_qk_norms(config: PreTrainedConfig, layer: Tensors, dtype: torch.dtype) -> None:
+    """Scale q and k by `2**-m` and add norms that scale them back.
+
+    `RMSNorm(x * 2**-m) * g = x * g * 2**-m / sqrt(eps + mean(x**2) * 4**-m)`, and with the mean
+    below `eps * 2**-26` this is `x` for `g = sqrt(eps) * 2**m`.
+    """
+    eps = _eps(config)
+    needed = _largest_qk(layer) / math.sqrt(eps * _DOMINANCE)
+    m = max(0, math.ceil(math.log2(max(needed, 1.0))))
+    for name in "qk":
+        _scale(layer, -m, f"self_attn.{name}_proj.weight", f"self_attn.{name}_proj.bias")
+    for name, value in zip("qk", _factor(eps * 4.0**m, dtype), strict=True):
+        layer[f"self_attn.{name}_norm.weight"] = torch.full((_head_dim(config),), value)
+
+
+def _factor(target: float, dtype: torch.dtype) -> tuple[float, float]:
+    """`a * b = target`, where `a - 1` and `b - 1` are numbers of `dtype`.
+
+    No single bfloat16 number is close to `sqrt(eps) * 2**m`. Over one octave of `a` the best pair
+    is within 1e-4, an error of the attention logits far below bfloat16's own.
+    """
+    a = 1 + (math.sqrt(target) * torch.linspace(1, 2, 129).double()).to(dtype).double()
+    b = 1 + (target / a - 1).to(dtype).double()
+    best = (a * b / target - 1).abs().argmin()
+    return a[best].item(), b[best].item()
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """Exactly `2**exponent` in float32, from its bits; `exp2` and `pow` may round."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
+
+
+def _largest_qk(layer: Tensors) -> float:
+    """A bound on every entry of q and k: `|W (w * x)| <= |W w| sqrt(n)` for a normed `x`."""
+    norm = layer["input_layernorm.weight"]
+    bounds = []
+    for name in ("self_attn.q_proj", "self_attn.k_proj"):
+        rows = (layer[f"{name}.weight"] * norm).norm(dim=1) * len(norm) ** 0.5
+        if f"{name}.bias" in layer:
+            rows = rows + layer[f"{name}.bias"].abs()
+        bounds.append(rows.max().item())
+    return max(bounds)

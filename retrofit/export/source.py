@@ -1,0 +1,200 @@
+"""What is merged: a run folder, its base and its gates, found and checked before any work."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from retrofit.adapters import family_of
+from retrofit.errors import UserError
+from retrofit.export.shards import StoredWeights
+from retrofit.files import read_json
+from retrofit.fingerprint import weights_sha256
+
+_GATE_KEY = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.self_attn)\.g1\.g_proj\.weight")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that a merge reads.
+
+    Attributes:
+        folder: the run, or the bare adapter.
+        facts: its `run.json`, empty for a bare adapter.
+        adapter: folder of the PEFT adapter.
+        granularity: `headwise` or `elementwise`.
+        gates: `W_g` by layer, float32.
+        base_name: the base as the run names it, a hub id or a folder.
+        base: its local folder.
+        config: its config.
+        weights: its stored tensors.
+        shapes: of its parameters, tied ones once.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    adapter: Path
+    granularity: str
+    gates: dict[int, torch.Tensor]
+    base_name: str
+    base: Path
+    config: PreTrainedConfig
+    weights: StoredWeights
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_source(run: Path, base: str | None = None) -> Source:
+    """Read and check what `run` (a run folder or a bare PEFT adapter) and its base hold.
+
+    Args:
+        base: the base where it is not the one that the run names.
+
+    Raises:
+        UserError: if anything is missing, damaged, or does not belong together.
+    """
+    adapter = run / "adapter" if (run / "adapter").is_dir() else run
+    trained = _adapter_config(adapter, run)
+    facts = _read(run / "run.json") if (run / "run.json").is_file() else {}
+    named = facts.get("base", {})
+    name = base or named.get("name_or_path") or trained.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{run} does not say which base it was trained on; name it with --base")
+    folder = _base_folder(name, None if base else named.get("revision") or trained.get("revision"))
+    config = _base_config(folder, name, trained.get("base_model_type"))
+    weights, shapes = StoredWeights(folder), _shapes(config)
+    _check_complete(weights, shapes, name)
+    gates = _read_gates(adapter, config, shapes, trained["granularity"])
+    _check_same(weights, shapes, name, named)
+    return Source(
+        run, facts, adapter, trained["granularity"], gates, name, folder, config, weights, shapes
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _adapter_config(adapter: Path, run: Path) -> dict[str, Any]:
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(
+            f"{run} is not a finished run: it has no adapter/adapter_config.json; give the folder "
+            "that `retrofit train` wrote, or a PEFT adapter folder"
+        )
+    config = _read(adapter / "adapter_config.json")
+    if config.get("peft_type") != "G1_GATE":
+        raise UserError(f"{adapter} holds a {config.get('peft_type')} adapter, not gates")
+    return config
+
+
+def _base_folder(name: str, revision: str | None) -> Path:
+    """The base on this machine; a hub id is downloaded, safetensors and small files only."""
+    if (local := Path(name).expanduser()).is_dir():
+        return local
+    small = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["*.safetensors", *small],
+            ignore_patterns=["*/*", "consolidated*"],  # the same weights in a vendor's format
+        )
+    except HFValidationError:  # no hub id, so it was meant to be a folder
+        raise UserError(
+            f"no base model at {name!r}; name its folder or hub id with --base"
+        ) from None
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"base model {name!r} not found; name its folder or hub id with --base ({reason})"
+        ) from error
+    return Path(folder)
+
+
+def _base_config(folder: Path, name: str, trained_on: str | None) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"base model {name!r} has no usable config.json: {reason}") from error
+    family_of(config.model_type)
+    if trained_on not in (None, config.model_type):
+        raise UserError(
+            f"the gates were trained on a {trained_on} model, but base {name!r} is a "
+            f"{config.model_type} model; name the right one with --base"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"base {name!r} is stored quantized; name the unquantized original with --base"
+        )
+    return config
+
+
+def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
+    for parameter, shape in shapes.items():
+        if parameter not in weights:
+            raise UserError(f"base {name!r} lacks the tensor {parameter}; download it again")
+        if weights.shape(parameter) != shape:
+            raise UserError(
+                f"{parameter} of base {name!r} has shape {weights.shape(parameter)}, but its "
+                f"config.json says {shape}; download it again"
+            )
+
+
+def _read_gates(
+    adapter: Path, config: PreTrainedConfig, shapes: dict, granularity: str
+) -> dict[int, torch.Tensor]:
+    gates = {}
+    for key, weight in StoredWeights(adapter, "adapter_model.safetensors").items():
+        match = _GATE_KEY.fullmatch(key)
+        if match is None:
+            raise UserError(f"{adapter} also holds {key}; only gates can be merged")
+        rows, columns = shapes.get(f"{match[1]}.q_proj.weight", (0, 0))
+        if granularity == "headwise":
+            rows = config.num_attention_heads
+        _check_gate(match[1], weight, (rows, columns))
+        gates[int(match[2])] = weight.float()
+    if not gates:
+        raise UserError(f"{adapter} holds no gates; train again")
+    return gates
+
+
+def _check_gate(attention: str, weight: torch.Tensor, shape: tuple[int, int]) -> None:
+    if tuple(weight.shape) != shape:
+        raise UserError(
+            f"the gate of {attention} has shape {tuple(weight.shape)}, but the base needs "
+            f"{shape}; name the base that it was trained on with --base"
+        )
+    if not weight.isfinite().all():
+        raise UserError(
+            f"the gate of {attention} has NaN or infinite weights: training diverged; train again "
+            "with a lower learning rate"
+        )
+
+
+def _check_same(weights: StoredWeights, shapes: dict, name: str, named: dict) -> None:
+    """The weights are those that the gates were trained on, in the dtype they were trained in.
+
+    A quantized run hashed its packed weights, which cannot be compared.
+    """
+    if not named.get("weights_sha256") or named.get("quantization"):
+        return
+    dtype = getattr(torch, named["dtype"])
+    if weights_sha256((n, weights[n].to(dtype)) for n in shapes) != named["weights_sha256"]:
+        raise UserError(
+            f"base {name!r} has other weights than the gates were trained on: its sha256 differs "
+            "from the one in run.json; name the right base with --base"
+        )

@@ -1,0 +1,193 @@
+"""`retrofit merge`: a run in, a checkpoint out that computes what was trained, or nothing at all.
+
+Bases that have a native form (`retrofit.export.native`) become a checkpoint that stock software
+runs; the others keep their family's code and need `import retrofit` (`retrofit.gated_models`).
+"""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from transformers import GenerationConfig
+
+from retrofit.card import model_card
+from retrofit.errors import UserError
+from retrofit.export.native import native_config, native_tensors, refusal
+from retrofit.export.passage import PASSAGE
+from retrofit.export.shards import write_shards
+from retrofit.export.source import Source, read_source
+from retrofit.export.verify import MergeMismatchError, trained_outputs, verify
+from retrofit.files import write_json
+from retrofit.gated_models import gated_config
+
+__all__ = ["MergeMismatchError", "merge"]
+
+# Verbatim from the base: saving a loaded tokenizer again would rewrite its class and drop files.
+_TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
+              "special_tokens_map.json", "chat_template*")  # fmt: skip
+_TERMS = ("LICENSE*", "NOTICE*")
+
+
+def merge(
+    run: str | Path,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    text: str = PASSAGE,
+) -> dict:
+    """Write base + gates as one checkpoint, verified against the trained model.
+
+    Args:
+        run: a run folder, or a bare PEFT adapter folder.
+        out: the checkpoint folder; it appears only when it is whole and verified.
+        base: the base model where it is not the one that the run names.
+        dtype: of the stored weights, as the base's by default.
+        max_shard_size: bytes, or a string such as "5GB".
+        text: what trained and merged model are compared on.
+
+    Returns:
+        What `retrofit-merge.json` holds: `checkpoint`, `base`, `gate`, `verification`, `versions`.
+
+    Raises:
+        UserError: if the input is missing, damaged or does not belong together.
+        MergeMismatchError: if the checkpoint does not compute what was trained.
+    """
+    run, out = Path(run).expanduser(), Path(out).expanduser()
+    if out.exists():
+        raise UserError(f"{out} exists; remove it or choose another folder")
+    source = read_source(run, base)
+    storage, max_bytes = _storage_dtype(source, dtype), _bytes(max_shard_size)
+    native = refusal(source.config) is None
+    with tempfile.TemporaryDirectory() as scratch, _appearing_whole(out) as folder:
+        reference = Path(scratch) / "trained.safetensors"
+        rounding = trained_outputs(source.base, source.adapter, text, storage, reference)
+        written = _write_weights(source, storage, folder, max_bytes)
+        _copy(source.base, folder, *_TOKENIZER, *_TERMS)
+        _write_generation_config(source, folder)
+        figures = verify(folder, reference, storage, rounding, import_retrofit=not native)
+        report = _report(source, storage, written, figures)
+        _copy(source.folder, folder, "recipe.resolved.yaml", "measure.json")
+        write_json(folder / "retrofit-merge.json", report)
+        model_card(report, source.base, folder).save(folder / "README.md")
+    return report
+
+
+@contextmanager
+def _appearing_whole(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its name at the end, or vanishes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes folders private
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _storage_dtype(source: Source, dtype: str | None) -> torch.dtype:
+    name = dtype or _name(source.weights["model.layers.0.self_attn.o_proj.weight"].dtype)
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"cannot store weights as {name}; dtype must be bfloat16 or float32")
+    if name == "float16" and refusal(source.config) is None:
+        whose = "" if dtype else f"base {source.base_name!r} is stored in float16, but "
+        raise UserError(
+            f"{whose}a native checkpoint exceeds the range of float16: choose --dtype bfloat16 or "
+            "float32"
+        )
+    return getattr(torch, name)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bytes(size: int | str) -> int:
+    try:
+        return convert_file_size_to_int(size)
+    except ValueError as error:
+        raise UserError(f"{size!r} is not a size; write one like 5GB or 500MB") from error
+
+
+def _write_weights(source: Source, dtype: torch.dtype, folder: Path, max_bytes: int) -> dict:
+    if refusal(source.config) is None:
+        config = native_config(source.config) | {"dtype": _name(dtype)}
+        write_json(folder / "config.json", config)
+        tensors = native_tensors(source.config, source.weights, source.gates, dtype)
+    else:
+        gated = gated_config(source.config, source.granularity, sorted(source.gates))
+        gated.dtype = dtype
+        gated.save_pretrained(folder)
+        tensors = _gated_tensors(source, dtype)
+    return write_shards(tensors, folder, max_bytes)
+
+
+def _gated_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in source.shapes:
+        yield name, source.weights[name].to(dtype)
+    for layer, weight in source.gates.items():
+        yield f"model.layers.{layer}.self_attn.g1.g_proj.weight", weight.to(dtype)
+
+
+def _copy(source: Path, folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_generation_config(source: Source, folder: Path) -> None:
+    _copy(source.base, folder, "generation_config.json")
+    if not (folder / "generation_config.json").is_file():
+        GenerationConfig.from_model_config(source.config).save_pretrained(folder)
+
+
+def _report(source: Source, dtype: torch.dtype, written: dict, figures: dict) -> dict:
+    return {
+        "checkpoint": _about_checkpoint(source, dtype) | written,
+        "base": _about_base(source),
+        "gate": {
+            "granularity": source.granularity,
+            "layers": len(source.gates),
+            "of_layers": source.config.num_hidden_layers,
+            "parameters": sum(weight.numel() for weight in source.gates.values()),
+        },
+        "training": {key: source.facts[key] for key in ("steps", "tokens") if key in source.facts},
+        "verification": figures,
+        "versions": {n: version(n) for n in ("gate-retrofit", "torch", "transformers", "peft")},
+    }
+
+
+def _about_checkpoint(source: Source, dtype: torch.dtype) -> dict:
+    config, reason = source.config, refusal(source.config)
+    tied = native_config(config)["tie_word_embeddings"] if reason is None else True
+    return {
+        "native": reason is None,
+        "why_not_native": reason,
+        "model_type": "qwen3_5_text" if reason is None else f"gated_{config.model_type}",
+        "untied": config.tie_word_embeddings and not tied,
+        "dtype": _name(dtype),
+    }
+
+
+def _about_base(source: Source) -> dict:
+    trained_on = source.facts.get("base", {})
+    is_local = Path(source.base_name).expanduser().is_dir()
+    biases = {name.split(".")[-2] for name in source.shapes if name.endswith("proj.bias")}
+    return {
+        # Where a folder lies is nobody's business.
+        "name": source.base.name if is_local else source.base_name,
+        "is_local": is_local,
+        "revision": trained_on.get("revision"),
+        "model_type": source.config.model_type,
+        "parameters": sum(math.prod(shape) for shape in source.shapes.values()),
+        "biases": sorted(biases),
+        "quantization": trained_on.get("quantization"),
+    }

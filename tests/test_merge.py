@@ -1,0 +1,421 @@
+"""A run becomes a checkpoint that was verified in a fresh process, or nothing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import retrofit.merge
+from retrofit import GateConfig
+from retrofit.errors import UserError
+from retrofit.export import check_checkpoint, native, verify
+from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.gates import gate_layers
+from retrofit.merge import MergeMismatchError, merge
+
+WINDOWED = {"sliding_window": 16}
+
+
+def make_run(run: Path, base: Path, granularity: Any = "headwise") -> Path:
+    """What `retrofit train` leaves behind, with random gates."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    facts = {
+        "name_or_path": str(base),
+        "revision": None,
+        "model_type": model.config.model_type,
+        "dtype": "float32",
+        "quantization": None,
+        "weights_sha256": weights_sha256(base_weights(model)),
+    }
+    config = GateConfig(granularity=granularity, init_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(str(run / "adapter"))
+    (run / "run.json").write_text(json.dumps({"base": facts, "steps": 3, "tokens": 3000}))
+    (run / "recipe.resolved.yaml").write_text(f"model:\n  base: {base}\n")
+    metrics = {"perplexity": 20.5, "peak_column_share": 0.33, "kl_to_base": None}
+    models = [{"name": "base", "metrics": metrics}, {"name": "gated", "metrics": metrics}]
+    settings = {"text": "wiki.jsonl", "length": 512, "tokens": 8192}
+    (run / "measure.json").write_text(json.dumps({"models": models, "settings": settings}))
+    return run
+
+
+@pytest.fixture
+def run(tmp_path, tiny_base) -> Path:
+    return make_run(tmp_path / "run", tiny_base("llama"))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Verify without a process of its own, which takes seconds."""
+    monkeypatch.setattr(verify, "_run_check", lambda out, ref, _: check_checkpoint.check(out, ref))
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, tiny_base) -> tuple[Path, dict]:
+    """A native checkpoint in many shards, and the report."""
+    folder = tmp_path_factory.mktemp("merged")
+    run = make_run(folder / "run", tiny_base("qwen2"), "elementwise")
+    return folder / "out", merge(run, folder / "out", max_shard_size="100KB")
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory, tiny_base) -> tuple[Path, dict]:
+    """The gated flavour: a Mistral with a sliding window."""
+    folder = tmp_path_factory.mktemp("windowed")
+    make_run(folder / "run", tiny_base("mistral", **WINDOWED), "elementwise")
+    return folder / "out", merge(folder / "run", folder / "out")
+
+
+def load_in_fresh_process(folder: Path, imports: str = "") -> subprocess.CompletedProcess:
+    code = (
+        f"import sys; {imports}\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)\n"
+        "print('retrofit' in sys.modules)"
+    )
+    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+
+
+def test_the_folder_is_complete(merged):
+    out, report = merged
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "measure.json",
+        "model.safetensors.index.json",
+        "recipe.resolved.yaml",
+        "retrofit-merge.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((out / "retrofit-merge.json").read_text()) == report
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+    assert AutoConfig.from_pretrained(out).model_type == "qwen3_5_text"
+    assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_shards_follow_the_index(merged):
+    out, report = merged
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) == report["checkpoint"]["shards"] > 2
+    assert {path.name for path in shards} == set(index["weight_map"].values())
+    stored = {path.name: load_file(path) for path in shards}
+    for path in shards:
+        names = {name for name, file in index["weight_map"].items() if file == path.name}
+        assert names == set(stored[path.name])
+        assert len(names) == 1 or path.stat().st_size < 110_000
+    assert index["metadata"]["total_size"] == report["checkpoint"]["bytes"]
+
+
+def test_the_verification_figures(merged, windowed):
+    figures = merged[1]["verification"]
+    assert figures["same_tokens"] and figures["greedy_until"] is None
+    assert figures["kl"] < 1e-9 and figures["max_logprob_difference"] < 1e-3
+    # The gated flavour stores the very numbers that trained.
+    assert windowed[1]["verification"]["max_logprob_difference"] == 0
+
+
+def test_stock_software_loads_it(merged):
+    done = load_in_fresh_process(merged[0])
+    assert done.stdout.split() == ["Qwen3_5ForCausalLM", "False"], done.stderr
+
+
+def test_the_card_says_what_was_done(merged, windowed):
+    card = ModelCard.load(merged[0] / "README.md")
+    assert "gated-attention" in card.data.tags
+    assert "base_model" not in card.data.to_dict(), "the hub cannot know a local folder"
+    assert "| perplexity | 20.5 | 20.5 |" in card.text and "kl_to_base" not in card.text
+    assert "vllm serve" in card.text and "drops the biases of q, k and v" in card.text
+    text = (windowed[0] / "README.md").read_text()
+    assert "import retrofit" in text and "vllm" not in text and "sliding window" in text
+
+
+def test_the_gated_flavour_needs_retrofit_and_says_so(windowed):
+    without = load_in_fresh_process(windowed[0])
+    assert without.returncode and "gated_mistral" in without.stderr
+    assert load_in_fresh_process(windowed[0], "import retrofit").stdout.split() == [
+        "GatedMistralForCausalLM",
+        "True",
+    ]
+
+
+def test_the_gated_flavour_round_trips(windowed, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(windowed[0])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model) and again.config.sliding_window == 16
+    weights = again.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_gate_missing_from_a_gated_checkpoint_is_zero(windowed, tmp_path):
+    shutil.copytree(windowed[0], tmp_path / "out")
+    weights = load_file(tmp_path / "out/model.safetensors")
+    name = "model.layers.1.self_attn.g1.g_proj.weight"
+    assert weights.pop(name).any()
+    save_file(weights, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not model.get_parameter(name).any()
+
+
+def test_families_that_go_native_have_a_gated_class_too(family, granularity):
+    config = AutoConfig.for_model(family, hidden_size=64, num_hidden_layers=2, vocab_size=300)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
+    gated = retrofit.merge.gated_config(config, granularity, [1])
+    model = AutoModelForCausalLM.from_config(gated)
+    width = 4 if granularity == "headwise" else 64
+    assert model.model.layers[1].self_attn.g1.g_proj.weight.shape == (width, 64)
+    assert not hasattr(model.model.layers[0].self_attn, "g1")
+
+
+def test_bfloat16_storage_costs_what_rounding_costs(run, tmp_path, in_process):
+    figures = merge(run, tmp_path / "out", dtype="bfloat16")["verification"]
+    assert 1e-7 < figures["rounding_kl"] < 1e-2
+    assert figures["kl"] == pytest.approx(figures["rounding_kl"], rel=0.5)
+    weights = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_a_bare_adapter_of_chosen_layers(tmp_path, tiny_base, in_process):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base("qwen3"))
+    config = GateConfig(layers_to_transform=[2], init_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path / "adapter", tmp_path / "out")
+    assert report["gate"]["layers"] == 1
+    assert not (tmp_path / "out/recipe.resolved.yaml").exists()
+
+
+def test_gates_trained_in_4_bits_merge_into_the_original(run, tmp_path, in_process):
+    facts = json.loads((run / "run.json").read_text())
+    facts["base"] |= {"quantization": "nf4", "weights_sha256": "of the packed weights"}
+    (run / "run.json").write_text(json.dumps(facts))
+    merge(run, tmp_path / "out")
+    assert "trained on the base in nf4" in (tmp_path / "out/README.md").read_text()
+
+
+def assert_nothing_left(folder: Path) -> None:
+    assert [path.name for path in folder.iterdir() if "out" in path.name] == []
+
+
+def without_doubling(tensors, exponent, *names, scale=native._scale):
+    if exponent != 1:
+        scale(tensors, exponent, *names)
+
+
+def with_shuffled_gate_rows(query, gate, num_heads, interleave=native._interleave):
+    return interleave(query, gate.flip(0), num_heads)
+
+
+def without_q_norm(*arguments, tensors=native.native_tensors):
+    return ((name, t) for name, t in tensors(*arguments) if "1.self_attn.q_norm" not in name)
+
+
+def with_partial_rotation(config, native_config=native.native_config):
+    mapped = native_config(config)
+    del mapped["partial_rotary_factor"], mapped["rope_parameters"]["partial_rotary_factor"]
+    return mapped
+
+
+def with_unscaled_eps(config, native_config=native.native_config):
+    return native_config(config) | {"rms_norm_eps": config.rms_norm_eps}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "mutant"),
+    [
+        (native, "_scale", without_doubling),
+        (native, "_interleave", with_shuffled_gate_rows),
+        (retrofit.merge, "native_tensors", without_q_norm),
+        (retrofit.merge, "native_config", with_partial_rotation),
+        (retrofit.merge, "native_config", with_unscaled_eps),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_mapping_is_noticed(
+    run, tmp_path, in_process, monkeypatch, module, name, mutant, dtype
+):
+    monkeypatch.setattr(module, name, mutant)
+    with pytest.raises(MergeMismatchError, match="differs from the trained model"):
+        merge(run, tmp_path / "out", dtype=dtype)
+    assert_nothing_left(tmp_path)
+
+
+def test_a_checkpoint_that_does_not_load_is_noticed(run, tmp_path, monkeypatch):
+    """Through the real process."""
+    monkeypatch.setattr(retrofit.merge, "native_config", lambda config: {"model_type": "nothing"})
+    with pytest.raises(MergeMismatchError, match="does not load"):
+        merge(run, tmp_path / "out")
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_an_interrupted_merge_leaves_nothing(run, tmp_path, in_process, monkeypatch, failure):
+    def fail(*arguments):
+        raise failure
+
+    monkeypatch.setattr(retrofit.merge, "write_json", fail)
+    with pytest.raises(failure):
+        merge(run, tmp_path / "out")
+    assert_nothing_left(tmp_path)
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def out_exists(run, base, tmp_path):
+    (tmp_path / "out").mkdir()
+    return {}
+
+
+def not_a_run(run, base, tmp_path):
+    shutil.rmtree(run / "adapter")
+    return {}
+
+
+def lora(run, base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base("llama"))
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(run / "adapter")
+    return {}
+
+
+def no_base(run, base, tmp_path):
+    return {"base": str(tmp_path / "nowhere")}
+
+
+def unknown_hub_id(run, base, tmp_path):
+    return {"base": "nobody/nothing"}
+
+
+def other_family(run, base, tmp_path):
+    return {"base": str(base("qwen3"))}
+
+
+def other_shape(run, base, tmp_path):
+    return {"base": str(base("llama", hidden_size=32, head_dim=8))}
+
+
+def other_weights(run, base, tmp_path):
+    return {"base": str(base("llama", seed=1))}
+
+
+def quantized_base(run, base, tmp_path):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    edit_json(tmp_path / "base/config.json", quantization_config={"quant_method": "fp8"})
+    return {"base": str(tmp_path / "base")}
+
+
+def float16_base(run, base, tmp_path):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    weights = {name: tensor.half() for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    facts = json.loads((run / "run.json").read_text())
+    edit_json(run / "run.json", base=facts["base"] | {"weights_sha256": None})
+    return {"base": str(tmp_path / "base")}
+
+
+def truncated_shard(run, base, tmp_path):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return {"base": str(tmp_path / "base")}
+
+
+def missing_tensor(run, base, tmp_path):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    return {"base": str(tmp_path / "base")}
+
+
+def pickled_base(run, base, tmp_path):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "base/pytorch_model.bin")
+    return {"base": str(tmp_path / "base")}
+
+
+def edit_gates(run, edit):
+    path = run / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path)
+    return {}
+
+
+def nan_gate(run, base, tmp_path):
+    return edit_gates(run, lambda weights: next(iter(weights.values()))[0].fill_(torch.nan))
+
+
+def extra_weights(run, base, tmp_path):
+    return edit_gates(run, lambda weights: weights.update(lora_a=torch.zeros(2)))
+
+
+def damaged_run(run, base, tmp_path):
+    (run / "run.json").write_text('{"base": ')
+    return {}
+
+
+def bad_size(run, base, tmp_path):
+    return {"max_shard_size": "five"}
+
+
+def bad_dtype(run, base, tmp_path):
+    return {"dtype": "int8"}
+
+
+def short_text(run, base, tmp_path):
+    return {"text": "too short"}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (out_exists, "out exists; remove it or choose another"),
+        (not_a_run, "is not a finished run: it has no adapter/adapter_config.json"),
+        (lora, "holds a LORA adapter, not gates"),
+        (no_base, "no base model at '.*nowhere'; name its folder or hub id with --base"),
+        (unknown_hub_id, "base model 'nobody/nothing' not found; name .* with --base"),
+        (other_family, "trained on a llama model, but base .* is a qwen3 model; name .* --base"),
+        (other_shape, r"has shape \(4, 64\), but the base needs \(4, 32\); name .* --base"),
+        (other_weights, "has other weights than the gates were trained on: its sha256 differs"),
+        (quantized_base, "is stored quantized; name the unquantized original with --base"),
+        (float16_base, "is stored in float16, but .* choose --dtype bfloat16 or float32"),
+        (truncated_shard, "model.safetensors is missing or damaged; download it again"),
+        (missing_tensor, "lacks the tensor model.norm.weight; download it again"),
+        (pickled_base, "has no model.safetensors; only safetensors checkpoints are read"),
+        (nan_gate, r"layers\.\d\.self_attn has NaN or infinite weights: training diverged"),
+        (extra_weights, "also holds lora_a; only gates can be merged"),
+        (damaged_run, "run.json is damaged"),
+        (bad_size, "'five' is not a size; write one like 5GB"),
+        (bad_dtype, "cannot store weights as int8; dtype must be bfloat16 or float32"),
+        (short_text, "the text to verify on gives .* tokens; it needs 64 or more"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(run, tmp_path, tiny_base, prepare, message):
+    options = prepare(run, tiny_base, tmp_path)
+    with pytest.raises(UserError, match=message) as raised:
+        merge(run, tmp_path / "out", **options)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out/config.json").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_adapter_itself_still_loads(run, tiny_base):
+    """PEFT's own loading of what `make_run` writes, so that these runs are real ones."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_base("llama"))
+    assert len(gate_layers(PeftModel.from_pretrained(base, run / "adapter"))) == 3
