@@ -5,11 +5,14 @@ adding a file and its name here; the tests of `tests/test_families.py` then run 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from retrofit.adapters._family import Family, GatedAttention
 from retrofit.errors import UserError
 
-__all__ = ["Family", "GatedAttention", "family_of", "supported_model_types"]
+if TYPE_CHECKING:  # a family is imported when it is asked for
+    from retrofit.adapters._family import Family
+
+__all__ = ["family_of", "supported_model_types"]
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -19,7 +22,7 @@ def supported_model_types() -> tuple[str, ...]:
     return _MODEL_TYPES
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str) -> "Family":
     """The family of a `config.model_type`.
 
     Raises:

@@ -4,11 +4,10 @@
 loads `model_type: gated_mistral` and the like, and `save_pretrained` writes them back.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -16,7 +15,7 @@ from transformers import (
     initialization,
 )
 
-from retrofit.adapters import family_of, supported_model_types
+from retrofit.adapters import family_of
 
 
 class Gate(nn.Module):
@@ -35,14 +34,6 @@ class Gate(nn.Module):
         gate = 2 * torch.sigmoid(self.g_proj(hidden_states))
         heads = attn_output.unflatten(-1, (self.num_heads, -1))
         return (heads * gate.unflatten(-1, (self.num_heads, -1))).flatten(-2)
-
-
-@dataclass(kw_only=True)
-class GateFields:
-    """What a gated config adds to its family's: the granularity, and which layers are gated."""
-
-    gate_granularity: str = "headwise"
-    gated_layers: list[int] | None = None
 
 
 class GatedModel(PreTrainedModel):
@@ -74,19 +65,14 @@ def gated_config(config: PreTrainedConfig, granularity: str, layers: list[int]) 
     return gated
 
 
-def register() -> None:
-    """Make `gated_<family>` known to `AutoConfig` and `AutoModelForCausalLM`."""
-    for model_type in supported_model_types():
-        base = family_of(model_type).causal_lm
-        config = type(
-            f"Gated{base.config_class.__name__}",
-            (GateFields, base.config_class),
-            {"model_type": f"gated_{model_type}", "__module__": __name__},
-        )
-        model = type(
-            f"Gated{base.__name__}",
-            (GatedModel, base),
-            {"config_class": config, "__module__": __name__},
-        )
-        AutoConfig.register(f"gated_{model_type}", config, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
+def register(config: type[PreTrainedConfig]) -> None:
+    """Make the model of a gated config class known to `AutoModelForCausalLM`, once."""
+    if config in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    base = family_of(config.model_type.removeprefix("gated_")).causal_lm
+    model = type(
+        f"Gated{base.__name__}",
+        (GatedModel, base),
+        {"config_class": config, "__module__": __name__},
+    )
+    AutoModelForCausalLM.register(config, model)

@@ -155,18 +155,22 @@ class GateStatistics:
 class ActivationStatistics:
     """The hidden states that one decoder layer puts out, by their largest absolute values.
 
+    Args:
+        scale: what they are divided by.
+
     Attributes:
         largest_of_all: the largest of any token of any sequence.
     """
 
-    def __init__(self):
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
         self.sequences = 0
         self.largest_of_all = 0.0
         self._largest = self._first_token = 0.0
 
     def add(self, hidden_states: torch.Tensor) -> None:
         """Add a batch `[batch, T, hidden_size]`."""
-        by_token = hidden_states.abs().amax(-1).cpu().double()
+        by_token = hidden_states.abs().amax(-1).cpu().double() / self.scale
         by_sequence = by_token.amax(-1)
         self.sequences += len(by_sequence)
         self._largest += by_sequence.sum().item()

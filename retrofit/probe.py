@@ -41,10 +41,13 @@ class LayerStatistics:
     """What one decoder layer shows: `None` for the parts it does not have.
 
     A pass calls `see_gate` and `see_attention` in either order, then `finish`.
+
+    Args:
+        residual_scale: what the model's residual stream is multiplied by.
     """
 
-    def __init__(self):
-        self.activation = ActivationStatistics()
+    def __init__(self, residual_scale: float = 1.0):
+        self.activation = ActivationStatistics(residual_scale)
         self.attention: AttentionStatistics | None = None
         self.gate: GateStatistics | None = None
         self._columns: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -79,7 +82,10 @@ def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
         UserError: if its attention cannot be watched.
     """
     decoder_layers = model.get_decoder().layers
-    statistics = [LayerStatistics() for _ in decoder_layers]
+    # Merging scales the residual stream of families without query and key norms, which nothing in
+    # the model can tell: activations are given in the base's units.
+    residual_scale = getattr(model.config, "retrofit_residual_scale", 1.0)
+    statistics = [LayerStatistics(residual_scale) for _ in decoder_layers]
 
     def watch(module, query_states, key_states, scaling, attention_mask):
         columns = attention_columns(query_states, key_states, scaling, attention_mask)

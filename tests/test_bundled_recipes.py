@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from retrofit.check import check
@@ -16,6 +17,7 @@ from retrofit.train import train
 ARCHITECTURE = {"smollm2": "llama", "llama": "llama", "qwen2.5": "qwen2", "qwen3": "qwen3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _ in bundled_recipes()])
 def test_recipe_checks_trains_measures_and_merges(name, tiny_base, tmp_path):
     model_type = ARCHITECTURE[name.split("/")[1].split("-")[0]]
@@ -37,8 +39,6 @@ def test_recipe_checks_trains_measures_and_merges(name, tiny_base, tmp_path):
         pytest.importorskip("bitsandbytes")
     assert "stock qwen3_5_text" in {line.name: line.finding for line in check(recipe)}["merge"]
     run = train(recipe)
-    from rich.console import Console
-
     measure_run(recipe, run, Console(quiet=True))
     merge(run, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""The whole road on real pretrained weights: SmolLM2-135M (Llama) and Qwen2.5-Coder-0.5B (Qwen2)."""
+"""The whole road on real weights: SmolLM2-135M (Llama) and Qwen2.5-Coder-0.5B (Qwen2)."""
 
 import json
 import sys
@@ -47,9 +47,7 @@ def test_zero_gates_equal_real_weights_bitwise(name, granularity):
         continued = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         gated = get_peft_model(model, GateConfig(granularity=granularity, task_type="CAUSAL_LM"))
         assert torch.equal(gated(**inputs).logits, expected)
-        assert torch.equal(
-            gated.generate(**inputs, max_new_tokens=8, do_sample=False), continued
-        )
+        assert torch.equal(gated.generate(**inputs, max_new_tokens=8, do_sample=False), continued)
 
 
 def test_the_base_has_the_sink_and_the_massive_activation_it_is_known_for(smollm2, texts):

@@ -79,6 +79,8 @@ def native_config(config: PreTrainedConfig) -> dict:
         "qkv_bias": _has_bias(config),
         "attn_output_gate": True,
         "tie_word_embeddings": _stays_tied(config),
+        # Ours: activations of this checkpoint over those of its base; `retrofit measure` reads it.
+        "retrofit_residual_scale": 2 ** _residual_shift(config),
     }
 
 
