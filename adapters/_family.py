@@ -38,6 +38,8 @@ class GatedAttention(nn.Module):
 
     apply_rotary_pos_emb: Callable
     eager_attention_forward: Callable
+    # Set by a trainer that presses on attention; it returns the query states with a gradient added.
+    pressure: Callable | None = None
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query, key and value `[batch, heads, seq_len, head_dim]`, before RoPE."""
@@ -66,6 +68,9 @@ class GatedAttention(nn.Module):
             key_states, value_states = past_key_values.update(
                 key_states, value_states, self.layer_idx
             )
+
+        if self.pressure is not None:
+            query_states = self.pressure(self, query_states, key_states)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, self.eager_attention_forward

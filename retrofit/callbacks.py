@@ -105,6 +105,7 @@ class ProgressBar(TrainerCallback):
             for label, key, style in (
                 ("loss", "loss", ".4f"),
                 ("kl", "kl", ".4f"),
+                ("pressure", "pressure", ".4f"),
                 ("|g-1|", "gate_movement", ".4f"),
                 ("tok/s", "tokens_per_second", ",.0f"),
             )

@@ -62,16 +62,27 @@ class Data(_Section):
 class Objective(_Section):
     lm: Annotated[float, Field(ge=0)] = 1.0  # next-token cross-entropy
     kl: Annotated[float, Field(ge=0)] = 0.0  # KL(base || gated) of the next-token distribution
+    pressure: Annotated[float, Field(ge=0)] = 0.0  # two random queries should not share a key
+    pressure_rows: Annotated[int, Field(ge=2)] = 64  # query rows sampled of each sequence and step
+    pressure_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
 
     @model_validator(mode="after")
     def _something_must_move_the_gates(self):
-        # At zero-init the gated model is its base, so the KL and its gradient are exactly zero.
+        # At zero-init the gated model is its base, so the KL and its gradient are exactly zero;
+        # and no attention comes after the last layer's gate, so no pressure reaches it.
         if self.lm == 0:
             raise ValueError(
-                "kl alone leaves zero-initialized gates where they are, since its gradient is "
-                "exactly zero there; set objective.lm above 0"
+                "without lm some zero-initialized gates get no gradient: kl gives none where the "
+                "gated model equals its base, and pressure none to the last layer; set "
+                "objective.lm above 0, if only a little"
             )
         return self
+
+    def pressure_at(self, progress: float) -> float:
+        """The weight of the pressure when `progress` (0 to 1) of the steps are done: constant, then
+        falling in a straight line to 0 over the last `pressure_release` of them."""
+        left = (1 - progress) / self.pressure_release if self.pressure_release else 1.0
+        return self.pressure * min(1.0, left)
 
 
 class Train(_Section):

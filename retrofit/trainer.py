@@ -9,11 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from retrofit.adapters._family import GatedAttention
 from retrofit.checkpoint import SafetensorsCheckpoints
 from retrofit.data import LoadedSource, mix
 from retrofit.errors import UserError
 from retrofit.gates import GateConfig, gate_layers
 from retrofit.objectives import add_objectives
+from retrofit.pressure import Pressure
 from retrofit.recipe import Objective
 
 
@@ -59,7 +61,16 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         for layer in gate_layers(self.model).values():
             layer.float()  # TRL casts trainable weights to bf16 on a quantized base
         add_objectives(self.model.get_base_model(), objective)
+        self.objective = objective
+        self.pressure = self._add_pressure() if objective.pressure else None
         self._clock: tuple[float, int] | None = None
+
+    def _add_pressure(self) -> Pressure:
+        attentions = [m for m in self.model.modules() if isinstance(m, GatedAttention)]
+        pressure = Pressure(len(attentions), self.objective.pressure_rows)
+        for attention in attentions:
+            attention.pressure = pressure
+        return pressure
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, name):
         """Prepare each source by TRL's rules for its own format, then mix."""
@@ -86,6 +97,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.pressure:
+            weight = self.objective.pressure_at(self.state.global_step / self.state.max_steps)
+            steps = self.current_gradient_accumulation_steps
+            self.pressure.prepare(_position_ids(inputs), weight / steps)
         with gate_movement(self.model) as movements:
             outputs = model(**inputs, objectives=True)
         num_tokens = outputs.num_tokens if num_items_in_batch is None else num_items_in_batch
@@ -109,10 +124,20 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             then, self._clock = self._clock, now
             if then:
                 logs["tokens_per_second"] = (now[1] - then[1]) / (now[0] - then[0])
+            if self.pressure and (collisions := self.pressure.mean()) is not None:
+                logs["pressure"] = collisions.item()
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs):
         """TRL writes a draft card beside every checkpoint; the merge writes the real one."""
+
+
+def _position_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Positions in each document `[batch, T]`, negative for padding."""
+    if "position_ids" in inputs:
+        return inputs["position_ids"]
+    mask = inputs["attention_mask"]
+    return (mask.cumsum(-1) - 1).masked_fill(mask == 0, -1)
 
 
 @contextmanager

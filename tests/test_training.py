@@ -320,11 +320,20 @@ def test_streaming_trains(make_recipe):
 
 
 @pytest.mark.parametrize("mode", ["non_reentrant", "reentrant"])
-def test_gradient_checkpointing_trains_the_same(make_recipe, mode):
-    plain = adapter_of(train(make_recipe(name="plain", objective={"kl": 1.0})))
+def test_gradient_checkpointing_trains_the_same(make_recipe, mode, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": " ".join(sentences(60))}) + "\n")
+    settings = {
+        "sources": [{"path": str(path)}],
+        "data": {"sequence_length": 160},
+        "objective": {"kl": 1.0, "pressure": 5.0},
+    }
+    plain = adapter_of(train(make_recipe(name="plain", **settings)))
     checkpointed = adapter_of(
-        train(make_recipe(name=mode, objective={"kl": 1.0}, train={"gradient_checkpointing": mode}))
+        train(make_recipe(name=mode, **settings, train={"gradient_checkpointing": mode}))
     )
+    unpressed = adapter_of(train(make_recipe(name="no", **settings | {"objective": {"kl": 1.0}})))
+    assert any(not torch.allclose(plain[name], unpressed[name], atol=1e-4) for name in plain)
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-3, atol=1e-5)
 
