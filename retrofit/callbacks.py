@@ -15,8 +15,10 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from retrofit.errors import CheckError
 
-class DeadGateError(RuntimeError):
+
+class DeadGateError(CheckError):
     """Some gate got no gradient, so training would leave it where it is."""
 
 

@@ -1,5 +1,9 @@
-"""The one exception that means: the input is wrong, and the message says how to mend it."""
+"""The exceptions whose message is the whole story: the command line prints it as one line."""
 
 
 class UserError(ValueError):
-    """Bad input. The command line prints its single line and exits with code 2."""
+    """The input is wrong, and the message says how to mend it. Exit code 2."""
+
+
+class CheckError(RuntimeError):
+    """A check of our own failed: what was made is not what it should be. Exit code 1."""

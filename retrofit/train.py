@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from trl import SFTConfig
 from retrofit.callbacks import GradientCheck, Interrupt, ProgressBar
 from retrofit.checkpoint import last_checkpoint
 from retrofit.data import load_sources
-from retrofit.errors import UserError
+from retrofit.errors import CheckError, UserError
 from retrofit.files import write_json, write_text
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
@@ -28,7 +29,7 @@ from retrofit.recipe import Recipe, load_recipe
 from retrofit.trainer import GateTrainer
 
 
-class BaseChangedError(RuntimeError):
+class BaseChangedError(CheckError):
     """A frozen weight differs after training."""
 
 
@@ -56,6 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console()
     run = Path(recipe.output_dir).expanduser()
     checkpoint = _check_folder(run, recipe, resume)
+    _check_trackers(recipe)
     check_family(load_config(recipe.model))
     sources = load_sources(recipe.data)
     base = load_base(recipe.model)
@@ -120,6 +122,12 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool) -> Path | None:
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint to resume from; remove it and start again")
     return checkpoint
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    for tracker in recipe.train.report_to:
+        if find_spec(tracker) is None:
+            raise UserError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
 
 
 def _training_arguments(recipe: Recipe, run: Path) -> SFTConfig:

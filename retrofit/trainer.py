@@ -1,11 +1,10 @@
 """TRL's SFTTrainer, with the gates' objectives, mixed sources and pickle-free checkpoints."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -13,7 +12,7 @@ from retrofit.adapters._family import GatedAttention
 from retrofit.checkpoint import SafetensorsCheckpoints
 from retrofit.data import LoadedSource, mix
 from retrofit.errors import UserError
-from retrofit.gates import GateConfig, gate_layers
+from retrofit.gates import GateConfig, GateLayer, gate_layers
 from retrofit.objectives import add_objectives
 from retrofit.pressure import Pressure
 from retrofit.recipe import Objective
@@ -101,7 +100,9 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             weight = self.objective.pressure_at(self.state.global_step / self.state.max_steps)
             steps = self.current_gradient_accumulation_steps
             self.pressure.prepare(_position_ids(inputs), weight / steps)
-        with gate_movement(self.model) as movements:
+        # A hook is traced into a compiled graph, and another one at the next step is a new graph.
+        watched = {} if self.args.torch_compile else gate_layers(self.model)
+        with gate_movement(watched.values()) as movements:
             outputs = model(**inputs, objectives=True)
         num_tokens = outputs.num_tokens if num_items_in_batch is None else num_items_in_batch
         loss = outputs.loss / torch.as_tensor(num_tokens, device=outputs.loss.device).clamp(min=1)
@@ -141,16 +142,14 @@ def _position_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @contextmanager
-def gate_movement(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+def gate_movement(layers: Iterable[GateLayer]) -> Iterator[list[torch.Tensor]]:
     """Collects the mean |g - 1| of each layer whose gate runs inside, `g` the doubled sigmoid."""
     movements: list[torch.Tensor] = []
 
     def record(_module, _args, gate):
         movements.append((gate.detach() - 1).abs().mean(dtype=torch.float32))
 
-    handles = [
-        layer.activation.register_forward_hook(record) for layer in gate_layers(model).values()
-    ]
+    handles = [layer.activation.register_forward_hook(record) for layer in layers]
     try:
         yield movements
     finally:

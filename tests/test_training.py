@@ -339,6 +339,16 @@ def test_gradient_checkpointing_trains_the_same(make_recipe, mode, tmp_path):
 
 
 @pytest.mark.slow
+def test_torch_compile_trains_the_same(make_recipe):
+    settings = {"data": {"packing": False}, "objective": {"kl": 1.0}}
+    plain = adapter_of(train(make_recipe(name="plain", **settings)))
+    recipe = make_recipe(name="compiled", **settings, train={"torch_compile": True})
+    compiled = adapter_of(train(recipe))
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_four_bit_base_trains_float32_gates(make_recipe):
     pytest.importorskip("bitsandbytes")
     recipe = make_recipe(model={"quantization": "nf4", "dtype": "float32"}, objective={"kl": 0.5})
@@ -386,6 +396,15 @@ def test_bad_models_are_one_line_and_nothing_is_written(make_recipe, tmp_path):
         with pytest.raises(UserError, match=message):
             train(make_recipe(model={"base": base}))
         assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(make_recipe, tmp_path, monkeypatch):
+    from retrofit import train as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb is not installed: pip install wandb"):
+        train(make_recipe(train={"report_to": ["wandb"]}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_output_folder_is_not_touched(make_recipe, tmp_path):

@@ -6,7 +6,7 @@ import typer
 
 from retrofit import __version__
 from retrofit.cli import check, measure, merge, recipes, train
-from retrofit.errors import UserError
+from retrofit.errors import CheckError, UserError
 
 app = typer.Typer(
     name="retrofit",
@@ -33,6 +33,6 @@ def main() -> None:
     """Exit codes: 0 done, 2 the input is wrong, 130 interrupted, 1 the fault is ours."""
     try:
         app()
-    except UserError as error:
+    except (UserError, CheckError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)

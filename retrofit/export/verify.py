@@ -13,11 +13,11 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from retrofit.errors import UserError
+from retrofit.errors import CheckError, UserError
 from retrofit.export import check_checkpoint
 
 
-class MergeMismatchError(RuntimeError):
+class MergeMismatchError(CheckError):
     """The written checkpoint does not compute what was trained. Nothing is left on disk."""
 
 
