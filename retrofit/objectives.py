@@ -76,6 +76,8 @@ class _ChunkedObjectives(torch.autograd.Function):
         return grad_hidden * grad_loss.to(grad_hidden.dtype), *[None] * 6
 
 
+# Inductor compiles the in-place steps above to wrong gradients, with the right loss (torch 2.13).
+@torch.compiler.disable
 def chunked_objectives(
     hidden: torch.Tensor,
     teacher: torch.Tensor | None,
