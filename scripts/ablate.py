@@ -1,0 +1,103 @@
+"""Run a grid of recipe overrides; write one table and one plot.
+
+    python scripts/ablate.py scripts/ablations/smollm2.yaml [--out runs/ablate] [--only NAME ...]
+
+The file names a recipe, which must have a `measure` section, and a list of overrides for each run.
+What is done is not done again and what was interrupted goes on, so the same command serves until
+the grid is full. `table.md` and `frontier.png` in the output folder show what is there so far.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from matplotlib.figure import Figure
+
+COLUMNS = {
+    "tokens": "{:,.0f}",
+    "peak_column_share": "{:.4f}",
+    "peak_share_per_head": "{:.3f}",
+    "f_attn": "{:.3f}",
+    "max_activation": "{:,.0f}",
+    "perplexity": "{:.2f}",
+    "kl_to_base": "{:.3f}",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("grid", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs alone")
+    options = parser.parse_args()
+    grid = yaml.safe_load(options.grid.read_text())
+    runs = {name: grid["runs"][name] for name in options.only or grid["runs"]}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, overrides in runs.items():
+        code = train(grid["recipe"], options.out / name, overrides)
+        if code:
+            return code
+        results = {done: read(options.out / done) for done in grid["runs"]}
+        finished = {done: figures for done, figures in results.items() if figures}
+        (options.out / "table.md").write_text(table(grid, finished))
+        plot(finished, options.out / "frontier.png")
+    print((options.out / "table.md").read_text())
+    return 0
+
+
+def train(recipe: str, run: Path, overrides: list[str]) -> int:
+    """The run's exit code; 0 at once if it is measured already."""
+    if (run / "measure.json").is_file():
+        return 0
+    resume = ["--resume"] if any(run.glob("checkpoints/checkpoint-*")) else []
+    command = ["train", recipe, f"output_dir={run}", *overrides, *resume]
+    print(f"--- retrofit {shlex.join(command)}", flush=True)
+    entry = [sys.executable, "-c", "from retrofit.cli import main; main()"]
+    return subprocess.run([*entry, *command]).returncode
+
+
+def read(run: Path) -> dict | None:
+    """Base and run figures, or None if the run is not finished."""
+    if not (run / "measure.json").is_file():
+        return None
+    base, gated = json.loads((run / "measure.json").read_text())["models"]
+    tokens = json.loads((run / "run.json").read_text())["tokens"]
+    return {"base": base["metrics"] | {"tokens": 0}, "run": gated["metrics"] | {"tokens": tokens}}
+
+
+def table(grid: dict, results: dict[str, dict]) -> str:
+    header = ["run", "overrides", *COLUMNS]
+    rows = [header, ["---"] * len(header)]
+    if results:
+        base = next(iter(results.values()))["base"]
+        rows.append(["base", "", *cells(base)])
+    for name, figures in results.items():
+        rows.append([name, f"`{' '.join(grid['runs'][name])}`", *cells(figures["run"])])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def cells(metrics: dict) -> list[str]:
+    return [style.format(metrics[name]) for name, style in COLUMNS.items()]
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    """Sink against perplexity: what removes it, and at what price."""
+    figure = Figure(figsize=(7, 5), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    points = {name: figures["run"] for name, figures in results.items()}
+    points["base"] = next(iter(results.values()))["base"]
+    for name, metrics in points.items():
+        x, y = metrics["peak_column_share"], metrics["perplexity"]
+        axes.scatter(x, y, color="#3b3b3b" if name == "base" else "#0072b2")
+        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlabel="peak column share", ylabel="perplexity")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
