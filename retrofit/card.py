@@ -145,7 +145,7 @@ def _engines(report: dict) -> str:
     stock = "It is a stock `Qwen3_5ForCausalLM`: transformers 5 loads it without remote code"
     if "o_proj" in report["base"]["biases"]:
         return f"{stock}. vLLM does not: it ignores `o_proj.bias`, which this model needs."
-    return f"{stock}. vLLM has the same class from 0.32 on:\n\n```bash\nvllm serve path/to/this\n```"
+    return f"{stock}. vLLM has that class from 0.32 on:\n\n```bash\nvllm serve path/to/this\n```"
 
 
 def _no_engines(report: dict) -> str:

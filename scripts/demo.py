@@ -60,7 +60,7 @@ def verdict(measured: dict) -> str:
     if gated["peak_column_share"] > 0.5 * base["peak_column_share"]:
         lines.append(
             f"the attention sink stayed: {sink}. Next-token loss and KL to the base give a frozen "
-            "model no reason to let go of it; that takes a pressure on attention itself"
+            "model no reason to let go of it; the recipe smollm2-135m-sink-cpu presses on it"
         )
     else:
         lines.append(f"the attention sink went: {sink}")
