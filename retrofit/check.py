@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from retrofit.data import load_sources
 from retrofit.export.native import refusal
-from retrofit.models import check_family, load_config, load_tokenizer
+from retrofit.models import load_tokenizer
 from retrofit.recipe import Recipe
-from retrofit.train import gate_config
+from retrofit.train import gate_config, preflight
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}
 
@@ -30,8 +30,7 @@ def check(recipe: Recipe) -> list[Check]:
     Raises:
         UserError: for anything that would stop `retrofit train` before its first step.
     """
-    config = load_config(recipe.model)
-    check_family(config)
+    config = preflight(recipe)
     base, gates = _count_weights(config, recipe)
     tokenizer = load_tokenizer(recipe.model)
     sources = load_sources(recipe.data)

@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from retrofit.adapters import family_of
 from retrofit.errors import UserError
 from retrofit.files import read_json
 from retrofit.fingerprint import base_weights, weights_sha256
@@ -168,8 +167,3 @@ def _not_found(base: str, error: Exception) -> UserError:
         return UserError(f"{base} is not a model folder: {' '.join(str(error).split())[:200]}")
     hint = "; `make assets` fetches the models and texts of the CPU recipes" if "~" in base else ""
     return UserError(f"no model at {base!r}: neither a folder nor a hub id within reach{hint}")
-
-
-def check_family(config: PreTrainedConfig) -> None:
-    """Raises `UserError` if gates cannot be put on this architecture."""
-    family_of(config.model_type)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PreTrainedConfig, PrinterCallback
 from trl import SFTConfig
 
+from retrofit.adapters import family_of
 from retrofit.callbacks import GradientCheck, Interrupt, ProgressBar
 from retrofit.checkpoint import last_checkpoint
 from retrofit.data import load_sources
@@ -24,7 +25,7 @@ from retrofit.errors import CheckError, UserError
 from retrofit.files import write_json, write_text
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
-from retrofit.models import check_family, load_base, load_config, load_tokenizer
+from retrofit.models import load_base, load_config, load_tokenizer
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.trainer import GateTrainer
 
@@ -57,8 +58,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console()
     run = Path(recipe.output_dir).expanduser()
     checkpoint = _check_folder(run, recipe, resume)
-    _check_trackers(recipe)
-    check_family(load_config(recipe.model))
+    preflight(recipe)
     sources = load_sources(recipe.data)
     base = load_base(recipe.model)
     frozen = _fingerprint(base, recipe)
@@ -89,6 +89,23 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         _save_adapter(trainer, run)
         write_json(run / "run.json", _summary(trainer, recipe, frozen, after))
     return run
+
+
+def preflight(recipe: Recipe) -> PreTrainedConfig:
+    """The base's config, once all is well that can be seen without weights and data.
+
+    Raises:
+        UserError: for an architecture that cannot be gated, a tracker that is not installed, or a
+            text to measure on that is not there, which would else be noticed hours later.
+    """
+    config = load_config(recipe.model)
+    family_of(config.model_type)
+    for tracker in recipe.train.report_to:
+        if find_spec(tracker) is None:
+            raise UserError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
+    if recipe.measure and not Path(recipe.measure.text).expanduser().is_file():
+        raise UserError(f"measure.text: no file {recipe.measure.text}")
+    return config
 
 
 def gate_config(recipe: Recipe) -> GateConfig:
@@ -122,12 +139,6 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool) -> Path | None:
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint to resume from; remove it and start again")
     return checkpoint
-
-
-def _check_trackers(recipe: Recipe) -> None:
-    for tracker in recipe.train.report_to:
-        if find_spec(tracker) is None:
-            raise UserError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
 
 
 def _training_arguments(recipe: Recipe, run: Path) -> SFTConfig:

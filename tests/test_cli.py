@@ -96,6 +96,7 @@ def test_train_measure_merge_by_hand(recipe_file, tmp_path, tiny_base):
         (["train", "{recipe}", "model.base=/nowhere"], "no model at '/nowhere'"),
         (["train", "nothing"], "no recipe 'nothing'"),
         (["train", "{recipe}", "output_dir={tmp}"], "exists; choose another output_dir"),
+        (["train", "{recipe}", "measure.text=gone.txt"], "measure.text: no file gone.txt"),
         (["check", "{recipe}", "data.sources=[{{path: gone.jsonl}}]"], "no file gone.jsonl"),
         (["merge", "{tmp}/gone", "--out", "{tmp}/merged"], "{tmp}/gone"),
         (["measure", "{base}", "--text", "{tmp}/gone.txt"], "no text file at"),
