@@ -38,7 +38,10 @@ class SampledRows:
 def sample_rows(
     position_ids: torch.Tensor, num_rows: int, generator: torch.Generator | None = None
 ) -> SampledRows | None:
-    """Draw rows, without replacement, among those that have far keys at all.
+    """Draw rows, without replacement, first among those that have far keys at all.
+
+    A sequence with fewer of those than another fills up with rows that see nothing and count
+    nothing, so that one short text does not take the pressure off the whole batch.
 
     Args:
         position_ids: `[batch, T]`, from 0 at the start of each document; negative for padding.
@@ -49,14 +52,17 @@ def sample_rows(
         `None` where no document is long enough to have two such rows.
     """
     far = position_ids >= NEAR
-    num_rows = min(num_rows, int(far.sum(-1).min()))
+    num_rows = min(num_rows, int(far.sum(-1).max()))
     if num_rows < 2:
         return None
     noise = torch.rand(far.shape, generator=generator).to(far.device)
     rows = noise.masked_fill(~far, -1).topk(num_rows, dim=-1).indices
-    starts = rows - position_ids.gather(-1, rows)
+    counts = far.gather(-1, rows)
+    # A row of padding has no document; it may look at itself, which is no far key.
+    starts = torch.where(counts, rows - position_ids.gather(-1, rows), rows)
     same = starts.unsqueeze(-1) == starts.unsqueeze(-2)
-    pairs = int(same.sum()) - rows.numel()
+    same &= counts.unsqueeze(-1) & counts.unsqueeze(-2)
+    pairs = int(same.sum() - counts.sum())
     return SampledRows(rows, starts, pairs) if pairs else None
 
 

@@ -124,6 +124,13 @@ class Recipe(_Section):
             raise ValueError("a stream has no end: set train.max_steps")
         return self
 
+    @model_validator(mode="after")
+    def _pressure_needs_far_keys(self):
+        # Attention to the last 64 tokens is honest: shorter rows would silently press on nothing.
+        if self.objective.pressure and self.data.sequence_length < 128:
+            raise ValueError("objective.pressure needs data.sequence_length of 128 or more")
+        return self
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 

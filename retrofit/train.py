@@ -205,7 +205,7 @@ def _save_adapter(trainer: GateTrainer, run: Path) -> None:
 def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    keys = ("loss", "lm", "kl", "gate_movement")
+    keys = ("loss", "lm", "kl", "pressure", "gate_movement")
     return {
         "base": before,
         "base_weights_sha256_after": after["weights_sha256"],

@@ -99,8 +99,20 @@ def test_rows_have_far_keys_and_padding_is_left_alone():
     position_ids[1, 120:] = -1
     sampled = sample_rows(position_ids, 32)
     assert sampled.rows.shape == (2, 32)
+    assert sampled.pairs == 2 * 32 * 31
     assert (position_ids.gather(-1, sampled.rows) >= NEAR).all()
     assert sample_rows(positions(40, 40, 40), 32) is None
+
+
+def test_a_short_text_in_the_batch_changes_nothing_for_the_long_one(states):
+    """Padded batches: the short sequence has no far keys, or a few, beside the long one's many."""
+    query, key = (tensor.detach() for tensor in states)
+    alone = collision_probability(query, key, 0.7, sample_rows(positions(T), T))
+    short = torch.arange(T)[None].clone()
+    short[0, 50:] = -1
+    sampled = sample_rows(torch.cat([positions(T), short]), T)
+    both = [torch.cat([tensor, tensor.flip(2)]) for tensor in (query, key)]
+    torch.testing.assert_close(collision_probability(*both, 0.7, sampled), alone)
 
 
 def test_injected_gradients_equal_an_added_loss(family):

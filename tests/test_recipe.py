@@ -75,6 +75,11 @@ def test_mistakes_are_named_in_one_line(recipe_path, override, message):
     assert "\n" not in str(raised.value)
 
 
+def test_pressure_on_rows_without_far_keys_is_refused(recipe_path):
+    with pytest.raises(UserError, match="needs data.sequence_length of 128"):
+        load_recipe(recipe_path, ["objective.pressure=1", "data.sequence_length=64"])
+
+
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'smollm2-135m-cpu'"):
         load_recipe("smollm-135m-cpu")

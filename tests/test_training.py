@@ -127,12 +127,19 @@ class StopAt(GradientCheck):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monkeypatch):
+def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monkeypatch, tmp_path):
     from retrofit import train as module
 
-    settings = {"max_steps": 6, "save_steps": 100, "gradient_accumulation_steps": 2}
-    whole = adapter_of(train(make_recipe(name="whole", train=settings)))
-    recipe = make_recipe(name="halves", train=settings)
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": " ".join(sentences(120))}) + "\n")
+    settings = {
+        "sources": [{"path": str(path)}],
+        "data": {"sequence_length": 128},
+        "objective": {"pressure": 5.0},  # which draws random rows at every step
+        "train": {"max_steps": 6, "save_steps": 100, "gradient_accumulation_steps": 2},
+    }
+    whole = adapter_of(train(make_recipe(name="whole", **settings)))
+    recipe = make_recipe(name="halves", **settings)
     with monkeypatch.context() as patch:
         patch.setattr(module, "GradientCheck", lambda: StopAt(2))
         with pytest.raises(module.Interrupted, match="stopped at step 3"):

@@ -1,6 +1,7 @@
 """`retrofit train`"""
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,8 +25,11 @@ def main(
     from retrofit.train import Interrupted, train
 
     console = Console()
+    run = Path(resolved.output_dir).expanduser()
     try:
-        run = train(resolved, resume=resume, console=console)
+        # A run stopped while it was measured has nothing left to train.
+        if not (resume and resolved.measure and _trained_but_not_measured(run)):
+            run = train(resolved, resume=resume, console=console)
     except Interrupted as stop:
         again = shlex.join(["retrofit", "train", recipe, *(overrides or ()), "--resume"])
         typer.echo(f"{stop}; go on with: {again}", err=True)
@@ -36,3 +40,7 @@ def main(
         measure_run(resolved, run, console)
     console.print(f"run: {run}", highlight=False)
     console.print(f"next: retrofit merge {run} --out {run}-merged", highlight=False)
+
+
+def _trained_but_not_measured(run: Path) -> bool:
+    return (run / "run.json").is_file() and not (run / "measure.json").is_file()

@@ -1,6 +1,6 @@
 """Configuration of the gates, as PEFT stores it in `adapter_config.json`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from peft.config import PeftConfig
@@ -40,7 +40,7 @@ class GateConfig(PeftConfig):
     exclude_modules: set[str] | list[str] | str | None = None
     init_weights: bool = True
     modules_to_save: list[str] | None = None
-    base_model_type: str | None = field(default=None)
+    base_model_type: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
