@@ -28,7 +28,8 @@ class Family:
 
 
 class GatedAttention(nn.Module):
-    """Softmax attention whose output passes the gate `g1` before `o_proj`.
+    """Softmax attention whose output passes the gate `g1` before `o_proj` (or another, by
+    `GateConfig.position`).
 
     A mixin before a transformers attention class. Its forward is that class's forward, operation
     by operation, plus the gate; the tests hold a zero gate bitwise equal to the original, so that
@@ -38,14 +39,15 @@ class GatedAttention(nn.Module):
 
     apply_rotary_pos_emb: Callable
     eager_attention_forward: Callable
-    # Set by a trainer that presses on attention; it returns the query states with a gradient added.
-    pressure: Callable | None = None
+    # Set by a trainer with losses of its own on attention: returns the query states, through which
+    # the gradient of those losses will flow.
+    auxiliary: Callable | None = None
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Query, key and value `[batch, heads, seq_len, head_dim]`, before RoPE."""
+        """Query, key and value `[batch, seq_len, heads, head_dim]`, before RoPE."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         return tuple(
-            projection(hidden_states).view(shape).transpose(1, 2)
+            projection(hidden_states).view(shape)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
 
@@ -61,7 +63,12 @@ class GatedAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query_states, key_states, value_states = self.project(hidden_states)
+        query_states, key_states, value_states = (
+            self.g1(states, hidden_states, position).transpose(1, 2)
+            for states, position in zip(
+                self.project(hidden_states), ("G4", "G3", "G2"), strict=True
+            )
+        )
         cos, sin = position_embeddings
         query_states, key_states = self.apply_rotary_pos_emb(query_states, key_states, cos, sin)
         if past_key_values is not None:
@@ -69,8 +76,8 @@ class GatedAttention(nn.Module):
                 key_states, value_states, self.layer_idx
             )
 
-        if self.pressure is not None:
-            query_states = self.pressure(self, query_states, key_states)
+        if self.auxiliary is not None:
+            query_states = self.auxiliary(self, hidden_states, query_states, key_states)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, self.eager_attention_forward
@@ -86,9 +93,11 @@ class GatedAttention(nn.Module):
             **self.attention_kwargs(),
             **kwargs,
         )
-        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         attn_output = self.g1(attn_output, hidden_states)
-        return self.o_proj(attn_output), attn_weights
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        attn_output = self.o_proj(attn_output)
+        attn_output = self.g1(attn_output.unsqueeze(-2), hidden_states, "G5").squeeze(-2)
+        return attn_output, attn_weights
 
 
 def sliding_window_of(config: PreTrainedConfig) -> int | None:

@@ -12,9 +12,9 @@ class GatedQwen3Attention(GatedAttention, modeling_qwen3.Qwen3Attention):
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query_states = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
-        key_states = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query_states = self.q_norm(self.q_proj(hidden_states).view(shape))
+        key_states = self.k_norm(self.k_proj(hidden_states).view(shape))
+        value_states = self.v_proj(hidden_states).view(shape)
         return query_states, key_states, value_states
 
     def attention_kwargs(self) -> dict:

@@ -34,7 +34,6 @@ def check(recipe: Recipe) -> list[Check]:
     base, gates = _count_weights(config, recipe)
     tokenizer = load_tokenizer(recipe.model)
     sources = load_sources(recipe.data)
-    reason = refusal(config)
     return [
         Check("base", _describe_base(config, recipe, base)),
         Check("gates", _describe_gates(config, recipe, gates, base)),
@@ -43,12 +42,7 @@ def check(recipe: Recipe) -> list[Check]:
             for source, loaded in zip(recipe.data.sources, sources, strict=True)
         ),
         Check("step", _describe_step(recipe)),
-        Check(
-            "merge",
-            "stock qwen3_5_text checkpoint, no code of ours needed"
-            if reason is None
-            else f"gated checkpoint that needs `import retrofit`: {reason}",
-        ),
+        Check("merge", _describe_merge(config, recipe)),
     ]
 
 
@@ -76,6 +70,15 @@ def _describe_gates(config: PreTrainedConfig, recipe: Recipe, gates: int, base: 
         f"{recipe.gate.granularity} on {layers} layers: {gates:,} weights, "
         f"{gates / base:.2%} of the model"
     )
+
+
+def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:
+    if not gate_config(recipe).is_mergeable:
+        return "none: an ablation that no checkpoint can carry"
+    reason = refusal(config)
+    if reason is None:
+        return "stock qwen3_5_text checkpoint, no code of ours needed"
+    return f"gated checkpoint that needs `import retrofit`: {reason}"
 
 
 def _preview(rows, tokenizer: PreTrainedTokenizerBase, characters: int = 60) -> str:

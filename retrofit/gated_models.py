@@ -30,10 +30,13 @@ class Gate(nn.Module):
         self.g_proj = nn.Linear(hidden_size, num_heads * width, bias=False)
         nn.init.zeros_(self.g_proj.weight)
 
-    def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, states: torch.Tensor, hidden_states: torch.Tensor, position: str = "G1"
+    ) -> torch.Tensor:
+        if position != "G1":
+            return states
         gate = 2 * torch.sigmoid(self.g_proj(hidden_states))
-        heads = attn_output.unflatten(-1, (self.num_heads, -1))
-        return (heads * gate.unflatten(-1, (self.num_heads, -1))).flatten(-2)
+        return states * gate.unflatten(-1, (self.num_heads, -1))
 
 
 class GatedModel(PreTrainedModel):

@@ -123,7 +123,8 @@ def _write_weights(source: Source, dtype: torch.dtype, folder: Path, max_bytes: 
         write_json(folder / "config.json", config)
         tensors = native_tensors(source.config, source.weights, source.gates, dtype)
     else:
-        gated = gated_config(source.config, source.granularity, sorted(source.gates))
+        granularity = "headwise" if source.granularity == "headwise" else "elementwise"
+        gated = gated_config(source.config, granularity, sorted(source.gates))
         gated.dtype = dtype
         gated.save_pretrained(folder)
         tensors = _gated_tensors(source, dtype)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -111,12 +112,20 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
         UserError: if they were trained on another family or shape, or the file is damaged.
     """
     try:
-        return PeftModel.from_pretrained(base, str(adapter))
+        model = PeftModel.from_pretrained(base, str(adapter))
     except UserError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter in {adapter} does not fit its base: {reason}") from None
+    # PEFT only warns of a missing weight, and the gate would stay the identity.
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        wrong = set(file.keys()) ^ set(get_peft_model_state_dict(model))
+    if wrong:
+        raise UserError(
+            f"the adapter in {adapter} does not fit its base: {min(wrong)} is in one alone"
+        )
+    return model
 
 
 def _base_of(folder: Path, adapter: Path) -> Model:

@@ -143,34 +143,39 @@ def _set_implementation(model: PreTrainedModel) -> None:
 def _gate_hooks(model: PreTrainedModel, watch: GateWatcher) -> Iterator[RemovableHandle]:
     """Show `watch` each layer's gate scores in (0, 1), `[batch, T, heads, channels]`."""
 
-    def hook(index: int, by_head: Callable[[torch.Tensor], torch.Tensor]):
-        return lambda _module, _args, logits: watch(index, by_head(logits).float().sigmoid())
+    def hook(index: int, scores: Callable[[torch.Tensor], torch.Tensor]):
+        return lambda _module, _args, output: watch(index, scores(output.float()))
 
-    for index, projection, by_head in _gate_projections(model):
-        yield projection.register_forward_hook(hook(index, by_head))
+    for index, projection, scores in _gate_projections(model):
+        yield projection.register_forward_hook(hook(index, scores))
 
 
 def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, Callable]]:
-    """Each gate's layer index, the module that puts out its logits, and how to part them by
-    head."""
+    """Each G1 gate's layer index, the module that computes it, and what makes its output the
+    scores."""
     module: Any
     for module in model.modules():
         gate = getattr(module, "g1", None)
-        if isinstance(gate, Gate | GateLayer):
-            by_head = partial(_unflatten, num_heads=gate.num_heads)
-            projections = [gate.g_proj] if isinstance(gate, Gate) else gate.g_proj.values()
-            for projection in projections:
-                yield module.layer_idx, projection, by_head
+        if isinstance(gate, GateLayer):
+            for projection in gate.g_proj.values():
+                if projection.position == "G1":
+                    yield module.layer_idx, projection, _half
+        elif isinstance(gate, Gate):
+            yield module.layer_idx, gate.g_proj, partial(_unflatten, num_heads=gate.num_heads)
         elif type(module).__name__ in _PACKED_GATES:
             yield module.layer_idx, module.q_proj, partial(_unpack, head_dim=module.head_dim)
 
 
+def _half(gate: torch.Tensor) -> torch.Tensor:
+    return gate / 2
+
+
 def _unflatten(logits: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return logits.unflatten(-1, (num_heads, -1))
+    return logits.unflatten(-1, (num_heads, -1)).sigmoid()
 
 
 def _unpack(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
-    return query_and_gate.unflatten(-1, (-1, 2 * head_dim))[..., head_dim:]
+    return query_and_gate.unflatten(-1, (-1, 2 * head_dim))[..., head_dim:].sigmoid()
 
 
 def _output_hook(see: Callable[[torch.Tensor], None]):

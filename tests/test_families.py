@@ -8,6 +8,7 @@ from tiny import VOCAB_SIZE, tiny_model
 from retrofit import GateConfig
 from retrofit.errors import UserError
 from retrofit.gates import gate_layers, gates_off
+from retrofit.gates.layer import ACTIVATIONS
 
 SLIDING = {"mistral": {"sliding_window": 8}, "qwen2": {"use_sliding_window": True}}
 
@@ -73,15 +74,19 @@ def test_gate_scales_each_head_before_o_proj(family, granularity):
     ).eval()
     attention = model.base_model.model.model.layers[1].self_attn
     seen = {}
-    attention.g1.register_forward_pre_hook(lambda _, args: seen.update(y=args[0], x=args[1]))
+
+    def see(_module, args):
+        if len(args) == 2:  # no position: G1
+            seen.update(y=args[0], x=args[1])
+
+    attention.g1.register_forward_pre_hook(see)
     attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(gated=args[0]))
     with torch.no_grad():
         model(batch(padded=False)["input_ids"])
-    weight = attention.g1.g_proj["default"].weight
-    scores = 2 * torch.sigmoid(seen["x"] @ weight.T)
+    scores = 2 * torch.sigmoid(seen["x"] @ attention.g1.g_proj["default"].matrix().T)
     if granularity == "headwise":
         scores = scores.repeat_interleave(attention.head_dim, dim=-1)
-    torch.testing.assert_close(seen["gated"], seen["y"] * scores)
+    torch.testing.assert_close(seen["gated"], seen["y"].flatten(-2) * scores)
     assert (scores - 1).abs().max() > 0.1
 
 
@@ -116,10 +121,67 @@ def test_layers_to_transform_gates_only_those(family):
 
 
 def test_elementwise_and_headwise_widths(family):
-    for granularity, width in {"headwise": 4, "elementwise": 64}.items():
+    for granularity, width in {"headwise": 4, "elementwise": 64, "shared": 64}.items():
         model = get_peft_model(tiny_model(family), GateConfig(granularity=granularity))
-        weight = gate_layers(model)[0].g_proj["default"].weight
+        weight = gate_layers(model)[0].g_proj["default"].matrix()
         assert weight.shape == (width, 64)
+
+
+KINDS = [
+    {"granularity": "shared"},
+    {"granularity": "elementwise", "activation": "silu"},
+    {"activation": "ns_sigmoid"},
+    {"activation": "linear"},
+    {"input_dependent": False},
+    *({"position": position} for position in ("G2", "G3", "G4", "G5")),
+    {"granularity": "elementwise", "position": "G5"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_papers_other_gates_start_as_the_base_and_then_do_not_stay(family, kind, dtype):
+    inputs = batch(padded=True)
+    base = tiny_model(family).to(dtype)
+    with torch.no_grad():
+        expected = base(**inputs).logits
+        assert torch.equal(get_peft_model(base, GateConfig(**kind))(**inputs).logits, expected)
+    random = GateConfig(**kind, init_weights=False)
+    model = get_peft_model(tiny_model(family).to(dtype), random).train()
+    logits = model(**inputs).logits
+    assert not torch.equal(logits, expected)
+    logits.square().mean().backward()
+    assert all(
+        p.grad.abs().sum() > 0 for gate in gate_layers(model).values() for p in gate.parameters()
+    )
+
+
+def test_activations_are_the_papers_scaled_to_one_at_zero():
+    logits = torch.tensor([-50.0, 0.0, 50.0])
+    limits = {"sigmoid": [0, 1, 2], "ns_sigmoid": [2 / 3, 1, 4 / 3], "linear": [-49, 1, 51]}
+    for name, expected in limits.items():
+        torch.testing.assert_close(ACTIVATIONS[name](logits), torch.tensor(expected).float())
+    assert ACTIVATIONS["silu"](logits)[0].abs() < 1e-6 and ACTIVATIONS["silu"](logits)[2] > 50
+
+
+@pytest.mark.parametrize(
+    ("position", "module"),
+    [("G2", "v_proj"), ("G3", "k_proj"), ("G4", "q_proj"), ("G5", "o_proj")],
+)
+def test_positions_scale_what_the_paper_says(position, module):
+    """A constant gate of 1.5 after a projection is that projection times 1.5."""
+    model = get_peft_model(
+        tiny_model("llama"),
+        GateConfig(position=position, activation="linear", input_dependent=False),
+    ).eval()
+    for gate in gate_layers(model).values():
+        gate.g_proj["default"].weight.data.fill_(0.5)
+    scaled = tiny_model("llama")
+    for layer in scaled.model.layers:
+        getattr(layer.self_attn, module).weight.data *= 1.5
+    input_ids = batch(padded=False)["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids).logits, scaled(input_ids).logits)
 
 
 def test_an_unsupported_architecture_is_refused_with_the_list():

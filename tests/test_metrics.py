@@ -63,7 +63,7 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
     """Every metric that applies, from full matrices, written as its formula."""
     model = inner(model)
     model.set_attn_implementation("eager")
-    gates = {index: gate.activation for index, gate in gate_layers(model).items()}
+    gates = {index: gate.g_proj["default"] for index, gate in gate_layers(model).items()}
     decoder_layers = dict(enumerate(model.model.layers))
     with torch.no_grad(), recorded(gates) as doubled, recorded(decoder_layers) as hidden:
         output = model(input_ids, output_attentions=True)
@@ -76,7 +76,7 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
     )
     load = 1 - first
     for index, gate in doubled.items():
-        by_head = gate.double().unflatten(-1, (load.shape[2], -1)).mean(-1)
+        by_head = gate.double().mean(-1)
         load[index] *= by_head.transpose(1, 2)
     importance = load.mean((1, 3))
     activations = torch.stack([hidden[i].abs().amax(-1) for i in range(len(hidden))])

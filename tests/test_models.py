@@ -81,6 +81,16 @@ def test_a_base_of_another_shape_or_family_is_refused(run, base, message):
     assert "\n" not in str(raised.value)
 
 
+def test_an_adapter_that_lacks_a_gate_is_refused(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.1.self_attn.g1.g_proj.weight"
+    tensors.pop(name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} is in one alone"):
+        load_model(str(run))
+
+
 def test_an_unfinished_run_says_so(run):
     (run / "run.json").unlink()
     (run / "adapter" / "adapter_config.json").unlink()

@@ -42,13 +42,18 @@ def trained(
     model = get_peft_model(tiny_model(family, **overrides), config).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
+    for gate in gate_layers(model).values():
+        projection = gate.g_proj["default"]
+        if granularity == "elementwise":  # the sum of its two parts, too
+            excess = projection.matrix() - projection.matrix().bfloat16().float()
+            projection.channel_weight.data -= excess.detach() / projection.channel_scale
     return model
 
 
 def as_native(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     """`model` mapped, written, and loaded by stock transformers in float32."""
     base: Any = model.get_base_model()
-    gates = {i: gate.g_proj["default"].weight.detach() for i, gate in gate_layers(model).items()}
+    gates = {i: gate.g_proj["default"].matrix().detach() for i, gate in gate_layers(model).items()}
     tensors = dict(native.native_tensors(base.config, base.state_dict(), gates, dtype))
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -15,8 +15,11 @@ from retrofit.errors import UserError
 from retrofit.export.shards import StoredWeights
 from retrofit.files import read_json
 from retrofit.fingerprint import weights_sha256
+from retrofit.gates import GateConfig, GateProjection
 
-_GATE_KEY = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.self_attn)\.g1\.g_proj\.weight")
+_GATE_KEY = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.g1\.g_proj\.(weight|channel_weight)"
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Source:
         folder: the run, or the bare adapter.
         facts: its `run.json`, empty for a bare adapter.
         adapter: folder of the PEFT adapter.
-        granularity: `headwise` or `elementwise`.
+        granularity: `headwise`, `elementwise` or `shared`.
         gates: `W_g` by layer, float32.
         base_name: the base as the run names it, a hub id or a folder.
         base: its local folder.
@@ -68,7 +71,7 @@ def read_source(run: Path, base: str | None = None) -> Source:
     config = _base_config(folder, name, trained.get("base_model_type"))
     weights, shapes = StoredWeights(folder), _shapes(config)
     _check_complete(weights, shapes, name)
-    gates = _read_gates(adapter, config, shapes, trained["granularity"])
+    gates = _read_gates(adapter, config, _gate_config(trained, run))
     _check_same(weights, shapes, name, named)
     return Source(
         run, facts, adapter, trained["granularity"], gates, name, folder, config, weights, shapes
@@ -154,34 +157,53 @@ def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
             )
 
 
+def _gate_config(trained: dict[str, Any], run: Path) -> GateConfig:
+    """The gates' config, if they are of the kind that a checkpoint can carry."""
+    fields = ("granularity", "activation", "position", "input_dependent")
+    config = GateConfig(**{name: trained[name] for name in fields if name in trained})
+    if not config.is_mergeable:
+        raise UserError(
+            f"no checkpoint can carry the gates of {run}, an ablation: only sigmoid gates at G1 "
+            "that read the input can be merged"
+        )
+    return config
+
+
 def _read_gates(
-    adapter: Path, config: PreTrainedConfig, shapes: dict, granularity: str
+    adapter: Path, config: PreTrainedConfig, gate_config: GateConfig
 ) -> dict[int, torch.Tensor]:
-    gates = {}
+    parts: dict[int, dict[str, torch.Tensor]] = {}
     for key, weight in StoredWeights(adapter, "adapter_model.safetensors").items():
         match = _GATE_KEY.fullmatch(key)
         if match is None:
             raise UserError(f"{adapter} also holds {key}; only gates can be merged")
-        rows, columns = shapes.get(f"{match[1]}.q_proj.weight", (0, 0))
-        if granularity == "headwise":
-            rows = config.num_attention_heads
-        _check_gate(match[1], weight, (rows, columns))
-        gates[int(match[2])] = weight.float()
-    if not gates:
+        parts.setdefault(int(match[1]), {})[match[2]] = weight.float()
+    if not parts:
         raise UserError(f"{adapter} holds no gates; train again")
+    gates = {}
+    for index, tensors in parts.items():
+        num_heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        projection = GateProjection(config.hidden_size, num_heads, head_dim, gate_config)
+        for name, parameter in projection.named_parameters():
+            _check_gate(index, tensors.get(name), tuple(parameter.shape))
+        projection.load_state_dict(tensors)
+        gates[index] = projection.matrix().detach()
     return gates
 
 
-def _check_gate(attention: str, weight: torch.Tensor, shape: tuple[int, int]) -> None:
+def _check_gate(layer: int, weight: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if weight is None:
+        raise UserError(f"the gate of layer {layer} lacks a part of its weights; train again")
     if tuple(weight.shape) != shape:
         raise UserError(
-            f"the gate of {attention} has shape {tuple(weight.shape)}, but the base needs "
+            f"the gate of layer {layer} has shape {tuple(weight.shape)}, but the base needs "
             f"{shape}; name the base that it was trained on with --base"
         )
     if not weight.isfinite().all():
         raise UserError(
-            f"the gate of {attention} has NaN or infinite weights: training diverged; train again "
-            "with a lower learning rate"
+            f"the gate of layer {layer} has NaN or infinite weights: training diverged; train "
+            "again with a lower learning rate"
         )
 
 

@@ -10,10 +10,10 @@ from peft.utils import register_peft_method
 
 from retrofit.gates._peft_type import G1_GATE
 from retrofit.gates.config import GateConfig
-from retrofit.gates.layer import GateLayer
+from retrofit.gates.layer import GateLayer, GateProjection
 from retrofit.gates.model import GateModel, gate_layers, gates_off
 
-__all__ = ["GateConfig", "GateLayer", "GateModel", "gate_layers", "gates_off"]
+__all__ = ["GateConfig", "GateLayer", "GateModel", "GateProjection", "gate_layers", "gates_off"]
 
 if G1_GATE not in peft.PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(

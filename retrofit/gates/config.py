@@ -1,23 +1,38 @@
 """Configuration of the gates, as PEFT stores it in `adapter_config.json`."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 
 from retrofit.gates._peft_type import G1_GATE
 
-Granularity = Literal["headwise", "elementwise"]
+Granularity = Literal["headwise", "elementwise", "shared"]
+Activation = Literal["sigmoid", "ns_sigmoid", "silu", "linear"]
+Position = Literal["G1", "G2", "G3", "G4", "G5"]
+
+_CHOICES: dict[str, Any] = {
+    "granularity": Granularity,
+    "activation": Activation,
+    "position": Position,
+}
 
 
 @dataclass
 class GateConfig(PeftConfig):
-    """Gates on each attention head's output, before `o_proj` (G1 of arXiv:2505.06708, eq. 5).
+    """Gates in the attention modules (arXiv:2505.06708, section 2.2 and eq. 5). Every choice starts
+    as the identity; those that are not the default are the paper's ablations.
 
     Args:
         granularity: `headwise` gives each head one score a token (`hidden_size * num_heads`
-            weights a layer); `elementwise` one score for every channel of every head
-            (`hidden_size * num_heads * head_dim` weights a layer).
+            weights a layer); `elementwise` one score for every channel of every head (`hidden_size
+            * num_heads * (head_dim + 1)` weights); `shared` one for every channel, the same in all
+            heads.
+        activation: `sigmoid` scales by 0 to 2; `ns_sigmoid` ("non-sparse") by 2/3 to 4/3; `silu`
+            and `linear` without bound.
+        position: `G1` after attention, before `o_proj`; `G2` on the values, `G3` on the keys and
+            `G4` on the queries, before RoPE; `G5` after `o_proj`.
+        input_dependent: `False` makes the scores constants, the same for every token.
         layers_to_transform: indices of the layers to gate; `None` gates all of them.
         layers_pattern: name of the `ModuleList` that holds the layers, where it is not the first
             numbered one.
@@ -30,10 +45,13 @@ class GateConfig(PeftConfig):
             refused on another family.
 
     Raises:
-        ValueError: for an unknown granularity.
+        ValueError: for an unknown granularity, activation or position.
     """
 
     granularity: Granularity = "headwise"
+    activation: Activation = "sigmoid"
+    position: Position = "G1"
+    input_dependent: bool = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     target_modules: set[str] | list[str] | str | None = None
@@ -45,10 +63,16 @@ class GateConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = G1_GATE
-        if self.granularity not in get_args(Granularity):
-            choices = " or ".join(get_args(Granularity))
-            raise ValueError(f"granularity must be {choices}, not {self.granularity!r}")
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether a checkpoint can carry these gates: sigmoid gates of the input, at G1."""
+        return self.activation == "sigmoid" and self.position == "G1" and self.input_dependent

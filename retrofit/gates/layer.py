@@ -1,36 +1,99 @@
 """The gate: a child of the attention module that scales each head's output."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from retrofit.gates.config import GateConfig
+from retrofit.gates.config import GateConfig, Position
+
+_SILU_IS_ONE = 1.278464542761074  # the x of silu(x) = 1
+
+# Each is exactly 1 at 0, in every float format.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": lambda logits: 2 * torch.sigmoid(logits),
+    "ns_sigmoid": lambda logits: (1 + torch.sigmoid(logits)) / 1.5,
+    "silu": lambda logits: F.silu(logits + _SILU_IS_ONE) / F.silu(logits.new_tensor(_SILU_IS_ONE)),
+    "linear": lambda logits: 1 + logits,
+}
 
 
-class GateProjection(nn.Linear):
-    """`X W_g` in the dtype of `X`, while `W_g` and its optimizer state stay in float32.
+class GateProjection(nn.Module):
+    """The gate of one adapter, `g = activation(X W_g)`: what each head or channel is scaled by.
+
+    An elementwise gate is the sum of one score a head and one a channel. That adds nothing to what
+    it can express. But Adam moves every weight alike, and a head as a whole is one weight for each
+    input here, instead of `head_dim` that have to agree, so that it moves as fast as a headwise
+    gate.
+
+    Args:
+        hidden_size: width of `X`.
+        num_heads: heads that are scaled.
+        head_dim: width of one head.
+        config: of the adapter.
+
+    Attributes:
+        weight: `[num_heads, hidden_size]`; of a shared gate `[head_dim, hidden_size]`.
+        channel_weight: `[num_heads * head_dim, hidden_size]` of an elementwise gate, else `None`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, config: GateConfig):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.granularity = config.granularity
+        self.position = config.position
+        self.input_dependent = config.input_dependent
+        self.activation = ACTIVATIONS[config.activation]
+        # The channels of a head deviate from it by less than it moves itself.
+        self.channel_scale = head_dim**-0.5
+        width = hidden_size if config.input_dependent else 1
+        rows = head_dim if config.granularity == "shared" else num_heads
+        self.weight = nn.Parameter(torch.zeros(rows, width))
+        self.channel_weight = None
+        if config.granularity == "elementwise":
+            self.channel_weight = nn.Parameter(torch.zeros(num_heads * head_dim, width))
+        if not config.init_weights:
+            for weight in self.parameters():
+                nn.init.normal_(weight, std=width**-0.5)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The gate of each token, `[..., num_heads or 1, head_dim or 1]`, from `X`
+        `[..., hidden_size]`."""
+        if not self.input_dependent:
+            hidden_states = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
+        logits = _linear(hidden_states, self.weight)
+        logits = logits.unsqueeze(-2 if self.granularity == "shared" else -1)
+        if self.channel_weight is not None:
+            channels = _linear(hidden_states, self.channel_weight)
+            logits = logits + self.channel_scale * channels.unflatten(-1, (-1, self.head_dim))
+        return self.activation(logits)
+
+    def matrix(self) -> torch.Tensor:
+        """`W_g` as the paper has it, `[num_heads, hidden_size]` if headwise, else `[num_heads *
+        head_dim, hidden_size]`."""
+        if self.granularity == "shared":
+            return self.weight.repeat(self.num_heads, 1)
+        if self.channel_weight is None:
+            return self.weight
+        heads = self.weight.repeat_interleave(self.head_dim, 0)
+        return heads + self.channel_scale * self.channel_weight
+
+
+def _linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`X W` in the dtype of `X`, while `W` and its optimizer state stay in float32.
 
     PEFT's habit of casting the input instead makes a float32 copy of every hidden state, and gives
     other numbers under autocast.
     """
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_states, self.weight.to(hidden_states.dtype))
-
-
-class DoubledSigmoid(nn.Module):
-    """`2 * sigmoid(x)`: exactly 1 at 0 in every float format.
-
-    A module of its own so that forward hooks can read the gate's values.
-    """
-
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        return 2 * torch.sigmoid(logits)
+    return F.linear(hidden_states, weight.to(hidden_states.dtype))
 
 
 class GateLayer(nn.Module, BaseTunerLayer):
-    """Scales the attention output `Y` by `2 * sigmoid(X W_g)` (arXiv:2505.06708 eq. 5, times 2).
+    """Scales the attention output `Y` by `2 * sigmoid(X W_g)` (arXiv:2505.06708 eq. 5, times 2), or
+    does as `GateConfig` says.
 
     With `W_g = 0` the gate is exactly 1 and the model equals its base bit for bit. A merged
     checkpoint moves the factor 2 into `o_proj`, which is exact, and keeps the paper's sigmoid.
@@ -38,52 +101,62 @@ class GateLayer(nn.Module, BaseTunerLayer):
     Args:
         hidden_size: width of `X`, the input of the attention module.
         num_heads: query heads.
+        num_key_value_heads: key and value heads.
         head_dim: width of one head.
         device: where the base weights of the attention module live.
     """
 
     adapter_layer_names = ("g_proj",)
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, device: torch.device):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        device: torch.device,
+    ):
         super().__init__()
         self.hidden_size = hidden_size
         self.num_heads = num_heads
+        self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.device = device
         self.g_proj = nn.ModuleDict()
-        self.activation = DoubledSigmoid()
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: GateConfig) -> None:
-        """Add the projection of one adapter: `[num_heads, hidden_size]` or `[num_heads *
-        head_dim, hidden_size]`."""
-        width = self.head_dim if config.granularity == "elementwise" else 1
-        projection = GateProjection(self.hidden_size, self.num_heads * width, bias=False)
-        if config.init_weights:
-            nn.init.zeros_(projection.weight)
-        else:
-            nn.init.normal_(projection.weight, std=self.hidden_size**-0.5)
+        """Add the projection of one adapter."""
+        shapes = {
+            "G1": (self.num_heads, self.head_dim),
+            "G2": (self.num_key_value_heads, self.head_dim),
+            "G3": (self.num_key_value_heads, self.head_dim),
+            "G4": (self.num_heads, self.head_dim),
+            "G5": (1, self.hidden_size),
+        }
+        projection = GateProjection(self.hidden_size, *shapes[config.position], config)
         # PEFT may build adapters on the meta device; moving those would lose that.
-        on_meta = projection.weight.is_meta
+        on_meta = next(projection.parameters()).is_meta
         self.g_proj[adapter_name] = projection if on_meta else projection.to(self.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Gate `attn_output` `[..., num_heads * head_dim]` by scores read from `hidden_states`
-        `[..., hidden_size]`. Several active adapters multiply."""
-        if self.disable_adapters:
-            return attn_output
+    def gate(self, hidden_states: torch.Tensor, position: Position = "G1") -> torch.Tensor | None:
+        """The product of the active adapters' gates at a position, `[..., heads or 1, channels or
+        1]`, from `hidden_states` `[..., hidden_size]`; `None` if there is none."""
+        gate = None
         for name in self.active_adapters:
-            if name in self.g_proj:
-                gate = self.activation(self.g_proj[name](hidden_states))
-                attn_output = self._scale(attn_output, gate)
-        return attn_output
+            if name in self.g_proj and self.g_proj[name].position == position:
+                factor = self.g_proj[name](hidden_states)
+                gate = factor if gate is None else gate * factor
+        return gate
 
-    def _scale(self, attn_output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        if gate.shape == attn_output.shape:
-            return attn_output * gate
-        heads = attn_output.unflatten(-1, (self.num_heads, self.head_dim))
-        return (heads * gate.unsqueeze(-1)).flatten(-2)
+    def forward(
+        self, states: torch.Tensor, hidden_states: torch.Tensor, position: Position = "G1"
+    ) -> torch.Tensor:
+        """Gate what an attention module holds at a position: `[..., heads, head_dim]`, by scores
+        read from `hidden_states` `[..., hidden_size]`."""
+        gate = None if self.disable_adapters else self.gate(hidden_states, position)
+        return states if gate is None else states * gate
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(

@@ -68,10 +68,16 @@ def _insert_gate(attention: nn.Module, family, name: str) -> None:
         # A patched instance would go on bypassing the gate without any error.
         raise UserError(f"{name}.forward is patched by a hook; insert the gates before hooks")
     # A quantized weight is packed, so shapes come from the modules, not from their weights.
-    num_heads = attention.o_proj.in_features // attention.head_dim
+    head_dim = attention.head_dim
     device = attention.o_proj.weight.device
     attention.__class__ = family.gated
-    attention.g1 = GateLayer(attention.q_proj.in_features, num_heads, attention.head_dim, device)
+    attention.g1 = GateLayer(
+        hidden_size=attention.q_proj.in_features,
+        num_heads=attention.o_proj.in_features // head_dim,
+        num_key_value_heads=attention.k_proj.out_features // head_dim,
+        head_dim=head_dim,
+        device=device,
+    )
 
 
 def gate_layers(model: nn.Module) -> dict[int, GateLayer]:
