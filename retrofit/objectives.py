@@ -133,7 +133,7 @@ def add_objectives(model: PreTrainedModel, objective: Objective) -> None:
             return original_forward(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False
         teacher = None
-        if objective.kl:
+        if objective.kl or objective.hidden:
             with torch.no_grad(), gates_off(self):
                 teacher = self.base_model(*args, **kwargs).last_hidden_state
         hidden = self.base_model(*args, **kwargs).last_hidden_state

@@ -32,7 +32,10 @@ class Model(_Section):
 
 
 class Gate(_Section):
-    granularity: Literal["headwise", "elementwise"] = "headwise"
+    granularity: Literal["headwise", "elementwise", "shared"] = "headwise"
+    activation: Literal["sigmoid", "ns_sigmoid", "silu", "linear"] = "sigmoid"  # rest: ablations
+    position: Literal["G1", "G2", "G3", "G4", "G5"] = "G1"  # before o_proj; the rest are ablations
+    input_dependent: bool = True  # False, an ablation: constants instead of scores by token
     layers: list[int] | None = None  # which layers to gate; all of them by default
 
 
@@ -63,8 +66,12 @@ class Objective(_Section):
     lm: Annotated[float, Field(ge=0)] = 1.0  # next-token cross-entropy
     kl: Annotated[float, Field(ge=0)] = 0.0  # KL(base || gated) of the next-token distribution
     pressure: Annotated[float, Field(ge=0)] = 0.0  # two random queries should not share a key
-    pressure_rows: Annotated[int, Field(ge=2)] = 64  # query rows sampled of each sequence and step
     pressure_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
+    hidden: Annotated[float, Field(ge=0)] = 0.0  # distance to the base of what each layer reads
+    balance: Annotated[float, Field(ge=0)] = 0.0  # heads of one layer should carry equal loads
+    balance_load: Literal["effective", "vanilla", "gated"] = "effective"  # (1 - A_sink) * g, or one
+    balance_shared_heads: Annotated[int, Field(ge=0)] = 0  # but this many of the busiest
+    sampled_rows: Annotated[int, Field(ge=2)] = 64  # queries of a sequence that these two look at
 
     @model_validator(mode="after")
     def _something_must_move_the_gates(self):
@@ -83,6 +90,10 @@ class Objective(_Section):
         falling in a straight line to 0 over the last `pressure_release` of them."""
         left = (1 - progress) / self.pressure_release if self.pressure_release else 1.0
         return self.pressure * min(1.0, left)
+
+    @property
+    def reads_attention(self) -> bool:
+        return bool(self.pressure or self.balance)
 
 
 class Train(_Section):
@@ -125,10 +136,13 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _pressure_needs_far_keys(self):
+    def _attention_needs_far_keys(self):
         # Attention to the last 64 tokens is honest: shorter rows would silently press on nothing.
-        if self.objective.pressure and self.data.sequence_length < 128:
-            raise ValueError("objective.pressure needs data.sequence_length of 128 or more")
+        if self.objective.reads_attention and self.data.sequence_length < 128:
+            name = "pressure" if self.objective.pressure else "balance"
+            raise ValueError(f"objective.{name} needs data.sequence_length of 128 or more")
+        if self.objective.balance and self.gate.position != "G1":
+            raise ValueError("objective.balance reads the gates of heads: gate.position must be G1")
         return self
 
     def to_yaml(self) -> str:

@@ -103,6 +103,12 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
     for tracker in recipe.train.report_to:
         if find_spec(tracker) is None:
             raise UserError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
+    shared, heads = recipe.objective.balance_shared_heads, config.num_attention_heads
+    if recipe.objective.balance and shared > heads - 2:
+        raise UserError(
+            f"objective.balance_shared_heads: {shared} of {heads} heads leave fewer than two to "
+            f"balance; lower it to {heads - 2} or less"
+        )
     if recipe.measure and not Path(recipe.measure.text).expanduser().is_file():
         raise UserError(f"measure.text: no file {recipe.measure.text}")
     return config
@@ -113,6 +119,9 @@ def gate_config(recipe: Recipe) -> GateConfig:
     return GateConfig(
         task_type="CAUSAL_LM",
         granularity=recipe.gate.granularity,
+        activation=recipe.gate.activation,
+        position=recipe.gate.position,
+        input_dependent=recipe.gate.input_dependent,
         layers_to_transform=recipe.gate.layers,
         revision=recipe.model.revision,
     )
@@ -205,7 +214,7 @@ def _save_adapter(trainer: GateTrainer, run: Path) -> None:
 def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    keys = ("loss", "lm", "kl", "pressure", "gate_movement")
+    keys = ("loss", "lm", "kl", "pressure", "hidden", "balance", "gate_movement")
     return {
         "base": before,
         "base_weights_sha256_after": after["weights_sha256"],

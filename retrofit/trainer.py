@@ -8,13 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from retrofit.adapters._family import GatedAttention
+from retrofit.auxiliary import add_auxiliary
 from retrofit.checkpoint import SafetensorsCheckpoints
+from retrofit.collate import PackedRows
 from retrofit.data import LoadedSource, mix
 from retrofit.errors import UserError
 from retrofit.gates import GateConfig, GateLayer, gate_layers
 from retrofit.objectives import add_objectives
-from retrofit.pressure import Pressure
 from retrofit.recipe import Objective
 
 
@@ -57,19 +57,15 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             peft_config=gates,
             callbacks=callbacks,
         )
+        if args.packing and not _takes_lengths(self.model):
+            self.data_collator = PackedRows(processing_class.pad_token_id)
         for layer in gate_layers(self.model).values():
             layer.float()  # TRL casts trainable weights to bf16 on a quantized base
         add_objectives(self.model.get_base_model(), objective)
         self.objective = objective
-        self.pressure = self._add_pressure() if objective.pressure else None
+        needed = objective.pressure or objective.balance or objective.hidden
+        self.auxiliary = add_auxiliary(self.model, objective) if needed else None
         self._clock: tuple[float, int] | None = None
-
-    def _add_pressure(self) -> Pressure:
-        attentions = [m for m in self.model.modules() if isinstance(m, GatedAttention)]
-        pressure = Pressure(len(attentions), self.objective.pressure_rows)
-        for attention in attentions:
-            attention.pressure = pressure
-        return pressure
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, name):
         """Prepare each source by TRL's rules for its own format, then mix."""
@@ -96,10 +92,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.pressure:
-            weight = self.objective.pressure_at(self.state.global_step / self.state.max_steps)
-            steps = self.current_gradient_accumulation_steps
-            self.pressure.prepare(_position_ids(inputs), weight / steps)
+        if self.auxiliary:
+            progress = self.state.global_step / self.state.max_steps
+            scale = 1 / self.current_gradient_accumulation_steps
+            self.auxiliary.prepare(_position_ids(inputs), progress, scale)
         # A hook is traced into a compiled graph, and another one at the next step is a new graph.
         watched = {} if self.args.torch_compile else gate_layers(self.model)
         with gate_movement(watched.values()) as movements:
@@ -125,12 +121,17 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             then, self._clock = self._clock, now
             if then:
                 logs["tokens_per_second"] = (now[1] - then[1]) / (now[0] - then[0])
-            if self.pressure and (collisions := self.pressure.mean()) is not None:
-                logs["pressure"] = collisions.item()
+            if self.auxiliary:
+                logs |= {name: value.item() for name, value in self.auxiliary.means().items()}
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs):
         """TRL writes a draft card beside every checkpoint; the merge writes the real one."""
+
+
+def _takes_lengths(model: PreTrainedModel) -> bool:
+    """Whether the attention kernel takes the lengths of packed documents."""
+    return "flash" in model.config._attn_implementation
 
 
 def _position_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -143,13 +144,14 @@ def _position_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def gate_movement(layers: Iterable[GateLayer]) -> Iterator[list[torch.Tensor]]:
-    """Collects the mean |g - 1| of each layer whose gate runs inside, `g` the doubled sigmoid."""
+    """Collects the mean |g - 1| of each layer whose gate `g` runs inside."""
     movements: list[torch.Tensor] = []
 
     def record(_module, _args, gate):
         movements.append((gate.detach() - 1).abs().mean(dtype=torch.float32))
 
-    handles = [layer.activation.register_forward_hook(record) for layer in layers]
+    projections = [projection for layer in layers for projection in layer.g_proj.values()]
+    handles = [projection.register_forward_hook(record) for projection in projections]
     try:
         yield movements
     finally:

@@ -12,13 +12,20 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
+from retrofit.auxiliary import add_auxiliary
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import gate_layers
 from retrofit.objectives import add_objectives
 from retrofit.recipe import Objective
 
+# Every row is sampled, so that one rank and two look at the same ones.
+OBJECTIVE = Objective(lm=1.0, kl=0.5, pressure=20.0, hidden=10.0, sampled_rows=160)
+
 
 def step(model, input_ids) -> torch.Tensor:
+    # The other losses are sums over this rank's rows, these are means.
+    position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    add_auxiliary(model, OBJECTIVE).prepare(position_ids, progress=0.0, scale=len(input_ids))
     outputs = model(input_ids=input_ids, labels=input_ids, objectives=True)
     outputs.loss.backward()
     return outputs.loss.detach()
@@ -29,7 +36,7 @@ def build(base: str):
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), GateConfig(init_weights=False)
     ).train()
-    add_objectives(model.get_base_model(), Objective(lm=1.0, kl=0.5))
+    add_objectives(model.get_base_model(), OBJECTIVE)
     return model
 
 

@@ -101,6 +101,13 @@ def test_train_measure_merge_by_hand(recipe_file, tmp_path, tiny_base):
         (["train", "nothing"], "no recipe 'nothing'"),
         (["train", "{recipe}", "output_dir={tmp}"], "exists; choose another output_dir"),
         (["train", "{recipe}", "measure.text=gone.txt"], "measure.text: no file gone.txt"),
+        (
+            [
+                *("train", "{recipe}", "data.sequence_length=128"),
+                *("objective.balance=1", "objective.balance_shared_heads=3"),
+            ],
+            "balance_shared_heads: 3 of 4 heads leave fewer than two to balance; lower it to 2",
+        ),
         (["check", "{recipe}", "data.sources=[{{path: gone.jsonl}}]"], "no file gone.jsonl"),
         (["merge", "{tmp}/gone", "--out", "{tmp}/merged"], "{tmp}/gone"),
         (["measure", "{base}", "--text", "{tmp}/gone.txt"], "no text file at"),

@@ -15,7 +15,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_two_ranks_of_fsdp2_give_the_gradients_of_one(family, tiny_base, tmp_path):
-    rows = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(0, 256, (2, 160), generator=torch.Generator().manual_seed(0))
     save_file({"input_ids": rows}, tmp_path / "rows.safetensors")
     model = build(str(tiny_base(family)))
     step(model, rows)

@@ -1,16 +1,11 @@
-"""Pressure on sinks: its value and gradients against full attention, and its place in training."""
+"""Sampled attention and the pressure on sinks: values and gradients against full attention."""
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny import tiny_model
 
-from retrofit import GateConfig
-from retrofit.adapters._family import GatedAttention
-from retrofit.gates import gate_layers, gates_off
 from retrofit.metrics import NEAR
-from retrofit.pressure import Pressure, collision_probability, sample_rows
-from retrofit.recipe import Objective
+from retrofit.pressure import collision_probability
+from retrofit.sampling import sample_rows, sampled_attention
 
 T = 160
 
@@ -44,6 +39,11 @@ def full_attention(query, key, scaling, position_ids):
     return logits.softmax(-1)
 
 
+def pressure(query, key, scaling, sampled):
+    weights, _ = sampled_attention(query, key, scaling, sampled)
+    return collision_probability(weights, sampled)
+
+
 @pytest.fixture
 def states():
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +58,7 @@ def test_all_rows_give_the_definition_values_and_gradients(states, lengths):
     position_ids = positions(*lengths)
     expected = naive(full_attention(query, key, 0.7, position_ids), position_ids)
     expected_grads = torch.autograd.grad(expected, states)
-    value = collision_probability(query, key, 0.7, sample_rows(position_ids, T))
+    value = pressure(query, key, 0.7, sample_rows(position_ids, T))
     grads = torch.autograd.grad(value, states)
     torch.testing.assert_close(value, expected)
     for grad, reference in zip(grads, expected_grads, strict=True):
@@ -68,17 +68,30 @@ def test_all_rows_give_the_definition_values_and_gradients(states, lengths):
 def test_sampled_rows_are_unbiased(states):
     query, key = (tensor.detach() for tensor in states)
     position_ids = positions(T)
-    exact = collision_probability(query, key, 0.7, sample_rows(position_ids, T))
+    exact = pressure(query, key, 0.7, sample_rows(position_ids, T))
     generator = torch.Generator().manual_seed(1)
     draws = torch.stack(
-        [
-            collision_probability(query, key, 0.7, sample_rows(position_ids, 8, generator))
-            for _ in range(600)
-        ]
+        [pressure(query, key, 0.7, sample_rows(position_ids, 8, generator)) for _ in range(600)]
     )
     error = draws.std() / len(draws) ** 0.5
     assert (draws.mean() - exact).abs() < 4 * error
     assert error < 0.05 * exact
+
+
+def test_sampled_attention_is_full_attention_at_the_rows(states):
+    query, key = (tensor.detach() for tensor in states)
+    position_ids = positions(100, 30, 30)
+    sampled = sample_rows(position_ids, 20)
+    weights, logsumexp = sampled_attention(query, key, 0.7, sampled)
+    full = full_attention(query, key, 0.7, position_ids)
+    index = sampled.rows[:, None, :, None].expand_as(weights)
+    torch.testing.assert_close(weights, full.gather(2, index))
+    window, _ = sampled_attention(query, key, 0.7, sampled, sliding_window=10)
+    assert ((window > 0).sum(-1) == 10).all()
+    logits = query[0, :, sampled.rows[0]] @ key.repeat_interleave(2, dim=1)[0].mT * 0.7
+    visible = full.gather(2, index)[0] > 0
+    expected = logits.masked_fill(~visible, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(logsumexp[0], expected)
 
 
 @pytest.mark.parametrize("where", ["first", "elsewhere", "by head"])
@@ -90,7 +103,7 @@ def test_a_sink_costs_its_squared_share_wherever_it_sits(where):
     key = torch.zeros(1, 4, 400, 8)
     for head, place in enumerate(position):
         key[0, head, place, 0] = torch.log(torch.tensor(230.0))
-    value = collision_probability(query, key, 1.0, sample_rows(positions(400), 64))
+    value = pressure(query, key, 1.0, sample_rows(positions(400), 64))
     assert 0.2 < value < 0.35
 
 
@@ -99,7 +112,7 @@ def test_rows_have_far_keys_and_padding_is_left_alone():
     position_ids[1, 120:] = -1
     sampled = sample_rows(position_ids, 32)
     assert sampled.rows.shape == (2, 32)
-    assert sampled.pairs == 2 * 32 * 31
+    assert sampled.counts.all()
     assert (position_ids.gather(-1, sampled.rows) >= NEAR).all()
     assert sample_rows(positions(40, 40, 40), 32) is None
 
@@ -107,62 +120,9 @@ def test_rows_have_far_keys_and_padding_is_left_alone():
 def test_a_short_text_in_the_batch_changes_nothing_for_the_long_one(states):
     """Padded batches: the short sequence has no far keys, or a few, beside the long one's many."""
     query, key = (tensor.detach() for tensor in states)
-    alone = collision_probability(query, key, 0.7, sample_rows(positions(T), T))
+    alone = pressure(query, key, 0.7, sample_rows(positions(T), T))
     short = torch.arange(T)[None].clone()
     short[0, 50:] = -1
     sampled = sample_rows(torch.cat([positions(T), short]), T)
     both = [torch.cat([tensor, tensor.flip(2)]) for tensor in (query, key)]
-    torch.testing.assert_close(collision_probability(*both, 0.7, sampled), alone)
-
-
-def test_injected_gradients_equal_an_added_loss(family):
-    input_ids = torch.randint(0, 256, (2, T), generator=torch.Generator().manual_seed(0))
-    position_ids = torch.arange(T).expand(2, T)
-
-    def gradients(mode: str):
-        model = get_peft_model(tiny_model(family), GateConfig(init_weights=False)).train()
-        if mode in ("reentrant", "non_reentrant"):
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
-        attentions = [m for m in model.modules() if isinstance(m, GatedAttention)]
-        seen = []
-
-        class Added(Pressure):
-            def __call__(self, attention, query_states, key_states):
-                value = collision_probability(
-                    query_states, key_states, attention.scaling, self.sampled
-                )
-                seen.append(value * self.weight / self.layers)
-                return query_states
-
-        pressure = (Added if mode == "added" else Pressure)(len(attentions), T)
-        pressure.prepare(position_ids, weight=3.0)
-        for attention in attentions:
-            attention.pressure = pressure
-        loss = model(input_ids, labels=input_ids).loss
-        (loss + sum(seen)).backward()
-        weights = [layer.g_proj["default"].weight for layer in gate_layers(model).values()]
-        return pressure.mean(), [weight.grad for weight in weights]
-
-    _, expected = gradients("added")
-    for mode in ("injected", "reentrant", "non_reentrant"):
-        value, grads = gradients(mode)
-        assert 0 < value < 1
-        for grad, reference in zip(grads, expected, strict=True):
-            torch.testing.assert_close(grad, reference, rtol=1e-3, atol=1e-6)
-
-
-def test_the_base_pass_is_not_pressed():
-    model = get_peft_model(tiny_model("llama"), GateConfig())
-    attention = model.base_model.model.model.layers[0].self_attn
-    attention.pressure = Pressure(1, 32)
-    attention.pressure.prepare(torch.arange(T)[None], weight=1.0)
-    with torch.no_grad(), gates_off(model):
-        model(torch.zeros(1, T, dtype=torch.long))
-    assert attention.pressure.mean() is None
-
-
-def test_schedule_holds_then_lets_go():
-    objective = Objective(pressure=4.0, pressure_release=0.5)
-    assert [objective.pressure_at(p) for p in (0.0, 0.5, 0.75, 1.0)] == [4.0, 4.0, 2.0, 0.0]
-    assert Objective(pressure=4.0).pressure_at(1.0) == 4.0
+    torch.testing.assert_close(pressure(*both, 0.7, sampled), alone)

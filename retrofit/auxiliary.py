@@ -1,0 +1,162 @@
+"""Losses on what happens inside the layers, added where each layer has it at hand.
+
+- pressure: the attention sink (`retrofit.pressure`);
+- balance: the load of the heads (`retrofit.balance`);
+- hidden: the distance of what each attention module reads from what it reads in the base.
+
+`hidden` asks of every layer what `kl` asks of the last, so that a gate learns from its own layer
+what to make up for: `mean |X - X_base|**2 / |X_base|**2` over tokens, with `X` the normalized
+hidden states. The first token of a document is left out: its state is what carries the sink.
+"""
+
+import torch
+from torch import nn
+
+from retrofit.adapters._family import GatedAttention
+from retrofit.balance import balance_loss, effective_load, gated_load, vanilla_load
+from retrofit.pressure import collision_probability
+from retrofit.recipe import Objective
+from retrofit.sampling import SampledRows, sample_rows, sampled_attention
+
+
+class _InjectGradient(torch.autograd.Function):
+    """Identity of `tensor` whose backward also starts the gradient of `loss`.
+
+    A loss handed up to the trainer would lose its gradient under reentrant checkpointing, and be
+    counted twice under the other kind.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor, loss):
+        ctx.save_for_backward(loss)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)
+
+
+class Auxiliary:
+    """The losses of all gated layers in one training step, each the mean over layers.
+
+    Each layer adds the gradient of its share. Call `prepare` before the forward, which must run
+    the base first where `hidden` is asked for.
+
+    Args:
+        layers: how many there are.
+        objective: the weights.
+    """
+
+    def __init__(self, layers: int, objective: Objective):
+        self.layers = layers
+        self.objective = objective
+        self.weights: dict[str, float] = {}
+        self.sampled: SampledRows | None = None
+        self.tokens: torch.Tensor | None = None
+        self.base: dict[int, torch.Tensor] = {}
+        self.values: dict[str, dict[int, torch.Tensor]] = {}
+
+    def prepare(self, position_ids: torch.Tensor, progress: float, scale: float = 1.0) -> None:
+        """Get ready for a batch.
+
+        Args:
+            position_ids: `[batch, T]`, from 0 at the start of each document; negative for padding.
+            progress: share of the steps that are done.
+            scale: factor of all gradients, for accumulation.
+        """
+        objective = self.objective
+        weights = {
+            "pressure": objective.pressure_at(progress),
+            "balance": objective.balance,
+            "hidden": objective.hidden,
+        }
+        self.weights = {name: weight * scale for name, weight in weights.items() if weight}
+        self.values = {name: {} for name in self.weights}
+        self.tokens = position_ids > 0
+        self.sampled = None
+        if "pressure" in self.weights or "balance" in self.weights:
+            self.sampled = sample_rows(position_ids, objective.sampled_rows)
+
+    def __call__(
+        self,
+        attention: nn.Module,
+        hidden_states: torch.Tensor,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+    ) -> torch.Tensor:
+        """`query_states`, unchanged but for the gradient that will flow through them."""
+        index = attention.layer_idx
+        if attention.g1.disable_adapters:  # the base's own pass
+            if "hidden" in self.weights:
+                self.base[index] = hidden_states.detach()
+            return query_states
+        # The first pass of a reentrant checkpoint runs without gradients.
+        if not self.weights or not torch.is_grad_enabled():
+            return query_states
+        losses = self._attention_losses(attention, hidden_states, query_states, key_states)
+        if "hidden" in self.weights:
+            losses["hidden"] = relative_distance(hidden_states, self.base[index], self.tokens)
+        for name, loss in losses.items():
+            # By layer, so that a recomputed forward replaces its first value.
+            self.values[name][index] = loss.detach()
+        total = sum(self.weights[name] * loss for name, loss in losses.items())
+        return _InjectGradient.apply(query_states, total / self.layers) if losses else query_states
+
+    def _attention_losses(self, attention, hidden_states, query_states, key_states) -> dict:
+        losses: dict[str, torch.Tensor] = {}
+        if (sampled := self.sampled) is None:
+            return losses
+        window = attention.attention_kwargs().get("sliding_window")
+        weights, _ = sampled_attention(query_states, key_states, attention.scaling, sampled, window)
+        if "pressure" in self.weights:
+            losses["pressure"] = collision_probability(weights, sampled)
+        if "balance" in self.weights:
+            load = self._load(attention, hidden_states, weights, sampled)
+            shared = self.objective.balance_shared_heads
+            losses["balance"] = balance_loss(load, sampled.counts, shared)
+        return losses
+
+    def _load(self, attention, hidden_states, weights, sampled) -> torch.Tensor:
+        if self.objective.balance_load == "vanilla":
+            return vanilla_load(weights, sampled.starts)
+        index = sampled.rows.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+        gate = attention.g1.gate(hidden_states.gather(1, index))
+        if self.objective.balance_load == "gated":
+            return gated_load(gate)
+        return effective_load(weights, sampled.starts, gate)
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """The losses of the last batch, unweighted, each the mean over layers."""
+        return {
+            name: torch.stack(list(by_layer.values())).mean()
+            for name, by_layer in self.values.items()
+            if by_layer
+        }
+
+
+def add_auxiliary(model: nn.Module, objective: Objective) -> Auxiliary:
+    """Let every gated layer of `model` add its losses."""
+    attentions = [module for module in model.modules() if isinstance(module, GatedAttention)]
+    auxiliary = Auxiliary(len(attentions), objective)
+    for attention in attentions:
+        attention.auxiliary = auxiliary
+    return auxiliary
+
+
+def relative_distance(
+    hidden_states: torch.Tensor, base: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """`mean |X - X_base|**2 / |X_base|**2` over the tokens that count.
+
+    Args:
+        hidden_states: `[batch, T, hidden_size]`.
+        base: the same of the base.
+        tokens: bool `[batch, T]`, those that count.
+
+    Returns:
+        A float32 scalar with the gradient of `hidden_states`.
+    """
+    base = base.float()
+    distance = (hidden_states.float() - base).square().sum(-1) / base.square().sum(-1)
+    return distance.masked_fill(~tokens, 0).sum() / tokens.sum().clamp(min=1)

@@ -1,0 +1,89 @@
+"""Attention of a few query rows of each sequence: what losses on attention read.
+
+`O(rows * T)` instead of `T x T`, beside any attention kernel, with exact gradients.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from retrofit.metrics import NEAR
+
+
+@dataclass
+class SampledRows:
+    """The query rows of one batch that are looked at.
+
+    Attributes:
+        rows: indices into the sequence `[batch, num_rows]`.
+        starts: where the document of each row begins, `[batch, num_rows]`.
+        counts: bool `[batch, num_rows]`, False for rows that only fill up.
+    """
+
+    rows: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+
+
+def sample_rows(
+    position_ids: torch.Tensor, num_rows: int, generator: torch.Generator | None = None
+) -> SampledRows | None:
+    """Draw rows, without replacement, first among those that have far keys at all.
+
+    A sequence with fewer of those than another fills up with rows that see nothing and count
+    nothing, so that one short text does not take the losses off the whole batch.
+
+    Args:
+        position_ids: `[batch, T]`, from 0 at the start of each document; negative for padding.
+        num_rows: how many a sequence; all that there are, if fewer.
+        generator: for reproducible draws.
+
+    Returns:
+        `None` where no document is long enough to have two such rows.
+    """
+    far = position_ids >= NEAR
+    num_rows = min(num_rows, int(far.sum(-1).max()))
+    if num_rows < 2:
+        return None
+    noise = torch.rand(far.shape, generator=generator).to(far.device)
+    rows = noise.masked_fill(~far, -1).topk(num_rows, dim=-1).indices
+    counts = far.gather(-1, rows)
+    # A row of padding has no document; it may look at itself, which is no far key.
+    starts = torch.where(counts, rows - position_ids.gather(-1, rows), rows)
+    return SampledRows(rows, starts, counts)
+
+
+def sampled_attention(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    scaling: float,
+    sampled: SampledRows,
+    sliding_window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention that the sampled rows pay, and the log-sum-exp of their logits.
+
+    Args:
+        query_states: `[batch, heads, T, head_dim]`, after RoPE.
+        key_states: `[batch, kv_heads, T, head_dim]`, after RoPE.
+        scaling: factor of the logits.
+        sampled: from `sample_rows`.
+        sliding_window: keys that a query sees, itself included, where a layer limits them.
+
+    Returns:
+        Weights `[batch, heads, num_rows, T]` and `[batch, heads, num_rows]`, both float32 with the
+        gradient of queries and keys.
+    """
+    batch, heads, length, head_dim = query_states.shape
+    kv_heads, num_rows = key_states.shape[1], sampled.rows.shape[1]
+    index = sampled.rows.view(batch, 1, num_rows, 1).expand(-1, heads, -1, head_dim)
+    # Groups are folded into the rows, so that keys are not repeated for every query head.
+    queries = query_states.gather(2, index).reshape(batch, kv_heads, -1, head_dim)
+    logits = (queries @ key_states.mT).view(batch, heads, num_rows, length).float() * scaling
+    keys = torch.arange(length, device=logits.device)
+    rows, starts = sampled.rows[:, None, :, None], sampled.starts[:, None, :, None]
+    hidden = (keys < starts) | (keys > rows)
+    if sliding_window is not None:
+        hidden |= keys <= rows - sliding_window
+    logits = logits.masked_fill(hidden, -torch.inf)
+    logsumexp = logits.logsumexp(-1, keepdim=True)
+    return (logits - logsumexp).exp(), logsumexp.squeeze(-1)

@@ -1,0 +1,121 @@
+"""Losses inside the layers: their gradients against losses added outside, and their schedule."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import tiny_model
+
+from retrofit import GateConfig
+from retrofit.auxiliary import Auxiliary, add_auxiliary, relative_distance
+from retrofit.balance import balance_loss, effective_load
+from retrofit.gates import gate_layers, gates_off
+from retrofit.pressure import collision_probability
+from retrofit.recipe import Objective
+from retrofit.sampling import sampled_attention
+
+T = 160
+INPUT_IDS = torch.randint(0, 256, (2, T), generator=torch.Generator().manual_seed(0))
+POSITION_IDS = torch.arange(T).expand(2, T)
+# All rows are sampled, so that every mode sees the same ones.
+ALL = Objective(pressure=3.0, hidden=2.0, balance=0.5, balance_shared_heads=1, sampled_rows=T)
+
+
+class Added(Auxiliary):
+    """The same losses, handed up to be added to the loss."""
+
+    total = 0.0
+
+    def __call__(self, attention, hidden_states, query_states, key_states):
+        weights, _ = sampled_attention(query_states, key_states, attention.scaling, self.sampled)
+        gate = attention.g1.gate(hidden_states)
+        at_rows = torch.stack([g[rows] for g, rows in zip(gate, self.sampled.rows, strict=True)])
+        load = effective_load(weights, self.sampled.starts, at_rows)
+        losses = (
+            3.0 * collision_probability(weights, self.sampled)
+            + 0.5 * balance_loss(load, self.sampled.counts, 1)
+            + 2.0
+            * relative_distance(hidden_states, self.base[attention.layer_idx], POSITION_IDS > 0)
+        )
+        self.total = self.total + losses / 3
+        return query_states
+
+
+def press(model, objective=ALL, progress=0.0, scale=1.0):
+    auxiliary = add_auxiliary(model, objective)
+    auxiliary.prepare(POSITION_IDS, progress, scale)
+    with torch.no_grad(), gates_off(model):
+        model(INPUT_IDS)
+    return auxiliary
+
+
+@pytest.mark.parametrize("granularity", ["headwise", "elementwise", "shared"])
+def test_injected_gradients_equal_an_added_loss(family, granularity):
+    def gradients(mode: str):
+        torch.manual_seed(0)
+        config = GateConfig(granularity=granularity, init_weights=False)
+        model = get_peft_model(tiny_model(family), config).train()
+        if mode in ("reentrant", "non_reentrant"):
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
+        auxiliary = press(model)
+        if mode == "added":
+            auxiliary.__class__ = Added
+        loss = model(INPUT_IDS, labels=INPUT_IDS).loss
+        (loss + getattr(auxiliary, "total", 0.0)).backward()
+        weights = [w for layer in gate_layers(model).values() for w in layer.parameters()]
+        return auxiliary.means(), [weight.grad for weight in weights]
+
+    _, expected = gradients("added")
+    for mode in ("injected", "reentrant", "non_reentrant"):
+        means, grads = gradients(mode)
+        assert set(means) == {"pressure", "balance", "hidden"}
+        assert all(value > 0 for value in means.values())
+        for grad, reference in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, reference, rtol=1e-3, atol=1e-6)
+
+
+def test_micro_batches_each_give_their_part():
+    """Two accumulated batches scaled by a half give the mean of their gradients."""
+
+    def gradient(scale: float, times: int):
+        model = get_peft_model(tiny_model("llama"), GateConfig()).train()
+        for _ in range(times):
+            press(model, objective=Objective(pressure=3.0, sampled_rows=T), scale=scale)
+            (model(INPUT_IDS).logits.sum() * 0).backward()
+        return gate_layers(model)[0].g_proj["default"].weight.grad
+
+    assert gradient(1.0, 1).abs().max() > 0
+    torch.testing.assert_close(gradient(0.5, 2), gradient(1.0, 1))
+
+
+def test_the_base_pass_has_no_losses():
+    model = get_peft_model(tiny_model("llama"), GateConfig())
+    assert press(model).means() == {}
+
+
+def test_zero_gates_have_no_distance_and_others_have():
+    for zero in (True, False):
+        model = get_peft_model(tiny_model("llama"), GateConfig(init_weights=zero)).train()
+        auxiliary = press(model, objective=Objective(hidden=1.0))
+        model(INPUT_IDS)
+        assert (auxiliary.means()["hidden"] == 0) == zero
+
+
+def test_distance_is_relative_and_leaves_out_what_does_not_count():
+    base = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    tokens = torch.ones(2, 5, dtype=torch.bool)
+    torch.testing.assert_close(relative_distance(1.5 * base, base, tokens), torch.tensor(0.25))
+    tokens[:, 0] = False
+    moved = base.clone()
+    moved[:, 0] += 100
+    assert relative_distance(moved, base, tokens) == 0
+
+
+def test_pressure_holds_then_lets_go():
+    objective = Objective(pressure=4.0, pressure_release=0.5)
+    assert [objective.pressure_at(p) for p in (0.0, 0.5, 0.75, 1.0)] == [4.0, 4.0, 2.0, 0.0]
+    assert Objective(pressure=4.0).pressure_at(1.0) == 4.0
+    model = get_peft_model(tiny_model("llama"), GateConfig()).train()
+    auxiliary = press(model, objective=objective, progress=0.75, scale=0.5)
+    assert auxiliary.weights == {"pressure": 1.0}
+    assert press(model, objective=objective, progress=1.0).weights == {}
