@@ -69,7 +69,7 @@ class Auxiliary:
         weights = {
             "pressure": objective.pressure_at(progress),
             "balance": objective.balance,
-            "hidden": objective.hidden,
+            "hidden": objective.hidden_at(progress),
         }
         self.weights = {name: weight * scale for name, weight in weights.items() if weight}
         self.values = {name: {} for name in self.weights}

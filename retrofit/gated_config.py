@@ -16,6 +16,7 @@ class GateFields:
     """Mixin before a family's config."""
 
     gate_granularity: str = "headwise"
+    gate_centered: bool = False
     gated_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs):

@@ -24,9 +24,10 @@ class Gate(nn.Module):
     Not that class: inside a base model PEFT would take it for an adapter.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, width: int):
+    def __init__(self, hidden_size: int, num_heads: int, width: int, center: torch.Tensor | None):
         super().__init__()
         self.num_heads = num_heads
+        self.center = None if center is None else nn.Parameter(center)
         self.g_proj = nn.Linear(hidden_size, num_heads * width, bias=False)
         nn.init.zeros_(self.g_proj.weight)
 
@@ -36,7 +37,11 @@ class Gate(nn.Module):
         if position != "G1":
             return states
         gate = 2 * torch.sigmoid(self.g_proj(hidden_states))
-        return states * gate.unflatten(-1, (self.num_heads, -1))
+        gate = gate.unflatten(-1, (self.num_heads, -1))
+        if self.center is None:
+            return states * gate
+        center = self.center.repeat_interleave(self.num_heads // self.center.shape[0], 0)
+        return states + (gate - 1) * (states - center)
 
 
 class GatedModel(PreTrainedModel):
@@ -49,7 +54,10 @@ class GatedModel(PreTrainedModel):
             attention = self.model.layers[index].self_attn
             width = attention.head_dim if config.gate_granularity == "elementwise" else 1
             attention.__class__ = gated
-            attention.g1 = Gate(config.hidden_size, config.num_attention_heads, width)
+            center = None
+            if config.gate_centered:
+                center = torch.zeros(config.num_key_value_heads, attention.head_dim)
+            attention.g1 = Gate(config.hidden_size, config.num_attention_heads, width, center)
 
     def initialize_weights(self):
         """Fill what a checkpoint lacks. The decoder would draw a missing gate at random."""
@@ -57,11 +65,16 @@ class GatedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, Gate):
                 initialization.zeros_(module.g_proj.weight)
+                if module.center is not None:
+                    initialization.zeros_(module.center)
 
 
-def gated_config(config: PreTrainedConfig, granularity: str, layers: list[int]) -> PreTrainedConfig:
+def gated_config(
+    config: PreTrainedConfig, granularity: str, layers: list[int], centered: bool = False
+) -> PreTrainedConfig:
     """The config of `config`'s family with gates in `layers`."""
     fields = config.to_dict() | {"gate_granularity": granularity, "gated_layers": layers}
+    fields |= {"gate_centered": centered}
     fields |= {"model_type": f"gated_{config.model_type}"}
     gated = AutoConfig.for_model(**fields)
     gated.architectures = [f"Gated{family_of(config.model_type).causal_lm.__name__}"]

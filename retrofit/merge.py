@@ -119,12 +119,14 @@ def _bytes(size: int | str) -> int:
 
 def _write_weights(source: Source, dtype: torch.dtype, folder: Path, max_bytes: int) -> dict:
     if refusal(source.config) is None:
-        config = native_config(source.config) | {"dtype": _name(dtype)}
+        centered = bool(source.centers)
+        config = native_config(source.config, centered) | {"dtype": _name(dtype)}
         write_json(folder / "config.json", config)
-        tensors = native_tensors(source.config, source.weights, source.gates, dtype)
+        tensors = native_tensors(source.config, source.weights, source.gates, source.centers, dtype)
     else:
         granularity = "headwise" if source.granularity == "headwise" else "elementwise"
-        gated = gated_config(source.config, granularity, sorted(source.gates))
+        layers, centered = sorted(source.gates), bool(source.centers)
+        gated = gated_config(source.config, granularity, layers, centered)
         gated.dtype = dtype
         gated.save_pretrained(folder)
         tensors = _gated_tensors(source, dtype)
@@ -136,6 +138,8 @@ def _gated_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, to
         yield name, source.weights[name].to(dtype)
     for layer, weight in source.gates.items():
         yield f"model.layers.{layer}.self_attn.g1.g_proj.weight", weight.to(dtype)
+    for layer, center in source.centers.items():
+        yield f"model.layers.{layer}.self_attn.g1.center", center.to(dtype)
 
 
 def _copy(source: Path, folder: Path, *patterns: str) -> None:

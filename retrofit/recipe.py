@@ -36,6 +36,7 @@ class Gate(_Section):
     activation: Literal["sigmoid", "ns_sigmoid", "silu", "linear"] = "sigmoid"  # rest: ablations
     position: Literal["G1", "G2", "G3", "G4", "G5"] = "G1"  # before o_proj; the rest are ablations
     input_dependent: bool = True  # False, an ablation: constants instead of scores by token
+    centered: bool = False  # a closed gate leaves the sink's value, read off the base, not nothing
     layers: list[int] | None = None  # which layers to gate; all of them by default
 
 
@@ -68,6 +69,7 @@ class Objective(_Section):
     pressure: Annotated[float, Field(ge=0)] = 0.0  # two random queries should not share a key
     pressure_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
     hidden: Annotated[float, Field(ge=0)] = 0.0  # distance to the base of what each layer reads
+    hidden_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
     balance: Annotated[float, Field(ge=0)] = 0.0  # heads of one layer should carry equal loads
     balance_load: Literal["effective", "vanilla", "gated"] = "effective"  # (1 - A_sink) * g, or one
     balance_shared_heads: Annotated[int, Field(ge=0)] = 0  # but this many of the busiest
@@ -86,14 +88,21 @@ class Objective(_Section):
         return self
 
     def pressure_at(self, progress: float) -> float:
-        """The weight of the pressure when `progress` (0 to 1) of the steps are done: constant, then
-        falling in a straight line to 0 over the last `pressure_release` of them."""
-        left = (1 - progress) / self.pressure_release if self.pressure_release else 1.0
-        return self.pressure * min(1.0, left)
+        """The weight of the pressure when `progress` (0 to 1) of the steps are done."""
+        return self.pressure * _held(progress, self.pressure_release)
+
+    def hidden_at(self, progress: float) -> float:
+        """The weight of `hidden` when `progress` (0 to 1) of the steps are done."""
+        return self.hidden * _held(progress, self.hidden_release)
 
     @property
     def reads_attention(self) -> bool:
         return bool(self.pressure or self.balance)
+
+
+def _held(progress: float, release: float) -> float:
+    """1, then falling in a straight line to 0 over the last `release` of the steps."""
+    return min(1.0, (1 - progress) / release) if release else 1.0
 
 
 class Train(_Section):
@@ -133,6 +142,12 @@ class Recipe(_Section):
     def _streams_have_no_length(self):
         if self.data.streaming and self.train.max_steps is None:
             raise ValueError("a stream has no end: set train.max_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _centers_are_at_g1(self):
+        if self.gate.centered and self.gate.position != "G1":
+            raise ValueError("gate.centered: only gates at G1 have a center")
         return self
 
     @model_validator(mode="after")

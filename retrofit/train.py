@@ -75,6 +75,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     trainer.remove_callback(PrinterCallback)
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
+    if recipe.gate.centered and checkpoint is None:
+        trainer.center_gates()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -122,6 +124,7 @@ def gate_config(recipe: Recipe) -> GateConfig:
         activation=recipe.gate.activation,
         position=recipe.gate.position,
         input_dependent=recipe.gate.input_dependent,
+        centered=recipe.gate.centered,
         layers_to_transform=recipe.gate.layers,
         revision=recipe.model.revision,
     )

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from retrofit.auxiliary import add_auxiliary
+from retrofit.center import first_token_values
 from retrofit.checkpoint import SafetensorsCheckpoints
 from retrofit.collate import PackedRows
 from retrofit.data import LoadedSource, mix
@@ -66,6 +67,21 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         needed = objective.pressure or objective.balance or objective.hidden
         self.auxiliary = add_auxiliary(self.model, objective) if needed else None
         self._clock: tuple[float, int] | None = None
+
+    def center_gates(self, documents: int = 64) -> None:
+        """Read the centers off the base: the values of the first tokens of some `documents`."""
+        batches, seen = [], 0
+        for batch in self.get_train_dataloader():
+            position_ids = _position_ids(batch)
+            batches.append({"input_ids": batch["input_ids"], "position_ids": position_ids})
+            seen += int((position_ids == 0).sum())
+            if seen >= documents:
+                break
+        values = first_token_values(self.model, batches)
+        for index, layer in gate_layers(self.model).items():
+            value = self.accelerator.reduce(values[index], "mean")
+            for projection in layer.g_proj.values():
+                projection.center.copy_(value)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, name):
         """Prepare each source by TRL's rules for its own format, then mix."""

@@ -111,10 +111,11 @@ def test_distance_is_relative_and_leaves_out_what_does_not_count():
     assert relative_distance(moved, base, tokens) == 0
 
 
-def test_pressure_holds_then_lets_go():
+def test_losses_hold_then_let_go():
     objective = Objective(pressure=4.0, pressure_release=0.5)
     assert [objective.pressure_at(p) for p in (0.0, 0.5, 0.75, 1.0)] == [4.0, 4.0, 2.0, 0.0]
     assert Objective(pressure=4.0).pressure_at(1.0) == 4.0
+    assert Objective(hidden=4.0, hidden_release=0.2).hidden_at(0.9) == pytest.approx(2.0)
     model = get_peft_model(tiny_model("llama"), GateConfig()).train()
     auxiliary = press(model, objective=objective, progress=0.75, scale=0.5)
     assert auxiliary.weights == {"pressure": 1.0}

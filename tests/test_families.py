@@ -135,6 +135,8 @@ KINDS = [
     {"input_dependent": False},
     *({"position": position} for position in ("G2", "G3", "G4", "G5")),
     {"granularity": "elementwise", "position": "G5"},
+    {"centered": True},
+    {"centered": True, "granularity": "elementwise"},
 ]
 
 
@@ -154,6 +156,19 @@ def test_the_papers_other_gates_start_as_the_base_and_then_do_not_stay(family, k
     assert all(
         p.grad.abs().sum() > 0 for gate in gate_layers(model).values() for p in gate.parameters()
     )
+
+
+def test_a_closed_centered_gate_leaves_its_center():
+    model = get_peft_model(tiny_model("llama"), GateConfig(centered=True, input_dependent=False))
+    layer = gate_layers(model)[0]
+    projection = layer.g_proj["default"]
+    projection.center.normal_()
+    projection.weight.data.fill_(-1e4)
+    states = torch.randn(2, 5, 4, 16)
+    expected = projection.center.repeat_interleave(2, 0).expand_as(states)
+    torch.testing.assert_close(layer(states, torch.randn(2, 5, 64)), expected)
+    projection.weight.data.zero_()
+    assert torch.equal(layer(states, torch.randn(2, 5, 64)), states)
 
 
 def test_activations_are_the_papers_scaled_to_one_at_zero():

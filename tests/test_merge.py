@@ -25,7 +25,7 @@ from retrofit.merge import MergeMismatchError, merge
 WINDOWED = {"sliding_window": 16}
 
 
-def make_run(run: Path, base: Path, granularity: Any = "headwise") -> Path:
+def make_run(run: Path, base: Path, granularity: Any = "headwise", centered: bool = False) -> Path:
     """What `retrofit train` leaves behind, with random gates."""
     model = AutoModelForCausalLM.from_pretrained(base)
     facts = {
@@ -36,7 +36,9 @@ def make_run(run: Path, base: Path, granularity: Any = "headwise") -> Path:
         "quantization": None,
         "weights_sha256": weights_sha256(base_weights(model)),
     }
-    config = GateConfig(granularity=granularity, init_weights=False, task_type="CAUSAL_LM")
+    config = GateConfig(
+        granularity=granularity, centered=centered, init_weights=False, task_type="CAUSAL_LM"
+    )
     get_peft_model(model, config).save_pretrained(str(run / "adapter"))
     (run / "run.json").write_text(json.dumps({"base": facts, "steps": 3, "tokens": 3000}))
     (run / "recipe.resolved.yaml").write_text(f"model:\n  base: {base}\n")
@@ -70,7 +72,7 @@ def merged(tmp_path_factory, tiny_base) -> tuple[Path, dict]:
 def windowed(tmp_path_factory, tiny_base) -> tuple[Path, dict]:
     """The gated flavour: a Mistral with a sliding window."""
     folder = tmp_path_factory.mktemp("windowed")
-    make_run(folder / "run", tiny_base("mistral", **WINDOWED), "elementwise")
+    make_run(folder / "run", tiny_base("mistral", **WINDOWED), "elementwise", centered=True)
     return folder / "out", merge(folder / "run", folder / "out")
 
 
@@ -222,14 +224,14 @@ def without_q_norm(*arguments, tensors=native.native_tensors):
     return ((name, t) for name, t in tensors(*arguments) if "1.self_attn.q_norm" not in name)
 
 
-def with_partial_rotation(config, native_config=native.native_config):
-    mapped = native_config(config)
+def with_partial_rotation(*arguments, native_config=native.native_config):
+    mapped = native_config(*arguments)
     del mapped["partial_rotary_factor"], mapped["rope_parameters"]["partial_rotary_factor"]
     return mapped
 
 
-def with_unscaled_eps(config, native_config=native.native_config):
-    return native_config(config) | {"rms_norm_eps": config.rms_norm_eps}
+def with_unscaled_eps(*arguments, native_config=native.native_config):
+    return native_config(*arguments) | {"rms_norm_eps": arguments[0].rms_norm_eps}
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_a_wrong_mapping_is_noticed(
 
 def test_a_checkpoint_that_does_not_load_is_noticed(run, tmp_path, monkeypatch):
     """Through the real process."""
-    monkeypatch.setattr(retrofit.merge, "native_config", lambda config: {"model_type": "nothing"})
+    monkeypatch.setattr(retrofit.merge, "native_config", lambda *_: {"model_type": "nothing"})
     with pytest.raises(MergeMismatchError, match="does not load"):
         merge(run, tmp_path / "out")
     assert_nothing_left(tmp_path)

@@ -34,11 +34,20 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 
 def trained(
-    family: str, granularity: Any = "headwise", layers: list[int] | None = None, **overrides
+    family: str,
+    granularity: Any = "headwise",
+    layers: list[int] | None = None,
+    centered: bool = False,
+    **overrides,
 ) -> Any:
     """A tiny model with random gates. All weights are bfloat16 numbers, so that storing them in
     bfloat16 costs nothing and the mapping alone is judged."""
-    config = GateConfig(granularity=granularity, layers_to_transform=layers, init_weights=False)
+    config = GateConfig(
+        granularity=granularity,
+        layers_to_transform=layers,
+        centered=centered,
+        init_weights=False,
+    )
     model = get_peft_model(tiny_model(family, **overrides), config).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -54,10 +63,14 @@ def as_native(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     """`model` mapped, written, and loaded by stock transformers in float32."""
     base: Any = model.get_base_model()
     gates = {i: gate.g_proj["default"].matrix().detach() for i, gate in gate_layers(model).items()}
-    tensors = dict(native.native_tensors(base.config, base.state_dict(), gates, dtype))
+    projections = {i: gate.g_proj["default"] for i, gate in gate_layers(model).items()}
+    centers = {i: p.center for i, p in projections.items() if p.center is not None}
+    tensors = dict(native.native_tensors(base.config, base.state_dict(), gates, centers, dtype))
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(native.native_config(base.config)))
+    (folder / "config.json").write_text(
+        json.dumps(native.native_config(base.config, bool(centers)))
+    )
     both: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -108,6 +121,14 @@ def test_equals_the_trained_model(family, granularity, dtype, tmp_path):
 def test_equals_the_trained_model_in_other_layouts(family, overrides, tmp_path):
     model = trained(family, **overrides)
     assert_same(model, as_native(model, tmp_path, torch.float32), 1e-10, 1e-4)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_centers_become_biases(family, granularity, layers, tmp_path):
+    model = trained(family, granularity, layers=layers, centered=True)
+    loaded = as_native(model, tmp_path, torch.float32)
+    assert loaded.model.layers[1].self_attn.o_proj.bias.abs().max() > 0.1
+    assert_same(model, loaded, 1e-10, 1e-4)
 
 
 def test_a_layer_without_gates_is_the_base(family, tmp_path):

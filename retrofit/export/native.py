@@ -50,8 +50,8 @@ def refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def native_config(config: PreTrainedConfig) -> dict:
-    """`config.json` of the native checkpoint, without its `dtype`.
+def native_config(config: PreTrainedConfig, centered: bool = False) -> dict:
+    """`config.json` of the native checkpoint, without its `dtype`; `centered` gates need biases.
 
     Written as a plain dict because engines read the same fact under different names: vLLM takes
     `qkv_bias` where transformers takes `attention_bias`, SGLang and MLX take top-level RoPE fields
@@ -75,8 +75,8 @@ def native_config(config: PreTrainedConfig) -> dict:
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "partial_rotary_factor": 1.0,
-        "attention_bias": _has_bias(config),
-        "qkv_bias": _has_bias(config),
+        "attention_bias": _has_bias(config) or centered,
+        "qkv_bias": _has_bias(config) or centered,
         "attn_output_gate": True,
         "tie_word_embeddings": _stays_tied(config),
         # Ours: activations of this checkpoint over those of its base; `retrofit measure` reads it.
@@ -88,6 +88,7 @@ def native_tensors(
     config: PreTrainedConfig,
     base: Mapping[str, torch.Tensor],
     gates: Mapping[int, torch.Tensor],
+    centers: Mapping[int, torch.Tensor],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of the native checkpoint, one layer of the base in memory at a time.
@@ -96,13 +97,16 @@ def native_tensors(
         config: of the base; `refusal(config)` must be `None`.
         base: its tensors by name, read when asked for.
         gates: `W_g` by layer, `[num_heads, hidden_size]` or `[num_heads * head_dim, hidden_size]`.
+        centers: of centered gates by layer, `[num_key_value_heads, head_dim]`; else empty.
         dtype: of the result. float16 cannot hold it: see the module's docstring.
     """
     embeddings = base["model.embed_tokens.weight"].float()
     yield "model.embed_tokens.weight", (embeddings * 2.0 ** _residual_shift(config)).to(dtype)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layer = _read_layer(config, base, prefix)
+        layer = _read_layer(config, base, prefix, with_bias=_has_bias(config) or bool(centers))
+        if index in centers:
+            _add_center(layer, centers[index])
         for name, tensor in _map_layer(config, layer, gates.get(index), dtype).items():
             yield prefix + name, tensor.to(dtype).contiguous()
     yield from _map_head(config, base, dtype)
@@ -135,7 +139,9 @@ def _stays_tied(config: PreTrainedConfig) -> bool:
     return config.tie_word_embeddings and _has_qk_norm(config)
 
 
-def _read_layer(config: PreTrainedConfig, base: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
+def _read_layer(
+    config: PreTrainedConfig, base: Mapping[str, torch.Tensor], prefix: str, with_bias: bool
+) -> Tensors:
     """One layer in float32, where every step below is exact for bfloat16 and float32 bases."""
     names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
     names += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
@@ -143,9 +149,9 @@ def _read_layer(config: PreTrainedConfig, base: Mapping[str, torch.Tensor], pref
     if _has_qk_norm(config):
         names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
     layer = {name: base[prefix + name].float() for name in names}
-    if _has_bias(config):
+    if with_bias:
         for name in (f"self_attn.{name}_proj.bias" for name in "qkvo"):
-            # Qwen2 has no bias on o_proj, Qwen3_5 has all four or none.
+            # Qwen2 has none on o_proj, Llama none at all, and Qwen3_5 has all four or none.
             zeros = torch.zeros(len(layer[name.replace("bias", "weight")]))
             layer[name] = base[prefix + name].float() if prefix + name in base else zeros
     return layer
@@ -206,6 +212,16 @@ def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | No
     layer["self_attn.q_proj.weight"] = _interleave(query, gate.float(), num_heads)
     if (bias := layer.get("self_attn.q_proj.bias")) is not None:
         layer["self_attn.q_proj.bias"] = _interleave(bias, torch.zeros_like(bias), num_heads)
+
+
+def _add_center(layer: Tensors, center: torch.Tensor) -> None:
+    """`v + g * (Y - v)`: attention sums to 1, so the bias of `v_proj` moves every `Y` by `-v`, and
+    that of `o_proj`, behind the gate, puts `v` back."""
+    weight = layer["self_attn.o_proj.weight"]
+    groups = weight.shape[1] // center.numel()
+    layer["self_attn.v_proj.bias"] = layer["self_attn.v_proj.bias"] - center.flatten()
+    put_back = weight @ center.repeat_interleave(groups, 0).flatten()
+    layer["self_attn.o_proj.bias"] = layer["self_attn.o_proj.bias"] + put_back
 
 
 def _interleave(query: torch.Tensor, gate: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from retrofit.fingerprint import weights_sha256
 from retrofit.gates import GateConfig, GateProjection
 
 _GATE_KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.g1\.g_proj\.(weight|channel_weight)"
+    r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.g1\.g_proj\.(weight|channel_weight|center)"
 )
 
 
@@ -32,6 +32,7 @@ class Source:
         adapter: folder of the PEFT adapter.
         granularity: `headwise`, `elementwise` or `shared`.
         gates: `W_g` by layer, float32.
+        centers: of centered gates by layer, `[num_key_value_heads, head_dim]`, float32; else empty.
         base_name: the base as the run names it, a hub id or a folder.
         base: its local folder.
         config: its config.
@@ -44,6 +45,7 @@ class Source:
     adapter: Path
     granularity: str
     gates: dict[int, torch.Tensor]
+    centers: dict[int, torch.Tensor]
     base_name: str
     base: Path
     config: PreTrainedConfig
@@ -71,10 +73,20 @@ def read_source(run: Path, base: str | None = None) -> Source:
     config = _base_config(folder, name, trained.get("base_model_type"))
     weights, shapes = StoredWeights(folder), _shapes(config)
     _check_complete(weights, shapes, name)
-    gates = _read_gates(adapter, config, _gate_config(trained, run))
+    gates, centers = _read_gates(adapter, config, _gate_config(trained, run))
     _check_same(weights, shapes, name, named)
     return Source(
-        run, facts, adapter, trained["granularity"], gates, name, folder, config, weights, shapes
+        run,
+        facts,
+        adapter,
+        trained["granularity"],
+        gates,
+        centers,
+        name,
+        folder,
+        config,
+        weights,
+        shapes,
     )
 
 
@@ -159,7 +171,7 @@ def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
 
 def _gate_config(trained: dict[str, Any], run: Path) -> GateConfig:
     """The gates' config, if they are of the kind that a checkpoint can carry."""
-    fields = ("granularity", "activation", "position", "input_dependent")
+    fields = ("granularity", "activation", "position", "input_dependent", "centered")
     config = GateConfig(**{name: trained[name] for name in fields if name in trained})
     if not config.is_mergeable:
         raise UserError(
@@ -171,7 +183,8 @@ def _gate_config(trained: dict[str, Any], run: Path) -> GateConfig:
 
 def _read_gates(
     adapter: Path, config: PreTrainedConfig, gate_config: GateConfig
-) -> dict[int, torch.Tensor]:
+) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """The gates' matrices and, of centered ones, their centers, by layer."""
     parts: dict[int, dict[str, torch.Tensor]] = {}
     for key, weight in StoredWeights(adapter, "adapter_model.safetensors").items():
         match = _GATE_KEY.fullmatch(key)
@@ -180,16 +193,19 @@ def _read_gates(
         parts.setdefault(int(match[1]), {})[match[2]] = weight.float()
     if not parts:
         raise UserError(f"{adapter} holds no gates; train again")
-    gates = {}
+    gates, centers = {}, {}
     for index, tensors in parts.items():
         num_heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        projection = GateProjection(config.hidden_size, num_heads, head_dim, gate_config)
-        for name, parameter in projection.named_parameters():
-            _check_gate(index, tensors.get(name), tuple(parameter.shape))
+        kv_heads = config.num_key_value_heads
+        projection = GateProjection(config.hidden_size, num_heads, head_dim, kv_heads, gate_config)
+        for name, tensor in projection.state_dict().items():
+            _check_gate(index, tensors.get(name), tuple(tensor.shape))
         projection.load_state_dict(tensors)
         gates[index] = projection.matrix().detach()
-    return gates
+        if projection.center is not None:
+            centers[index] = projection.center
+    return gates, centers
 
 
 def _check_gate(layer: int, weight: torch.Tensor | None, shape: tuple[int, ...]) -> None:

@@ -33,6 +33,9 @@ class GateConfig(PeftConfig):
         position: `G1` after attention, before `o_proj`; `G2` on the values, `G3` on the keys and
             `G4` on the queries, before RoPE; `G5` after `o_proj`.
         input_dependent: `False` makes the scores constants, the same for every token.
+        centered: `v + g * (Y - v)` instead of `g * Y`, with `v` the value of the base's first
+            token, a constant of each key-value head. It is 0 until `retrofit.center` has read it
+            off the base, which `retrofit train` does. Only at G1.
         layers_to_transform: indices of the layers to gate; `None` gates all of them.
         layers_pattern: name of the `ModuleList` that holds the layers, where it is not the first
             numbered one.
@@ -45,13 +48,15 @@ class GateConfig(PeftConfig):
             refused on another family.
 
     Raises:
-        ValueError: for an unknown granularity, activation or position.
+        ValueError: for an unknown granularity, activation or position, or a center elsewhere than
+            at G1.
     """
 
     granularity: Granularity = "headwise"
     activation: Activation = "sigmoid"
     position: Position = "G1"
     input_dependent: bool = True
+    centered: bool = False
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     target_modules: set[str] | list[str] | str | None = None
@@ -67,6 +72,8 @@ class GateConfig(PeftConfig):
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        if self.centered and self.position != "G1":
+            raise ValueError(f"centered gates are at G1, not {self.position}")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

@@ -32,14 +32,23 @@ class GateProjection(nn.Module):
         hidden_size: width of `X`.
         num_heads: heads that are scaled.
         head_dim: width of one head.
+        num_centers: key-value heads, each with a center of its own, if the config asks for it.
         config: of the adapter.
 
     Attributes:
+        center: `[num_key_value_heads, head_dim]`, what a closed gate leaves; `None` if that is 0.
         weight: `[num_heads, hidden_size]`; of a shared gate `[head_dim, hidden_size]`.
         channel_weight: `[num_heads * head_dim, hidden_size]` of an elementwise gate, else `None`.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, config: GateConfig):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        num_centers: int,
+        config: GateConfig,
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -55,9 +64,14 @@ class GateProjection(nn.Module):
         self.channel_weight = None
         if config.granularity == "elementwise":
             self.channel_weight = nn.Parameter(torch.zeros(num_heads * head_dim, width))
+        # Not trained, so no parameter: it is what the base's sink adds.
+        center = torch.zeros(num_centers, head_dim) if config.centered else None
+        self.register_buffer("center", center)
         if not config.init_weights:
             for weight in self.parameters():
                 nn.init.normal_(weight, std=width**-0.5)
+            if center is not None:
+                nn.init.normal_(center)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The gate of each token, `[..., num_heads or 1, head_dim or 1]`, from `X`
@@ -70,6 +84,16 @@ class GateProjection(nn.Module):
             channels = _linear(hidden_states, self.channel_weight)
             logits = logits + self.channel_scale * channels.unflatten(-1, (-1, self.head_dim))
         return self.activation(logits)
+
+    def scale(self, states: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`center + g * (states - center)`, `states` `[..., num_heads, head_dim]`."""
+        gate = self(hidden_states)
+        if self.center is None:
+            return states * gate
+        groups = self.num_heads // self.center.shape[0]
+        center = self.center.repeat_interleave(groups, 0).to(states.dtype)
+        # In this order a gate of 1 changes no bit.
+        return states + (gate - 1) * (states - center)
 
     def matrix(self) -> torch.Tensor:
         """`W_g` as the paper has it, `[num_heads, hidden_size]` if headwise, else `[num_heads *
@@ -134,7 +158,10 @@ class GateLayer(nn.Module, BaseTunerLayer):
             "G4": (self.num_heads, self.head_dim),
             "G5": (1, self.hidden_size),
         }
-        projection = GateProjection(self.hidden_size, *shapes[config.position], config)
+        num_heads, head_dim = shapes[config.position]
+        projection = GateProjection(
+            self.hidden_size, num_heads, head_dim, self.num_key_value_heads, config
+        )
         # PEFT may build adapters on the meta device; moving those would lose that.
         on_meta = next(projection.parameters()).is_meta
         self.g_proj[adapter_name] = projection if on_meta else projection.to(self.device)
@@ -144,10 +171,9 @@ class GateLayer(nn.Module, BaseTunerLayer):
         """The product of the active adapters' gates at a position, `[..., heads or 1, channels or
         1]`, from `hidden_states` `[..., hidden_size]`; `None` if there is none."""
         gate = None
-        for name in self.active_adapters:
-            if name in self.g_proj and self.g_proj[name].position == position:
-                factor = self.g_proj[name](hidden_states)
-                gate = factor if gate is None else gate * factor
+        for projection in self._active(position):
+            factor = projection(hidden_states)
+            gate = factor if gate is None else gate * factor
         return gate
 
     def forward(
@@ -155,8 +181,14 @@ class GateLayer(nn.Module, BaseTunerLayer):
     ) -> torch.Tensor:
         """Gate what an attention module holds at a position: `[..., heads, head_dim]`, by scores
         read from `hidden_states` `[..., hidden_size]`."""
-        gate = None if self.disable_adapters else self.gate(hidden_states, position)
-        return states if gate is None else states * gate
+        if not self.disable_adapters:
+            for projection in self._active(position):
+                states = projection.scale(states, hidden_states)
+        return states
+
+    def _active(self, position: Position) -> list[GateProjection]:
+        named = [self.g_proj[name] for name in self.active_adapters if name in self.g_proj]
+        return [projection for projection in named if projection.position == position]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(

@@ -1,0 +1,52 @@
+"""Centers: the values of the base's first tokens, read once and kept."""
+
+import json
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from retrofit import GateConfig
+from retrofit.center import first_token_values
+from retrofit.recipe import load_recipe
+from retrofit.train import train
+
+
+def test_values_are_those_of_first_tokens_of_documents(family):
+    base = tiny_model(family)
+    documents = [torch.tensor([5, 9, 11]), torch.tensor([7, 30]), torch.tensor([5, 8, 1, 2])]
+    seen = []
+    projection = base.model.layers[1].self_attn.v_proj
+    handle = projection.register_forward_hook(lambda _m, _a, out: seen.append(out[0, 0]))
+    with torch.no_grad():
+        for document in documents:
+            base(document[None])
+    handle.remove()
+    model = get_peft_model(base, GateConfig(init_weights=False))
+    packed = torch.cat([*documents, torch.tensor([258, 258])])[None]  # and padding
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 0]])
+    values = first_token_values(model, [{"input_ids": packed, "position_ids": position_ids}])
+    assert sorted(values) == [0, 1, 2]
+    torch.testing.assert_close(values[1], torch.stack(seen).mean(0).view(2, 16))
+
+
+def test_a_run_reads_its_centers_keeps_them_and_resumes_with_them(tiny_base, tmp_path):
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"the sink draws {i} tokens " * 9}) + "\n" for i in range(40)]
+    text.write_text("".join(lines))
+    recipe = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"base": str(tiny_base("qwen2"))},
+        "gate": {"centered": True},
+        "data": {"sources": [{"path": str(text)}], "sequence_length": 64},
+        "train": {"max_steps": 2, "report_to": [], "save_steps": 1},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    run = train(load_recipe(str(path)))
+    final = load_file(run / "adapter" / "adapter_model.safetensors")
+    centers = {name: tensor for name, tensor in final.items() if name.endswith(".center")}
+    assert len(centers) == 3 and all(center.abs().sum() > 0 for center in centers.values())
+    first = load_file(run / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors")
+    assert all(torch.equal(first[name], center) for name, center in centers.items())
