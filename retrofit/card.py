@@ -56,12 +56,18 @@ def _what_was_done(report: dict) -> str:
         if base["quantization"]
         else ""
     )
+    centered = (
+        ", around the value that the base's heads take from their first token"
+        if gate["centered"]
+        else ""
+    )
     return (
         f"This is {base['name']} with {gate['granularity']} attention gates (G1 of {_PAPER}) in "
         f"{gate['layers']} of {gate['of_layers']} layers: each attention {each} is scaled by a "
-        "sigmoid that reads the layer's input, so that a head may say nothing without parking its "
-        f"attention on the first token. Only the {gate['parameters']:,} gate weights were "
-        f"trained{length}, from gates that change nothing; every weight of the base stayed as it "
+        f"sigmoid that reads the layer's input{centered}, so that a head may say nothing without "
+        "parking its attention on the first token. Only the "
+        f"{gate['parameters']:,} gate weights were trained{length}, from gates that change "
+        "nothing; every weight of the base stayed as it "
         f"was.{quantized} Made with [retrofit](https://pypi.org/project/gate-retrofit/)."
     )
 
@@ -124,7 +130,7 @@ def _costs(report: dict) -> str:
             "Run it in bfloat16 or float32: its activations exceed the range of float16.",
             "It is made for inference. To train the gates further, go on from the run.",
         ]
-    if checkpoint["native"] and base["biases"]:
+    if checkpoint["native"] and _biases(report):
         lines += ["Not for SGLang, which drops the biases of q, k and v without a word."]
     return "## Costs\n\n" + "\n".join(f"- {line}" for line in lines)
 
@@ -143,9 +149,14 @@ def _how_to_load(report: dict) -> str:
 
 def _engines(report: dict) -> str:
     stock = "It is a stock `Qwen3_5ForCausalLM`: transformers 5 loads it without remote code"
-    if "o_proj" in report["base"]["biases"]:
+    if "o_proj" in _biases(report):
         return f"{stock}. vLLM does not: it ignores `o_proj.bias`, which this model needs."
     return f"{stock}. vLLM has that class from 0.32 on:\n\n```bash\nvllm serve path/to/this\n```"
+
+
+def _biases(report: dict) -> list[str]:
+    """The projections of a native checkpoint that have a bias which matters."""
+    return ["v_proj", "o_proj"] if report["gate"]["centered"] else report["base"]["biases"]
 
 
 def _no_engines(report: dict) -> str:

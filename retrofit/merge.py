@@ -160,6 +160,7 @@ def _report(source: Source, dtype: torch.dtype, written: dict, figures: dict) ->
         "base": _about_base(source),
         "gate": {
             "granularity": source.granularity,
+            "centered": bool(source.centers),
             "layers": len(source.gates),
             "of_layers": source.config.num_hidden_layers,
             "parameters": sum(weight.numel() for weight in source.gates.values()),

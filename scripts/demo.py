@@ -18,6 +18,7 @@ import assets
 RUN = Path("runs/demo")
 MERGED = Path("runs/demo-merged")
 RECIPE = "smollm2-135m-cpu"
+STEPS = 80  # of the recipe's 300: the sink is gone by then, and perplexity not yet back
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -27,7 +28,7 @@ def main(overrides: list[str]) -> None:
         print(assets.ensure(name))
     for folder in (RUN, MERGED):
         shutil.rmtree(folder, ignore_errors=True)
-    retrofit("train", RECIPE, f"output_dir={RUN}", *overrides)
+    retrofit("train", RECIPE, f"output_dir={RUN}", f"train.max_steps={STEPS}", *overrides)
     retrofit("merge", str(RUN), "--out", str(MERGED))
     step("the base and the merged checkpoint answer, without retrofit")
     for folder in (assets.ensure("smollm2"), MERGED):
@@ -60,7 +61,7 @@ def verdict(measured: dict) -> str:
     if gated["peak_column_share"] > 0.5 * base["peak_column_share"]:
         lines.append(
             f"the attention sink stayed: {sink}. Next-token loss and KL to the base give a frozen "
-            "model no reason to let go of it; the recipe smollm2-135m-sink-cpu presses on it"
+            "model no reason to let go of it; objective.pressure does"
         )
     else:
         lines.append(f"the attention sink went: {sink}")

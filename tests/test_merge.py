@@ -182,6 +182,19 @@ def test_families_that_go_native_have_a_gated_class_too(family, granularity):
     assert not hasattr(model.model.layers[0].self_attn, "g1")
 
 
+def test_centers_become_biases_and_the_card_warns_of_engines_that_drop_them(
+    tmp_path, tiny_base, in_process
+):
+    run = make_run(tmp_path / "run", tiny_base("llama"), centered=True)
+    report = merge(run, tmp_path / "out")
+    assert report["verification"]["kl"] < 1e-9
+    weights = load_file(tmp_path / "out/model.safetensors")
+    assert weights["model.layers.0.self_attn.o_proj.bias"].abs().max() > 0.1
+    card = (tmp_path / "out/README.md").read_text()
+    assert "vLLM does not: it ignores `o_proj.bias`" in card and "vllm serve" not in card
+    assert "around the value that the base's heads take from their first token" in card
+
+
 def test_bfloat16_storage_costs_what_rounding_costs(run, tmp_path, in_process):
     figures = merge(run, tmp_path / "out", dtype="bfloat16")["verification"]
     assert 1e-7 < figures["rounding_kl"] < 1e-2

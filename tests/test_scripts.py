@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from retrofit.recipe import load_recipe
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
@@ -37,3 +39,10 @@ def test_ablate_runs_a_grid_once_and_writes_table_and_plot(tiny_base, tmp_path):
     assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--- retrofit train" not in again.stdout
+
+
+@pytest.mark.parametrize("grid", sorted(SCRIPTS.glob("ablations/*.yaml")), ids=lambda p: p.stem)
+def test_every_run_of_a_grid_is_a_recipe(grid):
+    settings = yaml.safe_load(grid.read_text())
+    recipes = [load_recipe(settings["recipe"], run) for run in settings["runs"].values()]
+    assert len({recipe.to_yaml() for recipe in recipes}) == len(recipes), "no run twice"
