@@ -77,6 +77,9 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             seen += int((position_ids == 0).sum())
             if seen >= documents:
                 break
+        # On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights into a form
+        # that has no backward.
+        self.model.train()
         values = first_token_values(self.model, batches)
         for index, layer in gate_layers(self.model).items():
             value = self.accelerator.reduce(values[index], "mean")
