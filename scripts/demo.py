@@ -18,7 +18,7 @@ import assets
 RUN = Path("runs/demo")
 MERGED = Path("runs/demo-merged")
 RECIPE = "smollm2-135m-cpu"
-STEPS = 80  # of the recipe's 300: the sink is gone by then, and perplexity not yet back
+STEPS = 80  # of the recipe's 300: the sink thins by then, and perplexity is not yet back
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -58,10 +58,15 @@ def verdict(measured: dict) -> str:
         f"{gated['kl_to_base']:.4f} nats from the base",
         f"largest activation: {base['max_activation']:,.0f} -> {gated['max_activation']:,.0f}",
     ]
-    if gated["peak_column_share"] > 0.5 * base["peak_column_share"]:
+    left = gated["peak_column_share"] / base["peak_column_share"]
+    if left > 0.5:
         lines.append(
             f"the attention sink stayed: {sink}. Next-token loss and KL to the base give a frozen "
             "model no reason to let go of it; objective.pressure does"
+        )
+    elif left > 0.1:
+        lines.append(
+            f"the attention sink thinned: {sink}; all of the recipe's steps take it further"
         )
     else:
         lines.append(f"the attention sink went: {sink}")
