@@ -2,7 +2,8 @@
 
 - pressure: the attention sink (`retrofit.pressure`);
 - balance: the load of the heads (`retrofit.balance`);
-- hidden: the distance of what each attention module reads from what it reads in the base.
+- hidden: the distance of what each attention module reads from what it reads in the base;
+- activation: activations that dwarf all others (`retrofit.massive`).
 
 `hidden` asks of every layer what `kl` asks of the last, so that a gate learns from its own layer
 what to make up for: `mean |X - X_base|**2 / |X_base|**2` over tokens, with `X` the normalized
@@ -14,6 +15,7 @@ from torch import nn
 
 from retrofit.adapters._family import GatedAttention
 from retrofit.balance import balance_loss, effective_load, gated_load, vanilla_load
+from retrofit.massive import excess_activation
 from retrofit.pressure import collision_probability
 from retrofit.recipe import Objective
 from retrofit.sampling import SampledRows, sample_rows, sampled_attention
@@ -53,7 +55,7 @@ class Auxiliary:
         self.objective = objective
         self.weights: dict[str, float] = {}
         self.sampled: SampledRows | None = None
-        self.tokens: torch.Tensor | None = None
+        self.position_ids = torch.empty(0)
         self.base: dict[int, torch.Tensor] = {}
         self.values: dict[str, dict[int, torch.Tensor]] = {}
 
@@ -70,10 +72,12 @@ class Auxiliary:
             "pressure": objective.pressure_at(progress),
             "balance": objective.balance,
             "hidden": objective.hidden_at(progress),
+            "activation": objective.activation,
         }
         self.weights = {name: weight * scale for name, weight in weights.items() if weight}
         self.values = {name: {} for name in self.weights}
-        self.tokens = position_ids > 0
+        self.base = {}  # the last batch's, before this one's take as much again
+        self.position_ids = position_ids
         self.sampled = None
         if "pressure" in self.weights or "balance" in self.weights:
             self.sampled = sample_rows(position_ids, objective.sampled_rows)
@@ -96,12 +100,27 @@ class Auxiliary:
             return query_states
         losses = self._attention_losses(attention, hidden_states, query_states, key_states)
         if "hidden" in self.weights:
-            losses["hidden"] = relative_distance(hidden_states, self.base[index], self.tokens)
+            losses["hidden"] = relative_distance(
+                hidden_states, self.base[index], self.position_ids > 0
+            )
+        return self._inject(query_states, index, losses)
+
+    def before_layer(self, layer: nn.Module, args: tuple) -> tuple | None:
+        """Forward pre-hook of a decoder layer, whose first argument is the residual stream."""
+        attention = layer.self_attn
+        if "activation" not in self.weights or not torch.is_grad_enabled():
+            return None
+        if attention.g1.disable_adapters:
+            return None
+        losses = {"activation": excess_activation(args[0], self.position_ids)}
+        return self._inject(args[0], attention.layer_idx, losses), *args[1:]
+
+    def _inject(self, tensor: torch.Tensor, index: int, losses: dict) -> torch.Tensor:
         for name, loss in losses.items():
             # By layer, so that a recomputed forward replaces its first value.
             self.values[name][index] = loss.detach()
         total = sum(self.weights[name] * loss for name, loss in losses.items())
-        return _InjectGradient.apply(query_states, total / self.layers) if losses else query_states
+        return _InjectGradient.apply(tensor, total / self.layers) if losses else tensor
 
     def _attention_losses(self, attention, hidden_states, query_states, key_states) -> dict:
         losses: dict[str, torch.Tensor] = {}
@@ -137,10 +156,15 @@ class Auxiliary:
 
 def add_auxiliary(model: nn.Module, objective: Objective) -> Auxiliary:
     """Let every gated layer of `model` add its losses."""
-    attentions = [module for module in model.modules() if isinstance(module, GatedAttention)]
-    auxiliary = Auxiliary(len(attentions), objective)
-    for attention in attentions:
-        attention.auxiliary = auxiliary
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "self_attn", None), GatedAttention)
+    ]
+    auxiliary = Auxiliary(len(layers), objective)
+    for layer in layers:
+        layer.self_attn.auxiliary = auxiliary
+        layer.register_forward_pre_hook(auxiliary.before_layer)
     return auxiliary
 
 

@@ -1,4 +1,4 @@
-"""Packed rows in a batch, for attention kernels that take a mask."""
+"""Packed rows in a batch: several documents a row, each with positions from 0."""
 
 from typing import Any
 
@@ -6,19 +6,38 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
 class PackedRows(DataCollatorForLanguageModeling):
-    """Rows of several documents side by side, `[batch, T]`, each document's positions from 0.
+    """TRL's collator, with rows side by side where the attention kernel takes a mask.
 
-    TRL lays them end to end, `[1, batch * T]`, for kernels that take the documents' lengths. With a
+    TRL lays rows end to end, `[1, batch * T]`, for kernels that take the documents' lengths. With a
     mask instead, attention would cost `(batch * T)**2`, and the pressure would read as many keys.
+
+    Args:
+        pad_token_id: the tokenizer's.
+        end_to_end: as TRL has it.
+        first_tokens: so many tokens at the end of each row become documents of their own. They
+            have no label; the penalty on massive activations sees them.
     """
 
-    def __init__(self, pad_token_id: int):
-        super().__init__(pad_token_id, padding_free=False, return_position_ids=True)
+    def __init__(self, pad_token_id: int, end_to_end: bool, first_tokens: int = 0):
+        super().__init__(pad_token_id, padding_free=end_to_end, return_position_ids=True)
+        self.first_tokens = first_tokens
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.first_tokens:
+            examples = [self._split_end(example) for example in examples]
         batch = super().torch_call(examples)
-        # transformers tells documents apart by their positions only where there is no mask.
-        # Padding, all at position 0, then falls into documents of one token without a label.
-        del batch["attention_mask"]
-        batch["labels"][batch["position_ids"] == 0] = -100
+        if not self.padding_free:
+            # transformers tells documents apart by their positions only where there is no mask.
+            # Padding, all at position 0, then falls into documents of one token without a label.
+            del batch["attention_mask"]
+            batch["labels"][batch["position_ids"] == 0] = -100
         return batch
+
+    def _split_end(self, row: dict[str, Any]) -> dict[str, Any]:
+        alone = min(self.first_tokens, len(row["input_ids"]))
+        left = len(row["input_ids"]) - alone
+        lengths = []
+        for length in row["seq_lengths"]:
+            lengths.append(min(length, left))
+            left -= lengths[-1]
+        return row | {"seq_lengths": [length for length in lengths if length] + [1] * alone}

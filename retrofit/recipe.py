@@ -52,6 +52,7 @@ class Data(_Section):
     sources: Annotated[list[Source], Field(min_length=1)]
     sequence_length: Annotated[int, Field(ge=16)] = 1024
     packing: bool = True  # several documents a row, none of which sees another
+    first_tokens: Annotated[int, Field(ge=0)] = 0  # so many a row stand alone, as a text's first
     streaming: bool = False  # read while training; needs train.max_steps
     assistant_only_loss: bool = False  # chat data: train on the assistant's turns alone
 
@@ -62,6 +63,14 @@ class Data(_Section):
             raise ValueError("give every source a weight, or none")
         return self
 
+    @model_validator(mode="after")
+    def _first_tokens_leave_room(self):
+        if self.first_tokens and not self.packing:
+            raise ValueError("first_tokens takes the ends of packed rows: set data.packing to true")
+        if self.first_tokens > self.sequence_length // 2:
+            raise ValueError("first_tokens would take more than half of data.sequence_length")
+        return self
+
 
 class Objective(_Section):
     lm: Annotated[float, Field(ge=0)] = 1.0  # next-token cross-entropy
@@ -70,6 +79,7 @@ class Objective(_Section):
     pressure_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
     hidden: Annotated[float, Field(ge=0)] = 0.0  # distance to the base of what each layer reads
     hidden_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
+    activation: Annotated[float, Field(ge=0)] = 0.0  # no token's activations dwarf the others'
     balance: Annotated[float, Field(ge=0)] = 0.0  # heads of one layer should carry equal loads
     balance_load: Literal["effective", "vanilla", "gated"] = "effective"  # (1 - A_sink) * g, or one
     balance_shared_heads: Annotated[int, Field(ge=0)] = 0  # but this many of the busiest
@@ -98,6 +108,10 @@ class Objective(_Section):
     @property
     def reads_attention(self) -> bool:
         return bool(self.pressure or self.balance)
+
+    @property
+    def reads_layers(self) -> bool:
+        return bool(self.reads_attention or self.hidden or self.activation)
 
 
 def _held(progress: float, release: float) -> float:

@@ -71,6 +71,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         gates=gate_config(recipe),
         objective=recipe.objective,
         callbacks=[GradientCheck(), interrupt, bar],
+        first_tokens=recipe.data.first_tokens,
     )
     trainer.remove_callback(PrinterCallback)
     run.mkdir(parents=True, exist_ok=True)
@@ -217,7 +218,7 @@ def _save_adapter(trainer: GateTrainer, run: Path) -> None:
 def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    keys = ("loss", "lm", "kl", "pressure", "hidden", "balance", "gate_movement")
+    keys = ("loss", "lm", "kl", "pressure", "activation", "hidden", "balance", "gate_movement")
     return {
         "base": before,
         "base_weights_sha256_after": after["weights_sha256"],

@@ -30,6 +30,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         gates: the gates to insert.
         objective: weights of the losses.
         callbacks: added to the Trainer's own.
+        first_tokens: how many tokens of a packed row become documents of their own.
 
     Raises:
         UserError: if the data gives less than one optimizer step, or the model cannot be gated.
@@ -48,6 +49,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         gates: GateConfig,
         objective: Objective,
         callbacks: list[TrainerCallback] | None = None,
+        first_tokens: int = 0,
     ):
         self.sources = sources
         super().__init__(
@@ -58,13 +60,15 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             peft_config=gates,
             callbacks=callbacks,
         )
-        if args.packing and not _takes_lengths(self.model):
-            self.data_collator = PackedRows(processing_class.pad_token_id)
+        if args.packing:
+            self.data_collator = PackedRows(
+                processing_class.pad_token_id, _takes_lengths(self.model), first_tokens
+            )
         for layer in gate_layers(self.model).values():
             layer.float()  # TRL casts trainable weights to bf16 on a quantized base
         add_objectives(self.model.get_base_model(), objective)
         self.objective = objective
-        needed = objective.pressure or objective.balance or objective.hidden
+        needed = objective.reads_layers
         self.auxiliary = add_auxiliary(self.model, objective) if needed else None
         self._clock: tuple[float, int] | None = None
 

@@ -19,7 +19,7 @@ from retrofit.objectives import add_objectives
 from retrofit.recipe import Objective
 
 # Every row is sampled, so that one rank and two look at the same ones.
-OBJECTIVE = Objective(lm=1.0, kl=0.5, pressure=20.0, hidden=10.0, sampled_rows=160)
+OBJECTIVE = Objective(lm=1.0, kl=0.5, pressure=20.0, hidden=10.0, activation=1.0, sampled_rows=160)
 
 
 def step(model, input_ids) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from tiny import tiny_model
 
-from retrofit import GateConfig
+from retrofit import GateConfig, massive
 from retrofit.auxiliary import Auxiliary, add_auxiliary, relative_distance
 from retrofit.balance import balance_loss, effective_load
 from retrofit.gates import gate_layers, gates_off
@@ -17,7 +17,14 @@ T = 160
 INPUT_IDS = torch.randint(0, 256, (2, T), generator=torch.Generator().manual_seed(0))
 POSITION_IDS = torch.arange(T).expand(2, T)
 # All rows are sampled, so that every mode sees the same ones.
-ALL = Objective(pressure=3.0, hidden=2.0, balance=0.5, balance_shared_heads=1, sampled_rows=T)
+ALL = Objective(
+    pressure=3.0, hidden=2.0, activation=0.7, balance=0.5, balance_shared_heads=1, sampled_rows=T
+)
+
+
+@pytest.fixture(autouse=True)
+def _random_activations_count_as_massive(monkeypatch):
+    monkeypatch.setattr(massive, "MARGIN", 0.9)
 
 
 class Added(Auxiliary):
@@ -38,6 +45,9 @@ class Added(Auxiliary):
         )
         self.total = self.total + losses / 3
         return query_states
+
+    def before_layer(self, layer, args):
+        self.total = self.total + 0.7 * massive.excess_activation(args[0], POSITION_IDS) / 3
 
 
 def press(model, objective=ALL, progress=0.0, scale=1.0):
@@ -60,6 +70,9 @@ def test_injected_gradients_equal_an_added_loss(family, granularity):
         auxiliary = press(model)
         if mode == "added":
             auxiliary.__class__ = Added
+            for layer in model.get_base_model().model.layers:
+                layer._forward_pre_hooks.clear()
+                layer.register_forward_pre_hook(auxiliary.before_layer)
         loss = model(INPUT_IDS, labels=INPUT_IDS).loss
         (loss + getattr(auxiliary, "total", 0.0)).backward()
         weights = [w for layer in gate_layers(model).values() for w in layer.parameters()]
@@ -68,7 +81,7 @@ def test_injected_gradients_equal_an_added_loss(family, granularity):
     _, expected = gradients("added")
     for mode in ("injected", "reentrant", "non_reentrant"):
         means, grads = gradients(mode)
-        assert set(means) == {"pressure", "balance", "hidden"}
+        assert set(means) == {"pressure", "balance", "hidden", "activation"}
         assert all(value > 0 for value in means.values())
         for grad, reference in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad, reference, rtol=1e-3, atol=1e-6)

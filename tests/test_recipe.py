@@ -63,6 +63,8 @@ def test_overrides_are_yaml_values(recipe_path):
         ("objective.lm=0", "without lm some zero-initialized gates get no gradient"),
         ("data.streaming=true", "a stream has no end: set train.max_steps"),
         ("data.sources=[{path: a, weight: 1}, {path: b}]", "give every source a weight, or none"),
+        ("data={sources: [{path: a}], first_tokens: 9, packing: false}", "ends of packed rows"),
+        ("data.first_tokens=600", "more than half of data.sequence_length"),
         ("train.seed", "'train.seed' is not an override"),
         ("output_dir.x=1", "output_dir holds a value, not a section"),
         ("train.seed=[", "is not a YAML value"),

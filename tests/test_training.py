@@ -134,8 +134,8 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monke
     path.write_text(json.dumps({"text": " ".join(sentences(120))}) + "\n")
     settings = {
         "sources": [{"path": str(path)}],
-        "data": {"sequence_length": 128},
-        "objective": {"pressure": 5.0},  # which draws random rows at every step
+        "data": {"sequence_length": 128, "first_tokens": 8},
+        "objective": {"pressure": 5.0, "activation": 1.0},  # pressure draws random rows each step
         "train": {"max_steps": 6, "save_steps": 100, "gradient_accumulation_steps": 2},
     }
     whole = adapter_of(train(make_recipe(name="whole", **settings)))

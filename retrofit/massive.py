@@ -1,0 +1,31 @@
+"""Penalty on massive activations: no token's hidden states should dwarf the others'.
+
+A few early feed-forward blocks write values a thousand times the usual into the first token of a
+text, and the norm after them turns those into the constant key that every query matches
+(arXiv:2603.05498). The pressure on attention hardly sees how large they are, for the norm flattens
+its gradient; this reads the hidden states before the norm. What the first token becomes depends on
+nothing but which token it is, so `data.first_tokens` lets many of them come first.
+"""
+
+import torch
+
+MARGIN = 20.0  # times the median token's largest activation: what any token may have
+
+
+def excess_activation(hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """`sum_t max(0, log(a_t / (20 * median a)))` by document, `a_t` the largest `|activation|` of
+    token `t` in one layer: 0 unless a token stands out. The logarithm has the same gradient for a
+    spike of any height.
+
+    Args:
+        hidden_states: of the residual stream, before the norm, `[batch, T, hidden_size]`.
+        position_ids: `[batch, T]`, from 0 at the start of each document; negative for padding.
+
+    Returns:
+        A float32 scalar with the gradient of `hidden_states`.
+    """
+    real = position_ids >= 0
+    largest = hidden_states.abs().amax(-1).float()
+    usual = largest.detach()[real].median()
+    excess = (largest / (MARGIN * usual)).log().clamp(min=0).masked_fill(~real, 0)
+    return excess.sum() / (position_ids == 0).sum().clamp(min=1)
