@@ -65,7 +65,7 @@ def measure(
     base_ids: torch.Tensor | None = None
     base: PredictionStatistics | None = None
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        for name, source in zip(_names(sources), sources, strict=True):
+        for name, source in zip(names(sources), sources, strict=True):
             model, tokenizer = load(source, settings.get("dtype", dtype))
             _check_positions(model, name, length)
             input_ids = cut_windows(documents, tokenizer, length, windows)
@@ -209,7 +209,7 @@ def _pieces(ids: list[int], size: int) -> list[list[int]]:
     return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
 
 
-def _names(sources: Sequence[str]) -> list[str]:
+def names(sources: Sequence[str]) -> list[str]:
     """The last part of each path or hub id, or the whole where that is ambiguous."""
     short = [Path(source).name or source for source in sources]
     return [

@@ -2,9 +2,10 @@
 
     python scripts/ablate.py scripts/ablations/smollm2.yaml [--out runs/ablate] [--only NAME ...]
 
-The file names a recipe, which must have a `measure` section, and a list of overrides for each run.
-What is done is not done again and what was interrupted goes on, so the same command serves until
-the grid is full. `table.md` and `frontier.png` in the output folder show what is there so far.
+The file names a recipe, which must have a `measure` section, a list of overrides for each run, and
+`common` ones for all of them. What is done is not done again and what was interrupted goes on, so
+the same command serves until the grid is full. `table.md` and `frontier.png` in the output folder
+show what is there so far.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
+RETROFIT = [sys.executable, "-c", "from retrofit.cli import main; main()"]
 COLUMNS = {
     "tokens": "{:,.0f}",
     "peak_column_share": "{:.4f}",
@@ -38,8 +40,8 @@ def main() -> int:
     runs = {name: grid["runs"][name] for name in options.only or grid["runs"]}
     options.out.mkdir(parents=True, exist_ok=True)
     for name, overrides in runs.items():
-        code = train(grid["recipe"], options.out / name, overrides)
-        if code:
+        overrides = [*grid.get("common", ()), *overrides]
+        if code := train(grid["recipe"], options.out / name, overrides):
             return code
         results = {done: read(options.out / done) for done in grid["runs"]}
         finished = {done: figures for done, figures in results.items() if figures}
@@ -49,15 +51,14 @@ def main() -> int:
     return 0
 
 
-def train(recipe: str, run: Path, overrides: list[str]) -> int:
-    """The run's exit code; 0 at once if it is measured already."""
-    if (run / "measure.json").is_file():
+def train(recipe: str, run: Path, overrides: list[str], done: str = "measure.json") -> int:
+    """The run's exit code; 0 at once if its last file is there, `done`."""
+    if (run / done).is_file():
         return 0
     resume = ["--resume"] if any(run.glob("checkpoints/checkpoint-*")) else []
     command = ["train", recipe, f"output_dir={run}", *overrides, *resume]
     print(f"--- retrofit {shlex.join(command)}", flush=True)
-    entry = [sys.executable, "-c", "from retrofit.cli import main; main()"]
-    return subprocess.run([*entry, *command]).returncode
+    return subprocess.run([*RETROFIT, *command]).returncode
 
 
 def read(run: Path) -> dict | None:

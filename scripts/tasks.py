@@ -36,6 +36,7 @@ from transformers.utils import logging
 import assets
 from retrofit.errors import UserError
 from retrofit.files import write_json
+from retrofit.measure import names
 from retrofit.models import load_model
 from retrofit.process import prepare_process
 
@@ -226,12 +227,6 @@ def macro(estimates: Sequence[dict[str, float]]) -> dict[str, float]:
         "value": mean(each["value"] for each in estimates),
         "stderr": math.hypot(*(each["stderr"] for each in estimates)) / len(estimates),
     }
-
-
-def names(sources: Sequence[str]) -> list[str]:
-    """The last part of each path or hub id, or the whole where that is ambiguous."""
-    short = [Path(source).absolute().name for source in sources]
-    return short if len(set(short)) == len(short) else list(sources)
 
 
 def table(result: dict[str, Any]) -> str:

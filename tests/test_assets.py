@@ -109,6 +109,15 @@ def test_texts_are_whole_and_disjoint(texts):
     assert train and heldout and train.isdisjoint(heldout)
 
 
+def test_papers_are_whole_and_come_once():
+    long = "A paragraph that is long enough to be one of those that are kept."
+    paper = {"title": "t", "full_text": {"paragraphs": [[long, "short"], [], [long + "2"]]}}
+    other = {"title": "u", "full_text": {"paragraphs": [[long + "3"]]}}
+    rows = [{"doc": document} for document in (paper, paper, other)]
+    requests = "\n".join(map(json.dumps, rows)).encode()
+    assert list(assets.papers(requests)) == [f"{long}\n{long}2", f"{long}3"]
+
+
 def test_tasks_are_one_line_a_document_without_examples(empty_cache, monkeypatch):
     """The packaged form: a row for each choice, each with its document, and all of them again."""
     moon = {"query": "Goal: x\nAnswer:", "choices": ["naïve\u2028東京", "b"], "gold": 1, "id": "m"}

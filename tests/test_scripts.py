@@ -1,4 +1,4 @@
-"""`scripts/ablate.py` fills its grid once, and says what it found."""
+"""Grids and seeds are trained once each, and what they gave is told."""
 
 import json
 import subprocess
@@ -13,21 +13,27 @@ from retrofit.recipe import load_recipe
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
-@pytest.mark.slow
-def test_ablate_runs_a_grid_once_and_writes_table_and_plot(tiny_base, tmp_path):
+@pytest.fixture
+def recipe(tiny_base, tmp_path) -> Path:
+    """Two steps on a tiny model, and a measurement."""
     text = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": f"the sink draws {i} tokens " * 40}) + "\n" for i in range(40)]
     text.write_text("".join(lines))
-    recipe = {
+    settings = {
         "output_dir": "replaced",
         "model": {"base": str(tiny_base("llama"))},
         "data": {"sources": [{"path": str(text)}], "sequence_length": 64},
         "train": {"max_steps": 2, "report_to": []},
         "measure": {"text": str(text), "length": 192, "windows": 2},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.slow
+def test_ablate_runs_a_grid_once_and_writes_table_and_plot(recipe, tmp_path):
     runs = {"lm": [], "wide": ["gate.granularity=elementwise"]}
-    grid = {"recipe": str(tmp_path / "recipe.yaml"), "runs": runs}
+    grid = {"recipe": str(recipe), "common": ["train.max_steps=1"], "runs": runs}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     command = [sys.executable, str(SCRIPTS / "ablate.py"), str(tmp_path / "grid.yaml")]
     command += ["--out", str(tmp_path / "out")]
@@ -39,10 +45,34 @@ def test_ablate_runs_a_grid_once_and_writes_table_and_plot(tiny_base, tmp_path):
     assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--- retrofit train" not in again.stdout
+    assert json.loads((tmp_path / "out" / "wide" / "run.json").read_text())["steps"] == 1
+
+
+@pytest.mark.slow
+def test_seeds_are_trained_once_each_and_measured_on_all_texts(recipe, tmp_path):
+    command = [sys.executable, str(SCRIPTS / "seeds.py"), str(recipe), "train.max_steps=1"]
+    command += ["--out", str(tmp_path / "out"), "--seeds", "3", "4"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert first.stdout.count("--- retrofit train") == 2
+    for seed in (3, 4):
+        resolved = tmp_path / "out" / f"seed-{seed}" / "recipe.resolved.yaml"
+        assert load_recipe(str(resolved)).train.seed == seed
+    wiki = json.loads((tmp_path / "out" / "wiki.json").read_text())["models"]
+    assert [model["name"] for model in wiki][1:] == ["seed-3", "seed-4"]
+    before = wiki[0]["metrics"]["perplexity"]
+    after = [model["metrics"]["perplexity"] for model in wiki[1:]]
+    table = (tmp_path / "out" / "table.md").read_text()
+    expected = f"{before:.2f} -> {sum(after) / 2:.2f} ({min(after):.2f} to {max(after):.2f})"
+    assert f"| perplexity | {expected} |" in table
+    assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "---" not in again.stdout.splitlines()[0]
 
 
 @pytest.mark.parametrize("grid", sorted(SCRIPTS.glob("ablations/*.yaml")), ids=lambda p: p.stem)
 def test_every_run_of_a_grid_is_a_recipe(grid):
     settings = yaml.safe_load(grid.read_text())
-    recipes = [load_recipe(settings["recipe"], run) for run in settings["runs"].values()]
+    common = settings.get("common", [])
+    runs = [[*common, *run] for run in settings["runs"].values()]
+    recipes = [load_recipe(settings["recipe"], run) for run in runs]
     assert len({recipe.to_yaml() for recipe in recipes}) == len(recipes), "no run twice"

@@ -75,12 +75,13 @@ def step_of(options: argparse.Namespace, objective: Objective, length: int):
     base = load_base(Model(base=options.base, dtype=options.dtype)).to(device)
     model = get_peft_model(base, GateConfig(granularity="elementwise")).train()
     add_objectives(model.get_base_model(), objective)
-    auxiliary = add_auxiliary(model, objective)
+    auxiliary = add_auxiliary(model, objective) if objective.reads_layers else None
     input_ids = torch.randint(0, base.config.vocab_size, (1, length), device=device)
     position_ids = torch.arange(length, device=device)[None]
 
     def step():
-        auxiliary.prepare(position_ids, progress=0.0)
+        if auxiliary:
+            auxiliary.prepare(position_ids, progress=0.0)
         output = model(
             input_ids=input_ids, position_ids=position_ids, labels=input_ids, objectives=True
         )
