@@ -127,7 +127,7 @@ class Auxiliary:
         if (sampled := self.sampled) is None:
             return losses
         window = attention.attention_kwargs().get("sliding_window")
-        weights, _ = sampled_attention(query_states, key_states, attention.scaling, sampled, window)
+        weights = sampled_attention(query_states, key_states, attention.scaling, sampled, window)
         if "pressure" in self.weights:
             losses["pressure"] = collision_probability(weights, sampled)
         if "balance" in self.weights:

@@ -124,7 +124,8 @@ class Train(_Section):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     batch_size: Annotated[int, Field(gt=0)] = 1  # rows of sequence_length a step and device
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2  # of the gates; nothing else trains
+    # Of the gates; nothing else trains. auto: by the size of what they read, see calibrate.py.
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05  # below 1: a share of all steps
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"

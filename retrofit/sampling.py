@@ -59,8 +59,8 @@ def sampled_attention(
     scaling: float,
     sampled: SampledRows,
     sliding_window: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention that the sampled rows pay, and the log-sum-exp of their logits.
+) -> torch.Tensor:
+    """The attention that the sampled rows pay.
 
     Args:
         query_states: `[batch, heads, T, head_dim]`, after RoPE.
@@ -70,8 +70,7 @@ def sampled_attention(
         sliding_window: keys that a query sees, itself included, where a layer limits them.
 
     Returns:
-        Weights `[batch, heads, num_rows, T]` and `[batch, heads, num_rows]`, both float32 with the
-        gradient of queries and keys.
+        `[batch, heads, num_rows, T]` in float32, with the gradient of queries and keys.
     """
     batch, heads, length, head_dim = query_states.shape
     kv_heads, num_rows = key_states.shape[1], sampled.rows.shape[1]
@@ -84,6 +83,4 @@ def sampled_attention(
     hidden = (keys < starts) | (keys > rows)
     if sliding_window is not None:
         hidden |= keys <= rows - sliding_window
-    logits = logits.masked_fill(hidden, -torch.inf)
-    logsumexp = logits.logsumexp(-1, keepdim=True)
-    return (logits - logsumexp).exp(), logsumexp.squeeze(-1)
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1)

@@ -76,8 +76,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     trainer.remove_callback(PrinterCallback)
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
-    if recipe.gate.centered and checkpoint is None:
-        trainer.center_gates()
+    if checkpoint is None:  # which holds both
+        _calibrate(trainer, recipe)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -131,6 +131,14 @@ def gate_config(recipe: Recipe) -> GateConfig:
     )
 
 
+def _calibrate(trainer: GateTrainer, recipe: Recipe) -> None:
+    calibration = trainer.calibrate()
+    if recipe.gate.centered:
+        trainer.center_gates(calibration.values)
+    if recipe.train.learning_rate == "auto":
+        trainer.args.learning_rate = calibration.learning_rate
+
+
 def _check_folder(run: Path, recipe: Recipe, resume: bool) -> Path | None:
     if not resume:
         if run.exists():
@@ -163,7 +171,7 @@ def _training_arguments(recipe: Recipe, run: Path) -> SFTConfig:
         num_train_epochs=train.epochs,
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
-        learning_rate=train.learning_rate,
+        learning_rate=1.0 if train.learning_rate == "auto" else train.learning_rate,
         weight_decay=train.weight_decay,
         warmup_steps=train.warmup_steps,
         lr_scheduler_type=train.schedule,
@@ -223,6 +231,7 @@ def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) ->
         "base": before,
         "base_weights_sha256_after": after["weights_sha256"],
         "gate": {**recipe.gate.model_dump(), "weights": weights},
+        "learning_rate": trainer.optimizer.param_groups[0]["initial_lr"],
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "seconds": round(trainer.state.log_history[-1].get("train_runtime", 0.0), 1),

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from retrofit.auxiliary import add_auxiliary
-from retrofit.center import first_token_values
+from retrofit.calibrate import Calibration, calibrate
 from retrofit.checkpoint import SafetensorsCheckpoints
 from retrofit.collate import PackedRows
 from retrofit.data import LoadedSource, mix
@@ -72,23 +73,28 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         self.auxiliary = add_auxiliary(self.model, objective) if needed else None
         self._clock: tuple[float, int] | None = None
 
-    def center_gates(self, documents: int = 64) -> None:
-        """Read the centers off the base: the values of the first tokens of some `documents`."""
+    def calibrate(self, documents: int = 64) -> Calibration:
+        """What the base shows of the first `documents` of the data, the same on every rank."""
         batches, seen = [], 0
         for batch in self.get_train_dataloader():
             position_ids = _position_ids(batch)
             batches.append({"input_ids": batch["input_ids"], "position_ids": position_ids})
-            seen += int((position_ids == 0).sum())
+            seen += int((position_ids[:, 1:] == 1).sum())
             if seen >= documents:
                 break
         # On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights into a form
         # that has no backward.
         self.model.train()
-        values = first_token_values(self.model, batches)
+        mine = calibrate(self.model, batches)
+        mean = partial(self.accelerator.reduce, reduction="mean")
+        size = mean(torch.tensor(mine.input_size, device=self.accelerator.device))
+        return Calibration({i: mean(value) for i, value in mine.values.items()}, size.item())
+
+    def center_gates(self, values: dict[int, torch.Tensor]) -> None:
+        """Let the gates of each layer close on these, from `calibrate`."""
         for index, layer in gate_layers(self.model).items():
-            value = self.accelerator.reduce(values[index], "mean")
             for projection in layer.g_proj.values():
-                projection.center.copy_(value)
+                projection.center.copy_(values[index])
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, name):
         """Prepare each source by TRL's rules for its own format, then mix."""

@@ -33,7 +33,7 @@ class Added(Auxiliary):
     total = 0.0
 
     def __call__(self, attention, hidden_states, query_states, key_states):
-        weights, _ = sampled_attention(query_states, key_states, attention.scaling, self.sampled)
+        weights = sampled_attention(query_states, key_states, attention.scaling, self.sampled)
         gate = attention.g1.gate(hidden_states)
         at_rows = torch.stack([g[rows] for g, rows in zip(gate, self.sampled.rows, strict=True)])
         load = effective_load(weights, self.sampled.starts, at_rows)

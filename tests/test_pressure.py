@@ -40,8 +40,7 @@ def full_attention(query, key, scaling, position_ids):
 
 
 def pressure(query, key, scaling, sampled):
-    weights, _ = sampled_attention(query, key, scaling, sampled)
-    return collision_probability(weights, sampled)
+    return collision_probability(sampled_attention(query, key, scaling, sampled), sampled)
 
 
 @pytest.fixture
@@ -82,16 +81,12 @@ def test_sampled_attention_is_full_attention_at_the_rows(states):
     query, key = (tensor.detach() for tensor in states)
     position_ids = positions(100, 30, 30)
     sampled = sample_rows(position_ids, 20)
-    weights, logsumexp = sampled_attention(query, key, 0.7, sampled)
+    weights = sampled_attention(query, key, 0.7, sampled)
     full = full_attention(query, key, 0.7, position_ids)
     index = sampled.rows[:, None, :, None].expand_as(weights)
     torch.testing.assert_close(weights, full.gather(2, index))
-    window, _ = sampled_attention(query, key, 0.7, sampled, sliding_window=10)
+    window = sampled_attention(query, key, 0.7, sampled, sliding_window=10)
     assert ((window > 0).sum(-1) == 10).all()
-    logits = query[0, :, sampled.rows[0]] @ key.repeat_interleave(2, dim=1)[0].mT * 0.7
-    visible = full.gather(2, index)[0] > 0
-    expected = logits.masked_fill(~visible, -torch.inf).logsumexp(-1)
-    torch.testing.assert_close(logsumexp[0], expected)
 
 
 @pytest.mark.parametrize("where", ["first", "elsewhere", "by head"])

@@ -1,14 +1,15 @@
-"""Centers: the values of the base's first tokens, read once and kept."""
+"""What is read off the base: the values of first tokens, kept, and the size of the gates' input."""
 
 import json
 
+import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny import tiny_model
 
 from retrofit import GateConfig
-from retrofit.center import first_token_values
+from retrofit.calibrate import STEP, Calibration, calibrate
 from retrofit.recipe import load_recipe
 from retrofit.train import train
 
@@ -26,9 +27,35 @@ def test_values_are_those_of_first_tokens_of_documents(family):
     model = get_peft_model(base, GateConfig(init_weights=False))
     packed = torch.cat([*documents, torch.tensor([258, 258])])[None]  # and padding
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 0]])
-    values = first_token_values(model, [{"input_ids": packed, "position_ids": position_ids}])
-    assert sorted(values) == [0, 1, 2]
-    torch.testing.assert_close(values[1], torch.stack(seen).mean(0).view(2, 16))
+    shown = calibrate(model, [{"input_ids": packed, "position_ids": position_ids}])
+    assert sorted(shown.values) == [0, 1, 2]
+    torch.testing.assert_close(shown.values[1], torch.stack(seen).mean(0).view(2, 16))
+
+
+def test_input_size_is_the_sum_of_what_a_gate_reads(family):
+    base = tiny_model(family)
+    input_ids = torch.tensor([[5, 9, 11, 7], [30, 1, 2, 3]])
+    norms = [layer.input_layernorm for layer in base.model.layers]
+    seen = []
+    handles = [norm.register_forward_hook(lambda _m, _a, out: seen.append(out)) for norm in norms]
+    with torch.no_grad():
+        base(input_ids)
+    for handle in handles:
+        handle.remove()
+    model = get_peft_model(base, GateConfig(init_weights=False))
+    batch = {"input_ids": input_ids, "position_ids": torch.arange(4).expand(2, 4)}
+    size = calibrate(model, [batch]).input_size
+    assert size == pytest.approx(torch.stack(seen).abs().sum(-1).mean().item())
+
+
+def test_no_step_moves_a_logit_further_than_it_says():
+    """Adam's first step moves every weight by the rate: with signs that agree, the whole step."""
+    states = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    rate = Calibration({}, states.abs().sum().item()).learning_rate
+    weight = torch.zeros(64, requires_grad=True)
+    (weight @ states).backward()
+    torch.optim.AdamW([weight], lr=rate).step()
+    assert abs((weight @ states).item()) == pytest.approx(STEP, rel=1e-4)
 
 
 def test_a_run_reads_its_centers_keeps_them_and_resumes_with_them(tiny_base, tmp_path):
@@ -48,5 +75,7 @@ def test_a_run_reads_its_centers_keeps_them_and_resumes_with_them(tiny_base, tmp
     final = load_file(run / "adapter" / "adapter_model.safetensors")
     centers = {name: tensor for name, tensor in final.items() if name.endswith(".center")}
     assert len(centers) == 3 and all(center.abs().sum() > 0 for center in centers.values())
+    rate = json.loads((run / "run.json").read_text())["learning_rate"]
+    assert 0 < rate < 0.1, "by the size of the input, not the placeholder"
     first = load_file(run / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors")
     assert all(torch.equal(first[name], center) for name, center in centers.items())

@@ -1,0 +1,73 @@
+"""Which tokens carry a massive activation when they come first: every one of the vocabulary.
+
+    python scripts/first_tokens.py BASE [RUN|CHECKPOINT ...] --text c4-heldout.jsonl
+
+The first token of a text attends to itself alone, so its state depends on nothing but which token
+it is, and each can be looked at by itself. A model is listed with the largest activation of its
+median token, and the share of tokens above `--above`: of the vocabulary, and of all places in the
+text, any of which may be where a window begins.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.progress import track
+
+from retrofit.measure import names, read_documents
+from retrofit.models import load_model
+from retrofit.process import prepare_process
+
+BATCH = 2048
+SHOWN = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="the base; then runs, merged checkpoints")
+    parser.add_argument("--text", type=Path, required=True, help="how often each token occurs")
+    parser.add_argument("--above", type=float, default=5000, help="a massive activation")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="bfloat16")
+    options = parser.parse_args()
+    print(f"| model | median | vocabulary above {options.above:,.0f} | text | most frequent |")
+    print("|---|---|---|---|---|")
+    for name, source in zip(names(options.models), options.models, strict=True):
+        model, tokenizer = load_model(source, options.dtype)
+        largest = largest_activations(model)
+        counts = frequencies(tokenizer, options.text, len(largest))
+        massive = largest > options.above
+        share = (counts * massive).sum() / counts.sum()
+        often = (counts * massive).topk(SHOWN).indices
+        shown = " ".join(repr(tokenizer.decode([i])) for i in often.tolist() if massive[i])
+        print(
+            f"| {name} | {largest.median():,.0f} | {massive.float().mean():.2%} | {share:.2%} | "
+            f"{shown} |",
+            flush=True,
+        )
+
+
+@torch.inference_mode()
+def largest_activations(model) -> torch.Tensor:
+    """`[vocab_size]`: of each token alone, over layers and channels of the residual stream."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    largest = []
+    for ids in track(torch.arange(inner.config.vocab_size).split(BATCH), transient=True):
+        states = inner.get_decoder()(ids[:, None], use_cache=False, output_hidden_states=True)
+        by_layer = [hidden.abs().amax((1, 2)) for hidden in states.hidden_states[:-1]]
+        largest.append(torch.stack(by_layer).amax(0).float())
+    return torch.cat(largest)
+
+
+def frequencies(tokenizer, text: Path, vocab_size: int) -> torch.Tensor:
+    """`[vocab_size]`: how often each token occurs."""
+    counts = torch.zeros(vocab_size)
+    for document in read_documents(text):
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=vocab_size)
+    return counts
+
+
+if __name__ == "__main__":
+    prepare_process()
+    main()
