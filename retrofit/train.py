@@ -76,7 +76,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     trainer.remove_callback(PrinterCallback)
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
-    if checkpoint is None:  # which holds both
+    if checkpoint is None:  # which holds what this reads
         _calibrate(trainer, recipe)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -132,10 +132,13 @@ def gate_config(recipe: Recipe) -> GateConfig:
 
 
 def _calibrate(trainer: GateTrainer, recipe: Recipe) -> None:
+    automatic = recipe.train.learning_rate == "auto"
+    if not (automatic or recipe.gate.centered):
+        return
     calibration = trainer.calibrate()
     if recipe.gate.centered:
         trainer.center_gates(calibration.values)
-    if recipe.train.learning_rate == "auto":
+    if automatic:
         trainer.args.learning_rate = calibration.learning_rate
 
 

@@ -34,7 +34,7 @@ class GateConfig(PeftConfig):
             `G4` on the queries, before RoPE; `G5` after `o_proj`.
         input_dependent: `False` makes the scores constants, the same for every token.
         centered: `v + g * (Y - v)` instead of `g * Y`, with `v` the value of the base's first
-            token, a constant of each key-value head. It is 0 until `retrofit.center` has read it
+            token, a constant of each key-value head. It is 0 until `retrofit.calibrate` has read it
             off the base, which `retrofit train` does. Only at G1.
         layers_to_transform: indices of the layers to gate; `None` gates all of them.
         layers_pattern: name of the `ModuleList` that holds the layers, where it is not the first
