@@ -1,6 +1,6 @@
 """The whole road on a real model, on a CPU, in minutes: `make demo`.
 
-SmolLM2-135M gets headwise gates, trains them on State of the Union addresses and web text, is
+SmolLM2-135M gets gates, trains them on State of the Union addresses and web text, is
 measured on Wikipedia that was never trained on, merged into a stock checkpoint, and that checkpoint
 answers a prompt without retrofit.
 
