@@ -18,7 +18,7 @@ import assets
 RUN = Path("runs/demo")
 MERGED = Path("runs/demo-merged")
 RECIPE = "smollm2-135m-cpu"
-STEPS = 80  # of the recipe's 300: the sink thins by then, and perplexity is not yet back
+STEPS = 80  # of the recipe's 300: the sink goes by then, and perplexity is not yet back
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
