@@ -3,8 +3,8 @@
     python scripts/bench/overhead.py [BASE] [--lengths 512 2048 4096] [--out overhead.json]
 
 Each length has three arms, run in turns in one process: `lm`, `lm + kl`, and `lm + kl` with
-pressure, balance and hidden on. Reported are medians of paired ratios, and the peak memory of a
-fresh process for each arm.
+pressure, activation, balance and hidden on. Reported are medians of paired ratios, and the peak
+memory of a fresh process for each arm.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from retrofit.recipe import Model, Objective
 ARMS = {
     "lm": Objective(lm=1.0),
     "lm + kl": Objective(lm=1.0, kl=1.0),
-    "all": Objective(lm=1.0, kl=1.0, pressure=30.0, balance=0.01, hidden=30.0),
+    "all": Objective(lm=1.0, kl=1.0, pressure=60.0, activation=3.0, balance=0.01, hidden=100.0),
 }
 DEFAULT_BASE = "~/.cache/retrofit/models/smollm2-135m-instruct"
 
