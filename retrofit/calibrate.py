@@ -8,7 +8,7 @@ is exactly `1 - A`; with `v` put back it is 1% (scripts/oracle.py), for `v` is n
 every text. So the gate closes on `v` instead of on nothing: `v + g * (Y - v)`.
 
 **The size of the gates' input**: Adam moves every weight by about the learning rate, so a step
-moves a gate's logit by up to `learning_rate * sum |X|`. That sum is 80 in SmolLM2 and 950 in
+moves a gate's logit by up to `learning_rate * sum |X|`. That sum is 76 in SmolLM2 and 830 in
 Qwen2.5-Coder-0.5B, as the norm before it is trained: one learning rate does not serve both.
 """
 

@@ -168,9 +168,13 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _attention_needs_far_keys(self):
         # Attention to the last 64 tokens is honest: shorter rows would silently press on nothing.
-        if self.objective.reads_attention and self.data.sequence_length < 128:
+        text = self.data.sequence_length - self.data.first_tokens
+        if self.objective.reads_attention and text < 128:
             name = "pressure" if self.objective.pressure else "balance"
-            raise ValueError(f"objective.{name} needs data.sequence_length of 128 or more")
+            raise ValueError(
+                f"objective.{name} needs data.sequence_length of 128 or more, data.first_tokens "
+                "taken off"
+            )
         if self.objective.balance and self.gate.position != "G1":
             raise ValueError("objective.balance reads the gates of heads: gate.position must be G1")
         return self

@@ -76,8 +76,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     trainer.remove_callback(PrinterCallback)
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
-    if checkpoint is None:  # which holds what this reads
-        _calibrate(trainer, recipe)
+    _calibrate(trainer, recipe, resumed=checkpoint is not None)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -131,12 +130,13 @@ def gate_config(recipe: Recipe) -> GateConfig:
     )
 
 
-def _calibrate(trainer: GateTrainer, recipe: Recipe) -> None:
+def _calibrate(trainer: GateTrainer, recipe: Recipe, resumed: bool) -> None:
     automatic = recipe.train.learning_rate == "auto"
-    if not (automatic or recipe.gate.centered):
+    centers = recipe.gate.centered and not resumed  # a checkpoint holds them
+    if not (automatic or centers):
         return
     calibration = trainer.calibrate()
-    if recipe.gate.centered:
+    if centers:
         trainer.center_gates(calibration.values)
     if automatic:
         trainer.args.learning_rate = calibration.learning_rate

@@ -18,6 +18,8 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
+from retrofit.recipe import load_recipe
+
 RETROFIT = [sys.executable, "-c", "from retrofit.cli import main; main()"]
 COLUMNS = {
     "tokens": "{:,.0f}",
@@ -54,6 +56,10 @@ def main() -> int:
 def train(recipe: str, run: Path, overrides: list[str], done: str = "measure.json") -> int:
     """The run's exit code; 0 at once if its last file is there, `done`."""
     if (run / done).is_file():
+        wanted = load_recipe(recipe, [f"output_dir={run}", *overrides]).to_yaml()
+        if (run / "recipe.resolved.yaml").read_text() != wanted:
+            print(f"error: {run} was trained with another recipe; remove it", file=sys.stderr)
+            return 2
         return 0
     resume = ["--resume"] if any(run.glob("checkpoints/checkpoint-*")) else []
     command = ["train", recipe, f"output_dir={run}", *overrides, *resume]

@@ -1,11 +1,12 @@
 """Which tokens carry a massive activation when they come first: every one of the vocabulary.
 
-    python scripts/first_tokens.py BASE [RUN|CHECKPOINT ...] --text c4-heldout.jsonl
+    python scripts/first_tokens.py BASE [RUN ...] --text c4-heldout.jsonl
 
 The first token of a text attends to itself alone, so its state depends on nothing but which token
 it is, and each can be looked at by itself. A model is listed with the largest activation of its
 median token, and the share of tokens above `--above`: of the vocabulary, and of all places in the
-text, any of which may be where a window begins.
+text, any of which may be where a window begins. A merged checkpoint scales its residual stream:
+name the run instead.
 """
 
 import argparse
@@ -25,7 +26,7 @@ SHOWN = 12
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", help="the base; then runs, merged checkpoints")
+    parser.add_argument("models", nargs="+", help="the base; then runs")
     parser.add_argument("--text", type=Path, required=True, help="how often each token occurs")
     parser.add_argument("--above", type=float, default=5000, help="a massive activation")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="bfloat16")

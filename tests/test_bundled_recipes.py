@@ -30,7 +30,7 @@ def test_recipe_checks_trains_measures_and_merges(name, tiny_base, tmp_path):
             f"output_dir={tmp_path / 'run'}",
             f"model.base={tiny_base(model_type)}",
             f"data.sources=[{{path: {text}, weight: 1.0}}, {{path: {text}, weight: 1.0}}]",
-            "data.sequence_length=128",
+            "data.sequence_length=192",
             "train.max_steps=2",
             f"measure={{text: {text}, length: 192, windows: 2}}",
         ],

@@ -80,6 +80,9 @@ def test_mistakes_are_named_in_one_line(recipe_path, override, message):
 def test_pressure_on_rows_without_far_keys_is_refused(recipe_path):
     with pytest.raises(UserError, match="needs data.sequence_length of 128"):
         load_recipe(recipe_path, ["objective.pressure=1", "data.sequence_length=64"])
+    with pytest.raises(UserError, match="data.first_tokens taken off"):
+        overrides = ["objective.pressure=1", "data.sequence_length=128", "data.first_tokens=8"]
+        load_recipe(recipe_path, overrides)
 
 
 def test_an_unknown_recipe_names_the_nearest():

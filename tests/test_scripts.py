@@ -66,7 +66,10 @@ def test_seeds_are_trained_once_each_and_measured_on_all_texts(recipe, tmp_path)
     assert f"| perplexity | {expected} |" in table
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "---" not in again.stdout.splitlines()[0]
+    assert "--- retrofit train" not in again.stdout
+    command[command.index("train.max_steps=1")] = "train.max_steps=2"
+    other = subprocess.run(command, capture_output=True, text=True)
+    assert other.returncode == 2 and "was trained with another recipe" in other.stderr
 
 
 @pytest.mark.parametrize("grid", sorted(SCRIPTS.glob("ablations/*.yaml")), ids=lambda p: p.stem)

@@ -134,7 +134,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monke
     path.write_text(json.dumps({"text": " ".join(sentences(120))}) + "\n")
     settings = {
         "sources": [{"path": str(path)}],
-        "data": {"sequence_length": 128, "first_tokens": 8},
+        "data": {"sequence_length": 136, "first_tokens": 8},
         "objective": {"pressure": 5.0, "activation": 1.0},  # pressure draws random rows each step
         "train": {"max_steps": 6, "save_steps": 100, "gradient_accumulation_steps": 2},
     }
