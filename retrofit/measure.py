@@ -127,6 +127,7 @@ def summarize(
         "gate_below_0.1": _mean(gate.below_a_tenth for gate in gates),
         "head_load_cv": _mean(a.head_load_cv for a in attention),
         "perplexity": predictions.perplexity,
+        "perplexity_far": predictions.perplexity_far,
         "kl_to_base": predictions.kl_to_base,
     }
 

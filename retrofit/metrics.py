@@ -204,22 +204,27 @@ class PredictionStatistics:
         # By batch, `[tokens, hidden_size]` on the CPU: the logits are made again where needed.
         self.hidden_states: list[torch.Tensor] = []
         self.same_vocabulary = base is None or base.head.out_features == head.out_features
-        self._tokens = 0
-        self._nll = 0.0
+        self._tokens = self._far_tokens = 0
+        self._nll = self._far_nll = 0.0
         self._kl = 0.0
 
     def add(self, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> None:
         """Add a batch of final hidden states `[batch, T, hidden_size]` and its tokens
         `[batch, T]`, a chunk of tokens at a time: full logits never exist."""
         hidden_states, labels = hidden_states[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+        positions = torch.arange(1, input_ids.shape[1], device=labels.device)
+        far = (positions >= NEAR).repeat(input_ids.shape[0])
         for start in range(0, labels.numel(), _TOKEN_CHUNK):
             chunk = slice(start, start + _TOKEN_CHUNK)
             log_p = self.head(hidden_states[chunk]).float().log_softmax(-1)
-            self._nll -= log_p.gather(-1, labels[chunk, None]).sum().item()
+            nll = -log_p.gather(-1, labels[chunk, None]).squeeze(-1)
+            self._nll += nll.sum().item()
+            self._far_nll += nll[far[chunk]].sum().item()
             if self.base is not None and self.same_vocabulary:
                 log_q = self.base.log_probabilities(len(self.hidden_states), chunk)
                 self._kl += (log_q.exp() * (log_q - log_p)).sum().item()
         self._tokens += labels.numel()
+        self._far_tokens += int(far.sum())
         self.hidden_states.append(hidden_states.cpu())
 
     def log_probabilities(self, batch: int, chunk: slice) -> torch.Tensor:
@@ -230,13 +235,23 @@ class PredictionStatistics:
     @property
     def perplexity(self) -> float:
         """`exp` of the mean negative log-likelihood of the next token."""
-        return torch.tensor(self._nll / self._tokens, dtype=torch.float64).exp().item()
+        return _exp(self._nll / self._tokens)
+
+    @property
+    def perplexity_far(self) -> float:
+        """That of the tokens from position `NEAR` on. A base without a BOS token predicts the first
+        few badly, and gates that learn how texts begin gain enough there to hide a loss later."""
+        return _exp(self._far_nll / self._far_tokens)
 
     @property
     def kl_to_base(self) -> float | None:
         """Mean over tokens of `KL(base || model)` of the next-token distribution, in nats; `None`
         between different vocabularies."""
         return self._kl / self._tokens if self.same_vocabulary else None
+
+
+def _exp(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float64).exp().item()  # math.exp raises on a large one
 
 
 def _batch_sum(values: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ _LABELS = {
     "gate_below_0.1": "  share below 0.1",
     "head_load_cv": "head-load CV",
     "perplexity": "perplexity",
+    "perplexity_far": "  past the first 64 tokens",
     "kl_to_base": "KL to the base (nats)",
 }
 _WITHOUT_CHANGE = ("peak_column_position", "gate_below_0.1", "kl_to_base")

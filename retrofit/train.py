@@ -139,7 +139,7 @@ def _calibrate(trainer: GateTrainer, recipe: Recipe, resumed: bool) -> None:
     if centers:
         trainer.center_gates(calibration.values)
     if automatic:
-        trainer.args.learning_rate = calibration.learning_rate
+        trainer.learning_rates = calibration.learning_rates
 
 
 def _check_folder(run: Path, recipe: Recipe, resume: bool) -> Path | None:
@@ -234,7 +234,7 @@ def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) ->
         "base": before,
         "base_weights_sha256_after": after["weights_sha256"],
         "gate": {**recipe.gate.model_dump(), "weights": weights},
-        "learning_rate": trainer.optimizer.param_groups[0]["initial_lr"],
+        "learning_rate": trainer.learning_rates or trainer.args.learning_rate,
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "seconds": round(trainer.state.log_history[-1].get("train_runtime", 0.0), 1),

@@ -71,6 +71,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         self.objective = objective
         needed = objective.reads_layers
         self.auxiliary = add_auxiliary(self.model, objective) if needed else None
+        self.learning_rates: dict[int, float] = {}  # by layer, instead of `args.learning_rate`
         self._clock: tuple[float, int] | None = None
 
     def calibrate(self, documents: int = 64) -> Calibration:
@@ -87,14 +88,34 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         self.model.train()
         mine = calibrate(self.model, batches)
         mean = partial(self.accelerator.reduce, reduction="mean")
-        size = mean(torch.tensor(mine.input_size, device=self.accelerator.device))
-        return Calibration({i: mean(value) for i, value in mine.values.items()}, size.item())
+        device = self.accelerator.device
+        return Calibration(
+            {index: mean(value) for index, value in mine.values.items()},
+            {
+                index: mean(torch.tensor(size, device=device)).item()
+                for index, size in mine.input_sizes.items()
+            },
+        )
 
     def center_gates(self, values: dict[int, torch.Tensor]) -> None:
         """Let the gates of each layer close on these, from `calibrate`."""
         for index, layer in gate_layers(self.model).items():
             for projection in layer.g_proj.values():
                 projection.center.copy_(values[index])
+
+    def create_optimizer(self, model=None):
+        """The Trainer's own, with a rate for each layer if `learning_rates` has them."""
+        created = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.learning_rates and not created:
+            layers = gate_layers(self.model if model is None else model)
+            optimizer.param_groups.clear()
+            for index, rate in self.learning_rates.items():
+                weights = list(layers[index].parameters())
+                optimizer.add_param_group(
+                    {"params": weights, "lr": rate, "weight_decay": self.args.weight_decay}
+                )
+        return optimizer
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, name):
         """Prepare each source by TRL's rules for its own format, then mix."""

@@ -29,6 +29,7 @@ ROWS = {
     "max_activation": ("largest activation, mean over layers", "{:,.0f}"),
     "max_activation_any_window": ("the same, worst window", "{:,.0f}"),
     "perplexity": ("perplexity", "{:.2f}"),
+    "perplexity_far": ("perplexity past the first 64 tokens", "{:.2f}"),
     "kl_to_base": ("KL to the base, nats", "{:.3f}"),
 }
 PANELS = {
@@ -84,7 +85,9 @@ def table(results: dict[str, list[dict]]) -> str:
             cell = f"{style.format(statistics.mean(values))} ({spread(values, style)})"
             cells.append(cell if before is None else f"{style.format(before)} -> {cell}")
         rows.append([label, *cells])
-    rows.append(["change of perplexity", *(change(*models) for models in results.values())])
+    for metric in ("perplexity", "perplexity_far"):
+        changes = [change(metric, *models) for models in results.values()]
+        rows.append([f"change of {ROWS[metric][0]}", *changes])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -92,9 +95,9 @@ def spread(values: list[float], style: str) -> str:
     return f"{style.format(min(values))} to {style.format(max(values))}"
 
 
-def change(base: dict, *seeds: dict) -> str:
-    before = base["metrics"]["perplexity"]
-    ratios = [seed["metrics"]["perplexity"] / before - 1 for seed in seeds]
+def change(metric: str, base: dict, *seeds: dict) -> str:
+    before = base["metrics"][metric]
+    ratios = [seed["metrics"][metric] / before - 1 for seed in seeds]
     return f"{statistics.mean(ratios):+.1%} ({spread(ratios, '{:+.1%}')})"
 
 

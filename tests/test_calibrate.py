@@ -44,14 +44,17 @@ def test_input_size_is_the_sum_of_what_a_gate_reads(family):
         handle.remove()
     model = get_peft_model(base, GateConfig(init_weights=False))
     batch = {"input_ids": input_ids, "position_ids": torch.arange(4).expand(2, 4)}
-    size = calibrate(model, [batch]).input_size
-    assert size == pytest.approx(torch.stack(seen).abs().sum(-1).mean().item())
+    sizes = calibrate(model, [batch]).input_sizes
+    assert sizes == {
+        index: pytest.approx(states.abs().sum(-1).mean().item())
+        for index, states in enumerate(seen)
+    }
 
 
 def test_no_step_moves_a_logit_further_than_it_says():
     """Adam's first step moves every weight by the rate: with signs that agree, the whole step."""
     states = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    rate = Calibration({}, states.abs().sum().item()).learning_rate
+    rate = Calibration({}, {0: states.abs().sum().item()}).learning_rates[0]
     weight = torch.zeros(64, requires_grad=True)
     (weight @ states).backward()
     torch.optim.AdamW([weight], lr=rate).step()
@@ -75,7 +78,9 @@ def test_a_run_reads_its_centers_keeps_them_and_resumes_with_them(tiny_base, tmp
     final = load_file(run / "adapter" / "adapter_model.safetensors")
     centers = {name: tensor for name, tensor in final.items() if name.endswith(".center")}
     assert len(centers) == 3 and all(center.abs().sum() > 0 for center in centers.values())
-    rate = json.loads((run / "run.json").read_text())["learning_rate"]
-    assert 0 < rate < 0.1, "by the size of the input, not the placeholder"
+    rates = json.loads((run / "run.json").read_text())["learning_rate"]
+    assert sorted(rates) == ["0", "1", "2"] and all(0 < rate < 0.1 for rate in rates.values())
+    state = json.loads((run / "checkpoints" / "checkpoint-1" / "state.json").read_text())
+    assert [group["initial_lr"] for group in state["param_groups"]] == list(rates.values())
     first = load_file(run / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors")
     assert all(torch.equal(first[name], center) for name, center in centers.items())

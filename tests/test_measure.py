@@ -32,6 +32,7 @@ METRICS = {
     "gate_below_0.1",
     "head_load_cv",
     "perplexity",
+    "perplexity_far",
     "kl_to_base",
 }
 PER_LAYER = {
@@ -114,10 +115,11 @@ def test_perplexity_and_kl_equal_those_of_full_logits(text):
         log_q, log_p = (
             model(input_ids).logits.double().log_softmax(-1)[:, :-1] for model in (base, other)
         )
-    nll = -log_p.gather(-1, input_ids[:, 1:, None]).mean()
+    nll = -log_p.gather(-1, input_ids[:, 1:, None])
     kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
     metrics = result["models"][1]["metrics"]
-    assert metrics["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(nll.mean().exp().item(), rel=1e-5)
+    assert metrics["perplexity_far"] == pytest.approx(nll[:, 63:].mean().exp().item(), rel=1e-5)
     assert metrics["kl_to_base"] == pytest.approx(kl.item(), rel=1e-5)
 
 

@@ -81,7 +81,7 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
     importance = load.mean((1, 3))
     activations = torch.stack([hidden[i].abs().amax(-1) for i in range(len(hidden))])
     log_p = output.logits.double().log_softmax(-1)[:, :-1]
-    nll = -log_p.gather(-1, input_ids[:, 1:, None]).mean()
+    nll = -log_p.gather(-1, input_ids[:, 1:, None])
     figures = {
         "f_attn": first.mean(),
         "peak_column_share": shares.mean((0, 1, 2)).max(),
@@ -92,7 +92,8 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
         "max_activation_first_token": activations[..., 0].mean(),
         "max_activation_any_window": activations.amax((1, 2)).mean(),
         "head_load_cv": (importance.std(1, correction=0) / importance.mean(1)).mean(),
-        "perplexity": nll.exp(),
+        "perplexity": nll.mean().exp(),
+        "perplexity_far": nll[:, 63:].mean().exp(),
         "kl_to_base": 0,
     }
     if doubled:
