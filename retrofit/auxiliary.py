@@ -182,5 +182,6 @@ def relative_distance(
         A float32 scalar with the gradient of `hidden_states`.
     """
     base = base.float()
-    distance = (hidden_states.float() - base).square().sum(-1) / base.square().sum(-1)
+    # A norm squared takes fewer passes over the states than the sum of their squares.
+    distance = ((hidden_states.float() - base).norm(dim=-1) / base.norm(dim=-1)).square()
     return distance.masked_fill(~tokens, 0).sum() / tokens.sum().clamp(min=1)

@@ -5,7 +5,9 @@ a share `A` of its attention puts out `(1 - A) * Y + A * v`: less of what the re
 gives, `Y`, and that much of the first token's value `v`. A gate that takes the sink's place by
 scaling alone loses the second part. On SmolLM2 that costs 88% of perplexity even where every gate
 is exactly `1 - A`; with `v` put back it is 1% (scripts/oracle.py), for `v` is nearly the same in
-every text. So the gate closes on `v` instead of on nothing: `v + g * (Y - v)`.
+every text. So the gate closes on `v` instead of on nothing: `v + g * (Y - v)`. Heads that pay no
+sink have nothing to make up for, so their `v` is 0. Such are those of the first layers, whose gates
+keep the massive activation from forming: closing on a first token's value would help it along.
 
 **The size of the gates' input**: Adam moves every weight by about the learning rate, so a step
 moves a gate's logit by up to `learning_rate * sum |X|`. That sum is what the norm before it was
@@ -21,9 +23,13 @@ import torch
 from peft import PeftModel
 
 from retrofit.adapters._family import GatedAttention
+from retrofit.balance import vanilla_load
 from retrofit.gates import gates_off
+from retrofit.sampling import SampledRows, sample_rows, sampled_attention
 
 STEP = 0.8  # of a logit, at most, at the highest rate
+SINK_SHARE = 0.1  # a head that pays the first token less has no sink; an even spread gives 0.005
+ROWS = 32  # of each sequence, for that share
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,8 @@ class Calibration:
     """What the base shows.
 
     Attributes:
-        values: by layer, the mean value state of documents' first tokens,
-            `[num_key_value_heads, head_dim]` in float32.
+        values: by layer, the mean value state of documents' first tokens, 0 for heads that do not
+            attend to them, `[num_key_value_heads, head_dim]` in float32.
         input_sizes: by layer, the mean of `sum |X|` over tokens, `X` `[hidden_size]` what a gate
             reads.
     """
@@ -46,6 +52,47 @@ class Calibration:
         return {index: STEP / size for index, size in self.input_sizes.items()}
 
 
+class _Reader:
+    """Reads one layer as it runs, called as `GatedAttention.auxiliary`."""
+
+    def __init__(self, attention: GatedAttention):
+        self.attention = attention
+        self.starts = torch.empty(0)  # bool [batch, T - 1]: the first tokens of documents
+        self.sampled: SampledRows | None = None
+        self.values: list[torch.Tensor] = []  # [documents, heads * head_dim]
+        self.sizes: list[torch.Tensor] = []
+        self.shares: list[torch.Tensor] = []  # [batch, heads, rows]
+        self.handle = attention.v_proj.register_forward_hook(self._read_values)
+        self.auxiliary, attention.auxiliary = attention.auxiliary, self
+
+    def close(self) -> None:
+        self.handle.remove()
+        self.attention.auxiliary = self.auxiliary
+
+    def _read_values(self, _projection, args, values):
+        self.values.append(values[:, :-1][self.starts].float())
+        self.sizes.append(args[0].float().abs().sum(-1).mean())
+
+    def __call__(self, attention, hidden_states, query_states, key_states):
+        if self.sampled is not None:
+            window = attention.attention_kwargs().get("sliding_window")
+            weights = sampled_attention(
+                query_states, key_states, attention.scaling, self.sampled, window
+            )
+            self.shares.append(1 - vanilla_load(weights, self.sampled.starts))
+        return query_states
+
+    def mean_value(self) -> torch.Tensor:
+        value = torch.cat(self.values).mean(0).view(-1, self.attention.head_dim)
+        if not self.shares:
+            return value
+        share = torch.cat(self.shares).mean((0, 2)).view(len(value), -1).mean(-1)
+        return value * (share > SINK_SHARE).unsqueeze(-1)
+
+    def mean_size(self) -> float:
+        return torch.stack(self.sizes).mean().item()
+
+
 @torch.no_grad()
 def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> Calibration:
     """Read the base.
@@ -55,33 +102,26 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
         batches: `input_ids` and `position_ids`, both `[batch, T]`, positions from 0 at the start of
             each document.
     """
-    sums: dict[int, torch.Tensor] = {}
-    sizes: dict[int, list[torch.Tensor]] = {}
-    documents = 0
-    starts = torch.empty(0)
-
-    def see(index: int):
-        def hook(_module, args, values):
-            first = values[:, :-1][starts].float().sum(0)
-            sums[index] = sums.get(index, 0) + first
-            sizes.setdefault(index, []).append(args[0].float().abs().sum(-1).mean())
-
-        return hook
-
     decoder = model.get_base_model().base_model  # without the logits
-    attentions = [module for module in model.modules() if isinstance(module, GatedAttention)]
-    handles = [a.v_proj.register_forward_hook(see(a.layer_idx)) for a in attentions]
+    readers = {
+        module.layer_idx: _Reader(module)
+        for module in model.modules()
+        if isinstance(module, GatedAttention)
+    }
+    generator = torch.Generator().manual_seed(0)
     try:
         for batch in batches:
             # Padding stands at position 0 too, but nothing follows it.
             starts = (batch["position_ids"][:, :-1] == 0) & (batch["position_ids"][:, 1:] == 1)
-            documents += int(starts.sum())
+            sampled = sample_rows(batch["position_ids"], ROWS, generator)
+            for reader in readers.values():
+                reader.starts, reader.sampled = starts, sampled
             with gates_off(model):
                 decoder(**batch, use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
-    head_dim = attentions[0].head_dim
-    values = {index: (total / documents).view(-1, head_dim) for index, total in sums.items()}
-    means = {index: torch.stack(of_batches).mean().item() for index, of_batches in sizes.items()}
-    return Calibration(values, means)
+        for reader in readers.values():
+            reader.close()
+    return Calibration(
+        {index: reader.mean_value() for index, reader in readers.items()},
+        {index: reader.mean_size() for index, reader in readers.items()},
+    )

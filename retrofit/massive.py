@@ -25,7 +25,9 @@ def excess_activation(hidden_states: torch.Tensor, position_ids: torch.Tensor) -
         A float32 scalar with the gradient of `hidden_states`.
     """
     real = position_ids >= 0
-    largest = hidden_states.abs().amax(-1).float()
+    # Found first and then picked out: the gradient of a maximum reads every channel again.
+    _, channel = hidden_states.detach().abs().max(-1, keepdim=True)
+    largest = hidden_states.gather(-1, channel).squeeze(-1).abs().float()
     usual = largest.detach()[real].median()
     excess = (largest / (MARGIN * usual)).log().clamp(min=0).masked_fill(~real, 0)
     return excess.sum() / (position_ids == 0).sum().clamp(min=1)

@@ -32,6 +32,24 @@ def test_values_are_those_of_first_tokens_of_documents(family):
     torch.testing.assert_close(shown.values[1], torch.stack(seen).mean(0).view(2, 16))
 
 
+def test_heads_that_pay_no_sink_have_no_value(family, monkeypatch):
+    base = tiny_model(family)
+    input_ids = torch.randint(5, 250, (2, 90), generator=torch.Generator().manual_seed(0))
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = base(input_ids, output_attentions=True).attentions
+    base.set_attn_implementation("sdpa")
+    paid = torch.stack([a[:, :, 64:, 0].mean((0, 2)).view(2, -1).mean(-1) for a in attentions])
+    threshold = paid.median().item() + 1e-5
+    monkeypatch.setattr("retrofit.calibrate.SINK_SHARE", threshold)
+    model = get_peft_model(base, GateConfig(init_weights=False))
+    batch = {"input_ids": input_ids, "position_ids": torch.arange(90).expand(2, 90)}
+    values = calibrate(model, [batch]).values
+    kept = torch.stack([values[index].any(-1) for index in range(3)])
+    assert kept.equal(paid > threshold) and kept.any() and not kept.all()
+    assert all(layer.self_attn.auxiliary is None for layer in base.model.layers)
+
+
 def test_input_size_is_the_sum_of_what_a_gate_reads(family):
     base = tiny_model(family)
     input_ids = torch.tensor([[5, 9, 11, 7], [30, 1, 2, 3]])

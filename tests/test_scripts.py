@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from retrofit.recipe import load_recipe
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+from oracle import fit  # noqa: E402
 
 
 @pytest.fixture
@@ -79,3 +82,16 @@ def test_every_run_of_a_grid_is_a_recipe(grid):
     runs = [[*common, *run] for run in settings["runs"].values()]
     recipes = [load_recipe(settings["recipe"], run) for run in runs]
     assert len({recipe.to_yaml() for recipe in recipes}) == len(recipes), "no run twice"
+
+
+def test_the_oracle_finds_gates_that_can_be_read_off_their_input():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(4000, 24, generator=generator)
+    wanted = torch.randn(3, 24, generator=generator) / 10
+    logits = states @ wanted.mT - 2  # gates below 1; the -2 needs an input of its own
+    states = torch.cat([states, torch.ones(4000, 1)], 1)
+    noise = torch.rand(4000, 1, generator=generator)
+    target = torch.cat([2 * logits.sigmoid(), noise], 1)
+    weights, explained = fit(states, target)
+    assert (explained[:3] > 0.98).all() and explained[3] < 0.05
+    torch.testing.assert_close(weights[:3, :24], wanted, atol=0.05, rtol=0)
