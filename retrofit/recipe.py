@@ -124,7 +124,7 @@ class Train(_Section):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     batch_size: Annotated[int, Field(gt=0)] = 1  # rows of sequence_length a step and device
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
-    # Of the gates; nothing else trains. auto: by the size of what they read, see calibrate.py.
+    # Of the gates; nothing else trains. auto: one for each layer, see calibrate.py.
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05  # below 1: a share of all steps

