@@ -1,11 +1,11 @@
 """Run a grid of recipe overrides; write one table and one plot.
 
-    python scripts/ablate.py scripts/ablations/smollm2.yaml [--out runs/ablate] [--only NAME ...]
+    python scripts/ablate.py scripts/ablations/smollm2.yaml [KEY=VALUE ...] [--only NAME ...]
 
 The file names a recipe, which must have a `measure` section, a list of overrides for each run, and
-`common` ones for all of them. What is done is not done again and what was interrupted goes on, so
-the same command serves until the grid is full. `table.md` and `frontier.png` in the output folder
-show what is there so far.
+`common` ones for all of them, which those of the command line follow. What is done is not done
+again and what was interrupted goes on, so the same command serves until the grid is full.
+`table.md` and `frontier.png` in the output folder show what is there so far.
 """
 
 import argparse
@@ -35,14 +35,15 @@ COLUMNS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("grid", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs alone")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     grid = yaml.safe_load(options.grid.read_text())
     runs = {name: grid["runs"][name] for name in options.only or grid["runs"]}
     options.out.mkdir(parents=True, exist_ok=True)
     for name, overrides in runs.items():
-        overrides = [*grid.get("common", ()), *overrides]
+        overrides = [*grid.get("common", ()), *options.overrides, *overrides]
         if code := train(grid["recipe"], options.out / name, overrides):
             return code
         results = {done: read(options.out / done) for done in grid["runs"]}

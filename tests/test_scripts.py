@@ -36,10 +36,10 @@ def recipe(tiny_base, tmp_path) -> Path:
 @pytest.mark.slow
 def test_ablate_runs_a_grid_once_and_writes_table_and_plot(recipe, tmp_path):
     runs = {"lm": [], "wide": ["gate.granularity=elementwise"]}
-    grid = {"recipe": str(recipe), "common": ["train.max_steps=1"], "runs": runs}
+    grid = {"recipe": str(recipe), "common": ["train.max_steps=2"], "runs": runs}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     command = [sys.executable, str(SCRIPTS / "ablate.py"), str(tmp_path / "grid.yaml")]
-    command += ["--out", str(tmp_path / "out")]
+    command += ["train.max_steps=1", "--out", str(tmp_path / "out")]
 
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     assert first.stdout.count("--- retrofit train") == 2
