@@ -4,7 +4,7 @@
 a share `A` of its attention puts out `(1 - A) * Y + A * v`: less of what the rest of the text
 gives, `Y`, and that much of the first token's value `v`. A gate that takes the sink's place by
 scaling alone loses the second part. On SmolLM2 that costs 88% of perplexity even where every gate
-is exactly `1 - A`; with `v` put back it is 1% (scripts/oracle.py), for `v` is nearly the same in
+is exactly `1 - A`; with `v` put back it is 2% (scripts/oracle.py), for `v` is nearly the same in
 every text. So the gate closes on `v` instead of on nothing: `v + g * (Y - v)`. Heads that pay no
 sink have nothing to make up for, so their `v` is 0. Such are those of the first layers, whose gates
 keep the massive activation from forming: closing on a first token's value would help it along.
