@@ -61,7 +61,7 @@ class _Reader:
         self.sampled: SampledRows | None = None
         self.values: list[torch.Tensor] = []  # [documents, heads * head_dim]
         self.sizes: list[torch.Tensor] = []
-        self.shares: list[torch.Tensor] = []  # [batch, heads, rows]
+        self.shares: list[torch.Tensor] = []  # [rows, heads]
         self.handle = attention.v_proj.register_forward_hook(self._read_values)
         self.auxiliary, attention.auxiliary = attention.auxiliary, self
 
@@ -79,14 +79,16 @@ class _Reader:
             weights = sampled_attention(
                 query_states, key_states, attention.scaling, self.sampled, window
             )
-            self.shares.append(1 - vanilla_load(weights, self.sampled.starts))
+            shares = 1 - vanilla_load(weights, self.sampled.starts)
+            # A row that only fills up sees itself alone, and would pay its own first token all.
+            self.shares.append(shares.transpose(1, 2)[self.sampled.counts])
         return query_states
 
     def mean_value(self) -> torch.Tensor:
         value = torch.cat(self.values).mean(0).view(-1, self.attention.head_dim)
-        if not self.shares:
+        if not self.shares:  # no text is long enough to tell
             return value
-        share = torch.cat(self.shares).mean((0, 2)).view(len(value), -1).mean(-1)
+        share = torch.cat(self.shares).mean(0).view(len(value), -1).mean(-1)
         return value * (share > SINK_SHARE).unsqueeze(-1)
 
     def mean_size(self) -> float:
