@@ -39,8 +39,8 @@ class GatedAttention(nn.Module):
 
     apply_rotary_pos_emb: Callable
     eager_attention_forward: Callable
-    # Set by a trainer with losses of its own on attention: returns the query states, through which
-    # the gradient of those losses will flow.
+    # Set by a trainer with losses of its own on attention: returns the gated output, through which
+    # the gradient of those losses will start.
     auxiliary: Callable | None = None
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -76,9 +76,6 @@ class GatedAttention(nn.Module):
                 key_states, value_states, self.layer_idx
             )
 
-        if self.auxiliary is not None:
-            query_states = self.auxiliary(self, hidden_states, query_states, key_states)
-
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, self.eager_attention_forward
         )
@@ -94,6 +91,8 @@ class GatedAttention(nn.Module):
             **kwargs,
         )
         attn_output = self.g1(attn_output, hidden_states)
+        if self.auxiliary is not None:
+            attn_output = self.auxiliary(self, hidden_states, query_states, key_states, attn_output)
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         attn_output = self.o_proj(attn_output)
         attn_output = self.g1(attn_output.unsqueeze(-2), hidden_states, "G5").squeeze(-2)

@@ -10,6 +10,8 @@ what to make up for: `mean |X - X_base|**2 / |X_base|**2` over tokens, with `X` 
 hidden states. The first token of a document is left out: its state is what carries the sink.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -58,6 +60,7 @@ class Auxiliary:
         self.position_ids = torch.empty(0)
         self.base: dict[int, torch.Tensor] = {}
         self.values: dict[str, dict[int, torch.Tensor]] = {}
+        self.gates: list[torch.Tensor] = []  # of the layer that runs
 
     def prepare(self, position_ids: torch.Tensor, progress: float, scale: float = 1.0) -> None:
         """Get ready for a batch.
@@ -88,22 +91,24 @@ class Auxiliary:
         hidden_states: torch.Tensor,
         query_states: torch.Tensor,
         key_states: torch.Tensor,
+        attn_output: torch.Tensor,
     ) -> torch.Tensor:
-        """`query_states`, unchanged but for the gradient that will flow through them."""
+        """`attn_output`, unchanged but for the gradients that start where it is."""
+        gates, self.gates = self.gates, []
         index = attention.layer_idx
         if attention.g1.disable_adapters:  # the base's own pass
             if "hidden" in self.weights:
                 self.base[index] = hidden_states.detach()
-            return query_states
+            return attn_output
         # The first pass of a reentrant checkpoint runs without gradients.
         if not self.weights or not torch.is_grad_enabled():
-            return query_states
-        losses = self._attention_losses(attention, hidden_states, query_states, key_states)
+            return attn_output
+        losses = self._attention_losses(attention, query_states, key_states, gates)
         if "hidden" in self.weights:
             losses["hidden"] = relative_distance(
                 hidden_states, self.base[index], self.position_ids > 0
             )
-        return self._inject(query_states, index, losses)
+        return self._inject(attn_output, index, losses)
 
     def before_layer(self, layer: nn.Module, args: tuple) -> tuple | None:
         """Forward pre-hook of a decoder layer, whose first argument is the residual stream."""
@@ -115,6 +120,10 @@ class Auxiliary:
         losses = {"activation": excess_activation(args[0], self.position_ids)}
         return self._inject(args[0], attention.layer_idx, losses), *args[1:]
 
+    def keep_gate(self, _projection: nn.Module, _args: tuple, gate: torch.Tensor) -> None:
+        """Forward hook of a gate, for `balance` to read what its layer has computed."""
+        self.gates.append(gate)
+
     def _inject(self, tensor: torch.Tensor, index: int, losses: dict) -> torch.Tensor:
         for name, loss in losses.items():
             # By layer, so that a recomputed forward replaces its first value.
@@ -122,7 +131,7 @@ class Auxiliary:
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         return _InjectGradient.apply(tensor, total / self.layers) if losses else tensor
 
-    def _attention_losses(self, attention, hidden_states, query_states, key_states) -> dict:
+    def _attention_losses(self, attention, query_states, key_states, gates) -> dict:
         losses: dict[str, torch.Tensor] = {}
         if (sampled := self.sampled) is None:
             return losses
@@ -131,19 +140,20 @@ class Auxiliary:
         if "pressure" in self.weights:
             losses["pressure"] = collision_probability(weights, sampled)
         if "balance" in self.weights:
-            load = self._load(attention, hidden_states, weights, sampled)
+            load = self._load(weights, sampled, gates)
             shared = self.objective.balance_shared_heads
             losses["balance"] = balance_loss(load, sampled.counts, shared)
         return losses
 
-    def _load(self, attention, hidden_states, weights, sampled) -> torch.Tensor:
+    def _load(self, weights, sampled, gates) -> torch.Tensor:
         if self.objective.balance_load == "vanilla":
             return vanilla_load(weights, sampled.starts)
-        index = sampled.rows.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
-        gate = attention.g1.gate(hidden_states.gather(1, index))
+        gate = math.prod(gates)
+        index = sampled.rows[:, :, None, None].expand(-1, -1, *gate.shape[2:])
+        scores = gate.gather(1, index)
         if self.objective.balance_load == "gated":
-            return gated_load(gate)
-        return effective_load(weights, sampled.starts, gate)
+            return gated_load(scores)
+        return effective_load(weights, sampled.starts, scores)
 
     def means(self) -> dict[str, torch.Tensor]:
         """The losses of the last batch, unweighted, each the mean over layers."""
@@ -165,6 +175,9 @@ def add_auxiliary(model: nn.Module, objective: Objective) -> Auxiliary:
     for layer in layers:
         layer.self_attn.auxiliary = auxiliary
         layer.register_forward_pre_hook(auxiliary.before_layer)
+        if objective.balance:
+            for projection in layer.self_attn.g1.g_proj.values():
+                projection.register_forward_hook(auxiliary.keep_gate)
     return auxiliary
 
 

@@ -73,7 +73,7 @@ class _Reader:
         self.values.append(values[:, :-1][self.starts].float())
         self.sizes.append(args[0].float().abs().sum(-1).mean())
 
-    def __call__(self, attention, hidden_states, query_states, key_states):
+    def __call__(self, attention, hidden_states, query_states, key_states, attn_output):
         if self.sampled is not None:
             window = attention.attention_kwargs().get("sliding_window")
             weights = sampled_attention(
@@ -82,7 +82,7 @@ class _Reader:
             shares = 1 - vanilla_load(weights, self.sampled.starts)
             # A row that only fills up sees itself alone, and would pay its own first token all.
             self.shares.append(shares.transpose(1, 2)[self.sampled.counts])
-        return query_states
+        return attn_output
 
     def mean_value(self) -> torch.Tensor:
         value = torch.cat(self.values).mean(0).view(-1, self.attention.head_dim)

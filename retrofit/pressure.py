@@ -32,5 +32,5 @@ def collision_probability(weights: torch.Tensor, sampled: SampledRows) -> torch.
     weights = weights.masked_fill(keys > sampled.rows[:, None, :, None] - NEAR, 0)
     # A key belongs to one document, so rows of different documents never meet in a column. What a
     # row shares with itself is taken off: that makes the estimate unbiased.
-    shared = weights.sum(2).square().sum() - weights.square().sum()
+    shared = weights.sum(2).square().sum() - weights.norm().square()
     return shared / (pairs.clamp(min=1) * weights.shape[1])

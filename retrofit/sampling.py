@@ -76,8 +76,8 @@ def sampled_attention(
     kv_heads, num_rows = key_states.shape[1], sampled.rows.shape[1]
     index = sampled.rows.view(batch, 1, num_rows, 1).expand(-1, heads, -1, head_dim)
     # Groups are folded into the rows, so that keys are not repeated for every query head.
-    queries = query_states.gather(2, index).reshape(batch, kv_heads, -1, head_dim)
-    logits = (queries @ key_states.mT).view(batch, heads, num_rows, length).float() * scaling
+    queries = query_states.gather(2, index).reshape(batch, kv_heads, -1, head_dim) * scaling
+    logits = (queries @ key_states.mT).view(batch, heads, num_rows, length).float()
     keys = torch.arange(length, device=logits.device)
     rows, starts = sampled.rows[:, None, :, None], sampled.starts[:, None, :, None]
     hidden = (keys < starts) | (keys > rows)

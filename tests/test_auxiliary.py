@@ -32,9 +32,9 @@ class Added(Auxiliary):
 
     total = 0.0
 
-    def __call__(self, attention, hidden_states, query_states, key_states):
+    def __call__(self, attention, hidden_states, query_states, key_states, attn_output):
         weights = sampled_attention(query_states, key_states, attention.scaling, self.sampled)
-        gate = attention.g1.gate(hidden_states)
+        gate = attention.g1.g_proj["default"](hidden_states)
         at_rows = torch.stack([g[rows] for g, rows in zip(gate, self.sampled.rows, strict=True)])
         load = effective_load(weights, self.sampled.starts, at_rows)
         losses = (
@@ -44,7 +44,7 @@ class Added(Auxiliary):
             * relative_distance(hidden_states, self.base[attention.layer_idx], POSITION_IDS > 0)
         )
         self.total = self.total + losses / 3
-        return query_states
+        return attn_output
 
     def before_layer(self, layer, args):
         self.total = self.total + 0.7 * massive.excess_activation(args[0], POSITION_IDS) / 3

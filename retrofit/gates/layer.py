@@ -167,15 +167,6 @@ class GateLayer(nn.Module, BaseTunerLayer):
         self.g_proj[adapter_name] = projection if on_meta else projection.to(self.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def gate(self, hidden_states: torch.Tensor, position: Position = "G1") -> torch.Tensor | None:
-        """The product of the active adapters' gates at a position, `[..., heads or 1, channels or
-        1]`, from `hidden_states` `[..., hidden_size]`; `None` if there is none."""
-        gate = None
-        for projection in self._active(position):
-            factor = projection(hidden_states)
-            gate = factor if gate is None else gate * factor
-        return gate
-
     def forward(
         self, states: torch.Tensor, hidden_states: torch.Tensor, position: Position = "G1"
     ) -> torch.Tensor:
