@@ -130,7 +130,13 @@ def _costs(report: dict) -> str:
             "Run it in bfloat16 or float32: its activations exceed the range of float16.",
             "It is made for inference. To train the gates further, go on from the run.",
         ]
-    if checkpoint["native"] and _biases(report):
+    if heads := checkpoint["constant_heads"]:
+        lines += [
+            f"{heads} of its {checkpoint['heads']} attention heads a layer hold a constant, and "
+            f"{1 / checkpoint['kv_heads']:.0%} of its KV cache with them: no engine reads the bias "
+            "of `o_proj` that would do."
+        ]
+    if checkpoint["native"] and (base["biases"] or heads):
         lines += ["Not for SGLang, which drops the biases of q, k and v without a word."]
     return "## Costs\n\n" + "\n".join(f"- {line}" for line in lines)
 
@@ -144,19 +150,14 @@ def _how_to_load(report: dict) -> str:
         'model = AutoModelForCausalLM.from_pretrained("path/to/this", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this")\n```\n\n'
     )
-    return load + (_engines(report) if native else _no_engines(report))
+    return load + (_engines() if native else _no_engines(report))
 
 
-def _engines(report: dict) -> str:
-    stock = "It is a stock `Qwen3_5ForCausalLM`: transformers 5 loads it without remote code"
-    if "o_proj" in _biases(report):
-        return f"{stock}. vLLM does not: it ignores `o_proj.bias`, which this model needs."
-    return f"{stock}. vLLM has that class from 0.32 on:\n\n```bash\nvllm serve path/to/this\n```"
-
-
-def _biases(report: dict) -> list[str]:
-    """The projections of a native checkpoint that have a bias which matters."""
-    return ["v_proj", "o_proj"] if report["gate"]["centered"] else report["base"]["biases"]
+def _engines() -> str:
+    return (
+        "It is a stock `Qwen3_5ForCausalLM`: transformers 5 loads it without remote code, and vLLM "
+        "from 0.32 on:\n\n```bash\nvllm serve path/to/this\n```"
+    )
 
 
 def _no_engines(report: dict) -> str:

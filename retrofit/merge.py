@@ -173,12 +173,15 @@ def _report(source: Source, dtype: torch.dtype, written: dict, figures: dict) ->
 
 def _about_checkpoint(source: Source, dtype: torch.dtype) -> dict:
     config, reason = source.config, refusal(source.config)
-    tied = native_config(config)["tie_word_embeddings"] if reason is None else True
+    written = native_config(config, bool(source.centers)) if reason is None else {}
     return {
         "native": reason is None,
         "why_not_native": reason,
-        "model_type": "qwen3_5_text" if reason is None else f"gated_{config.model_type}",
-        "untied": config.tie_word_embeddings and not tied,
+        "model_type": written.get("model_type", f"gated_{config.model_type}"),
+        "untied": config.tie_word_embeddings and not written.get("tie_word_embeddings", True),
+        "constant_heads": written.get("retrofit_constant_heads", 0),
+        "heads": written.get("num_attention_heads", config.num_attention_heads),
+        "kv_heads": written.get("num_key_value_heads", config.num_key_value_heads),
         "dtype": _name(dtype),
     }
 

@@ -83,17 +83,24 @@ def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
     """
     decoder_layers = model.get_decoder().layers
     # Merging scales the residual stream of families without query and key norms, which nothing in
-    # the model can tell: activations are given in the base's units.
+    # the model can tell: activations are given in the base's units. And it may add heads that hold
+    # a constant: they are none of the base's, and attend evenly.
+    constant = getattr(model.config, "retrofit_constant_heads", 0)
     residual_scale = getattr(model.config, "retrofit_residual_scale", 1.0)
     statistics = [LayerStatistics(residual_scale) for _ in decoder_layers]
 
     def watch(module, query_states, key_states, scaling, attention_mask):
+        if constant:
+            query_states, key_states = query_states[:, :-constant], key_states[:, :-1]
         columns = attention_columns(query_states, key_states, scaling, attention_mask)
         statistics[module.layer_idx].see_attention(columns)
 
+    def see_gate(index, scores):
+        statistics[index].see_gate(scores[..., :-constant, :] if constant else scores)
+
     with ExitStack() as stack:
         stack.enter_context(attention_watched(model, watch))
-        for handle in _gate_hooks(model, lambda index, scores: statistics[index].see_gate(scores)):
+        for handle in _gate_hooks(model, see_gate):
             stack.enter_context(handle)
         for layer, layer_statistics in zip(decoder_layers, statistics, strict=True):
             stack.enter_context(layer.register_forward_hook(_output_hook(layer_statistics.finish)))

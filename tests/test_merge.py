@@ -20,6 +20,7 @@ from retrofit.errors import UserError
 from retrofit.export import check_checkpoint, native, verify
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import gate_layers
+from retrofit.measure import measure
 from retrofit.merge import MergeMismatchError, merge
 
 WINDOWED = {"sliding_window": 16}
@@ -182,17 +183,25 @@ def test_families_that_go_native_have_a_gated_class_too(family, granularity):
     assert not hasattr(model.model.layers[0].self_attn, "g1")
 
 
-def test_centers_become_biases_and_the_card_warns_of_engines_that_drop_them(
+def test_centers_become_heads_that_every_engine_reads_and_measure_leaves_out(
     tmp_path, tiny_base, in_process
 ):
-    run = make_run(tmp_path / "run", tiny_base("llama"), centered=True)
-    report = merge(run, tmp_path / "out")
+    base, out = tiny_base("llama"), tmp_path / "out"
+    run = make_run(tmp_path / "run", base, centered=True)
+    report = merge(run, out)
     assert report["verification"]["kl"] < 1e-9
-    weights = load_file(tmp_path / "out/model.safetensors")
-    assert weights["model.layers.0.self_attn.o_proj.bias"].abs().max() > 0.1
-    card = (tmp_path / "out/README.md").read_text()
-    assert "vLLM does not: it ignores `o_proj.bias`" in card and "vllm serve" not in card
+    weights = load_file(out / "model.safetensors")
+    assert not any(t.any() for name, t in weights.items() if name.endswith("o_proj.bias"))
+    card = (out / "README.md").read_text()
+    assert "2 of its 6 attention heads a layer hold a constant, and 33% of its KV cache" in card
+    assert "vllm serve" in card
     assert "around the value that the base's heads take from their first token" in card
+    (tmp_path / "text.txt").write_text("The spouter inn, its sign and its landlord. " * 40)
+    sources = [str(base), str(run / "adapter"), str(out)]
+    result = measure(sources, tmp_path / "text.txt", length=192, windows=2, progress=False)
+    trained, merged = (model["metrics"] for model in result["models"][1:])
+    for name in ("f_attn", "peak_column_share", "head_load_cv", "gate_score", "max_activation"):
+        assert merged[name] == pytest.approx(trained[name], rel=1e-3), name
 
 
 def test_bfloat16_storage_costs_what_rounding_costs(run, tmp_path, in_process):

@@ -1,14 +1,17 @@
 """Base + gates as `Qwen3_5ForCausalLM`, an architecture that transformers and vLLM already ship.
 
 Its attention is G1 with a plain sigmoid: `q_proj` holds `[query; gate]` rows a head, and
-`Y * sigmoid(gate)` goes to `o_proj` (`transformers.models.qwen3_5.modeling_qwen3_5`). Three things
-differ from the families here, and each is undone by powers of two, which are exact in float32 and
-bfloat16:
+`Y * sigmoid(gate)` goes to `o_proj` (`transformers.models.qwen3_5.modeling_qwen3_5`). Four things
+differ from the families here. What is scaled is scaled by powers of two, which is exact in float32
+and bfloat16:
 
 - Trained gates are `2 * sigmoid`: `o_proj` takes the 2. A layer without gates gets gate rows 0,
   where `2 * sigmoid(0) = 1`.
 - Norms are `1 + w`: weights below 1/2 would lose bits in `w - 1`, so they are scaled up to
   [1/2, 1) and the consumers' input columns scaled down.
+- vLLM and llama.cpp read no bias of `o_proj`, and vLLM does not say so. Where a layer has one, or
+  centered gates need a constant, a further key-value head adds it: its values are 1, and the
+  columns of its `o_proj` hold the constant.
 - q and k pass an RMSNorm that cannot be switched off. Families without one scale q and k down
   until the norm's eps swamps their mean square; the norm is then a constant, which its weight
   undoes. The residual stream is scaled up, and its eps with it, so that this needs only a small
@@ -31,6 +34,9 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # Mean squares of q and k stay below eps * 2**-26, so the norm is constant to within 2**-27.
 _DOMINANCE = 2.0**-26
+
+# Three bfloat16 numbers hold all the bits of a float32 one.
+_PARTS = 3
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
@@ -58,9 +64,10 @@ def native_config(config: PreTrainedConfig, centered: bool = False) -> dict:
     and `full_attention_interval`. `partial_rotary_factor` is silently 0.25 where it is absent.
     """
     rope = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
+    constant = _adds_constant(config, centered)
+    biased = constant or _has_bias(config)
     copied = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
         "max_position_embeddings", "initializer_range", "use_cache", "attention_dropout",
         "bos_token_id", "eos_token_id", "pad_token_id",
     )  # fmt: skip
@@ -68,6 +75,8 @@ def native_config(config: PreTrainedConfig, centered: bool = False) -> dict:
         "architectures": ["Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_text",
         **{name: getattr(config, name) for name in copied if hasattr(config, name)},
+        "num_attention_heads": config.num_attention_heads + constant * _groups(config),
+        "num_key_value_heads": config.num_key_value_heads + constant,
         "head_dim": _head_dim(config),
         "rms_norm_eps": _eps(config),
         "layer_types": ["full_attention"] * config.num_hidden_layers,
@@ -75,12 +84,14 @@ def native_config(config: PreTrainedConfig, centered: bool = False) -> dict:
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "partial_rotary_factor": 1.0,
-        "attention_bias": _has_bias(config) or centered,
-        "qkv_bias": _has_bias(config) or centered,
+        "attention_bias": biased,
+        "qkv_bias": biased,
         "attn_output_gate": True,
         "tie_word_embeddings": _stays_tied(config),
-        # Ours: activations of this checkpoint over those of its base; `retrofit measure` reads it.
+        # Ours, for `retrofit measure`: activations of this checkpoint over those of its base, and
+        # the last heads of each layer that hold a constant.
         "retrofit_residual_scale": 2 ** _residual_shift(config),
+        "retrofit_constant_heads": constant * _groups(config),
     }
 
 
@@ -102,11 +113,14 @@ def native_tensors(
     """
     embeddings = base["model.embed_tokens.weight"].float()
     yield "model.embed_tokens.weight", (embeddings * 2.0 ** _residual_shift(config)).to(dtype)
+    constant = _adds_constant(config, bool(centers))
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layer = _read_layer(config, base, prefix, with_bias=_has_bias(config) or bool(centers))
+        layer = _read_layer(config, base, prefix, with_bias=_has_bias(config) or constant)
         if index in centers:
-            _add_center(layer, centers[index])
+            _add_center(layer, centers[index], dtype)
+        if constant:
+            _add_constant_head(config, layer, dtype)
         for name, tensor in _map_layer(config, layer, gates.get(index), dtype).items():
             yield prefix + name, tensor.to(dtype).contiguous()
     yield from _map_head(config, base, dtype)
@@ -118,6 +132,17 @@ def _has_qk_norm(config: PreTrainedConfig) -> bool:
 
 def _has_bias(config: PreTrainedConfig) -> bool:
     return config.model_type == "qwen2" or getattr(config, "attention_bias", False)
+
+
+def _adds_constant(config: PreTrainedConfig, centered: bool) -> bool:
+    """Whether a layer's attention output has a constant part; `attention_bias` is that of Llama and
+    Qwen3, which have a bias on `o_proj`, unlike Qwen2."""
+    return centered or (config.model_type != "qwen2" and getattr(config, "attention_bias", False))
+
+
+def _groups(config: PreTrainedConfig) -> int:
+    """Query heads to each key-value head."""
+    return config.num_attention_heads // config.num_key_value_heads
 
 
 def _head_dim(config: PreTrainedConfig) -> int:
@@ -165,10 +190,8 @@ def _map_layer(
     else:
         _add_constant_qk_norms(config, layer, dtype)
     _pack_gate(config, layer, gate)
-    # The 2 of `2 * sigmoid`; the bias of o_proj is not gated.
-    _scale(layer, 1, "self_attn.o_proj.weight")
-    to_residual = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
-    _scale(layer, _residual_shift(config), *to_residual)
+    _scale(layer, 1, "self_attn.o_proj.weight")  # the 2 of `2 * sigmoid`
+    _scale(layer, _residual_shift(config), "self_attn.o_proj.weight", "mlp.down_proj.weight")
     attention = [f"self_attn.{name}_proj.weight" for name in "qkv"]
     mlp = [f"mlp.{name}_proj.weight" for name in ("gate", "up")]
     _fold_norm(layer, "input_layernorm.weight", attention)
@@ -201,31 +224,60 @@ def _scale(tensors: Tensors, exponent: int, *names: str) -> None:
 def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | None) -> None:
     """`q_proj` becomes `[num_heads, 2, head_dim, hidden_size]`: a head's query, then its gate.
 
-    A headwise gate is repeated over the channels of its head.
+    A headwise gate is repeated over the channels of its head; heads without one get zeros, where `2
+    * sigmoid` is 1.
     """
-    num_heads, head_dim = config.num_attention_heads, _head_dim(config)
-    query = layer["self_attn.q_proj.weight"]
-    if gate is None:
-        gate = torch.zeros_like(query)
-    elif gate.shape[0] == num_heads:
-        gate = gate.repeat_interleave(head_dim, dim=0)
-    layer["self_attn.q_proj.weight"] = _interleave(query, gate.float(), num_heads)
+    head_dim, query = _head_dim(config), layer["self_attn.q_proj.weight"]
+    packed = torch.zeros_like(query)
+    if gate is not None:
+        elementwise = gate.shape[0] != config.num_attention_heads
+        rows = gate if elementwise else gate.repeat_interleave(head_dim, dim=0)
+        packed[: len(rows)] = rows
+    layer["self_attn.q_proj.weight"] = _interleave(query, packed, head_dim)
     if (bias := layer.get("self_attn.q_proj.bias")) is not None:
-        layer["self_attn.q_proj.bias"] = _interleave(bias, torch.zeros_like(bias), num_heads)
+        layer["self_attn.q_proj.bias"] = _interleave(bias, torch.zeros_like(bias), head_dim)
 
 
-def _add_center(layer: Tensors, center: torch.Tensor) -> None:
+def _add_center(layer: Tensors, center: torch.Tensor, dtype: torch.dtype) -> None:
     """`v + g * (Y - v)`: attention sums to 1, so the bias of `v_proj` moves every `Y` by `-v`, and
-    that of `o_proj`, behind the gate, puts `v` back."""
-    weight = layer["self_attn.o_proj.weight"]
+    a constant behind the gate, for now the bias of `o_proj`, puts `v` back.
+
+    What is put back is what `dtype` lets the first bias take away, so that an open gate is exact.
+    """
+    weight, bias = layer["self_attn.o_proj.weight"], layer["self_attn.v_proj.bias"]
     groups = weight.shape[1] // center.numel()
-    layer["self_attn.v_proj.bias"] = layer["self_attn.v_proj.bias"] - center.flatten()
-    put_back = weight @ center.repeat_interleave(groups, 0).flatten()
+    layer["self_attn.v_proj.bias"] = (bias - center.flatten()).to(dtype).float()
+    taken = (bias - layer["self_attn.v_proj.bias"]).view(center.shape)
+    put_back = weight @ taken.repeat_interleave(groups, 0).flatten()
     layer["self_attn.o_proj.bias"] = layer["self_attn.o_proj.bias"] + put_back
 
 
-def _interleave(query: torch.Tensor, gate: torch.Tensor, num_heads: int) -> torch.Tensor:
-    pair = [rows.unflatten(0, (num_heads, -1)) for rows in (query, gate)]
+def _add_constant_head(config: PreTrainedConfig, layer: Tensors, dtype: torch.dtype) -> None:
+    """One more key-value head, and its query heads, in place of the bias of `o_proj`.
+
+    Its values are 1 in three channels, whatever it attends to, and its gate is that of zero
+    weights, so `o_proj` adds three of its columns: the bias and what `dtype` rounds off it.
+    """
+    head_dim, groups = _head_dim(config), _groups(config)
+    rows = {"q": groups * head_dim, "k": head_dim, "v": head_dim}
+    for name, added in rows.items():
+        for kind in ("weight", "bias"):
+            tensor = layer[f"self_attn.{name}_proj.{kind}"]
+            zeros = tensor.new_zeros(added, *tensor.shape[1:])
+            layer[f"self_attn.{name}_proj.{kind}"] = torch.cat([tensor, zeros])
+    layer["self_attn.v_proj.bias"][-head_dim:][:_PARTS] = 1
+    left, bias = layer["self_attn.o_proj.bias"], layer["self_attn.o_proj.bias"]
+    columns = bias.new_zeros(len(bias), groups * head_dim)
+    for part in range(_PARTS):
+        columns[:, part] = left.to(dtype)
+        left = left - columns[:, part]
+    weight = layer["self_attn.o_proj.weight"]
+    layer["self_attn.o_proj.weight"] = torch.cat([weight, columns], dim=1)
+    layer["self_attn.o_proj.bias"] = torch.zeros_like(bias)
+
+
+def _interleave(query: torch.Tensor, gate: torch.Tensor, head_dim: int) -> torch.Tensor:
+    pair = [rows.unflatten(0, (-1, head_dim)) for rows in (query, gate)]
     return torch.cat(pair, dim=1).flatten(0, 1)
 
 
