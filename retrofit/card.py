@@ -39,7 +39,7 @@ def _data(report: dict, base: Path) -> ModelCardData:
     return ModelCardData(
         base_model=None if report["base"]["is_local"] else report["base"]["name"],
         base_model_relation=None if report["base"]["is_local"] else "finetune",
-        library_name="transformers",
+        library_name="gguf" if "file" in report["checkpoint"] else "transformers",
         pipeline_tag="text-generation",
         tags=["retrofit", "gated-attention", "attention-sink"],
         **licensed,
@@ -109,14 +109,19 @@ def _verified(report: dict) -> str:
     )
     return (
         "## Verification\n\n"
-        "Before this folder got its name, a fresh process loaded it and was compared with the "
-        f"trained model, both computing in float32, at {figures['positions']} positions of text, "
-        "as a whole and token by token:\n\n"
+        f"Before this folder got its name, {_by(report)} was compared with the trained model in "
+        f"float32 at {figures['positions']} positions of text:\n\n"
         f"- mean KL divergence {figures['kl']:.2g} nats{rounding}; "
         f"largest difference of a log probability {figures['max_logprob_difference']:.2g}\n"
         f"- same most probable token at {figures['top1_agreement']:.2%} of the positions; "
         f"greedy continuations of 16 tokens {greedy}"
     )
+
+
+def _by(report: dict) -> str:
+    if "file" in report["checkpoint"]:
+        return "llama.cpp loaded it in a fresh process and, with the tokens it finds likely,"
+    return "a fresh process loaded it and, computing in float32,"
 
 
 def _costs(report: dict) -> str:
@@ -125,7 +130,9 @@ def _costs(report: dict) -> str:
     reasons = "the gates" if not checkpoint["native"] else "the gates fill half of `q_proj`"
     reasons += ", and input and output embeddings are now two" if checkpoint["untied"] else ""
     lines = [f"{checkpoint['parameters']:,} parameters, {added:.1%} more than the base: {reasons}."]
-    if checkpoint["native"]:
+    if "file" in checkpoint:
+        lines += ["One more layer, all zeros: llama.cpp needs one of linear attention."]
+    elif checkpoint["native"]:
         lines += [
             "Run it in bfloat16 or float32: its activations exceed the range of float16.",
             "It is made for inference. To train the gates further, go on from the run.",
@@ -136,12 +143,17 @@ def _costs(report: dict) -> str:
             f"{1 / checkpoint['kv_heads']:.0%} of its KV cache with them: no engine reads the bias "
             "of `o_proj` that would do."
         ]
-    if checkpoint["native"] and (base["biases"] or heads):
+    if "file" not in checkpoint and checkpoint["native"] and (base["biases"] or heads):
         lines += ["Not for SGLang, which drops the biases of q, k and v without a word."]
     return "## Costs\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def _how_to_load(report: dict) -> str:
+    if file := report["checkpoint"].get("file"):
+        return (
+            "## How to load it\n\nIn llama.cpp (build 11434 or newer) and what is made of it:\n\n"
+            f"```bash\nllama-server -m {file}\n```"
+        )
     native = report["checkpoint"]["native"]
     imports = "" if native else "import retrofit  # pip install gate-retrofit\n"
     load = (

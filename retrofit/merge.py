@@ -4,6 +4,8 @@ Bases that have a native form (`retrofit.export.native`) become a checkpoint tha
 runs; the others keep their family's code and need `import retrofit` (`retrofit.gated_models`).
 """
 
+import importlib
+import importlib.util
 import math
 import shutil
 import tempfile
@@ -11,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -22,7 +26,7 @@ from retrofit.export.native import native_config, native_tensors, refusal
 from retrofit.export.passage import PASSAGE
 from retrofit.export.shards import write_shards
 from retrofit.export.source import Source, read_source
-from retrofit.export.verify import MergeMismatchError, trained_outputs, verify
+from retrofit.export.verify import MergeMismatchError, trained_outputs, verify, verify_gguf
 from retrofit.files import write_json
 from retrofit.gated_models import gated_config
 
@@ -38,6 +42,7 @@ def merge(
     run: str | Path,
     out: str | Path,
     *,
+    format: Literal["native", "gguf"] = "native",
     base: str | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -48,8 +53,9 @@ def merge(
     Args:
         run: a run folder, or a bare PEFT adapter folder.
         out: the checkpoint folder; it appears only when it is whole and verified.
+        format: `native` is a checkpoint for transformers and vLLM, `gguf` a file for llama.cpp.
         base: the base model where it is not the one that the run names.
-        dtype: of the stored weights, as the base's by default.
+        dtype: of the stored weights, as the base's by default; for GGUF also `q8_0`.
         max_shard_size: bytes, or a string such as "5GB".
         text: what trained and merged model are compared on.
 
@@ -63,18 +69,28 @@ def merge(
     run, out = Path(run).expanduser(), Path(out).expanduser()
     if out.exists():
         raise UserError(f"{out} exists; remove it or choose another folder")
+    llama_cpp = _llama_cpp() if format == "gguf" else None
     source = read_source(run, base)
-    storage, max_bytes = _storage_dtype(source, dtype), _bytes(max_shard_size)
-    native = refusal(source.config) is None
+    kind, max_bytes = _stored_as(source, dtype, format), _bytes(max_shard_size)
+    if llama_cpp:
+        llama_cpp.check(source)
     with tempfile.TemporaryDirectory() as scratch, _appearing_whole(out) as folder:
         reference = Path(scratch) / "trained.safetensors"
-        rounding = trained_outputs(source.base, source.adapter, text, storage, reference)
-        written = _write_weights(source, storage, folder, max_bytes)
-        _copy(source.base, folder, *_TOKENIZER, *_TERMS)
-        _write_generation_config(source, folder)
-        figures = verify(folder, reference, storage, rounding, import_retrofit=not native)
-        report = _report(source, storage, written, figures)
+        rounding = trained_outputs(source.base, source.adapter, text, kind, reference)
+        about = _about_checkpoint(source, kind, format)
+        if llama_cpp:
+            file = folder / f"{out.name}-{llama_cpp.KINDS[kind][0].name}.gguf"
+            about |= {"file": file.name} | llama_cpp.write_gguf(source, file, kind)
+            figures = verify_gguf(file, reference, kind, rounding)
+        else:
+            about |= _write_weights(source, getattr(torch, kind), folder, max_bytes)
+            _copy(source.base, folder, *_TOKENIZER)
+            _write_generation_config(source, folder)
+            theirs = not about["native"]
+            figures = verify(folder, reference, kind, rounding, import_retrofit=theirs)
+        _copy(source.base, folder, *_TERMS)
         _copy(source.folder, folder, "recipe.resolved.yaml", "measure.json")
+        report = _report(source, about, figures)
         write_json(folder / "retrofit-merge.json", report)
         model_card(report, source.base, folder).save(folder / "README.md")
     return report
@@ -93,17 +109,28 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _storage_dtype(source: Source, dtype: str | None) -> torch.dtype:
+def _stored_as(source: Source, dtype: str | None, format: str) -> str:
     name = dtype or _name(source.weights["model.layers.0.self_attn.o_proj.weight"].dtype)
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"cannot store weights as {name}; dtype must be bfloat16 or float32")
-    if name == "float16" and refusal(source.config) is None:
+    allowed = ["bfloat16", "float32", "float16", *(["q8_0"] if format == "gguf" else [])]
+    if name not in allowed:
+        raise UserError(f"cannot store weights as {name}; dtype must be {', '.join(allowed)}")
+    if name == "float16" and format == "native" and refusal(source.config) is None:
         whose = "" if dtype else f"base {source.base_name!r} is stored in float16, but "
         raise UserError(
             f"{whose}a native checkpoint exceeds the range of float16: choose --dtype bfloat16 or "
             "float32"
         )
-    return getattr(torch, name)
+    return name
+
+
+def _llama_cpp() -> ModuleType:
+    """`retrofit.export.llama_cpp`, if what it needs is installed."""
+    if not all(importlib.util.find_spec(name) for name in ("gguf", "xllamacpp")):
+        raise UserError(
+            "a GGUF file is written by gguf, and compared with the trained model in llama.cpp "
+            "before it appears: pip install 'gate-retrofit[gguf]'"
+        )
+    return importlib.import_module("retrofit.export.llama_cpp")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -154,9 +181,9 @@ def _write_generation_config(source: Source, folder: Path) -> None:
         GenerationConfig.from_model_config(source.config).save_pretrained(folder)
 
 
-def _report(source: Source, dtype: torch.dtype, written: dict, figures: dict) -> dict:
+def _report(source: Source, about: dict, figures: dict) -> dict:
     return {
-        "checkpoint": _about_checkpoint(source, dtype) | written,
+        "checkpoint": about,
         "base": _about_base(source),
         "gate": {
             "granularity": source.granularity,
@@ -171,10 +198,11 @@ def _report(source: Source, dtype: torch.dtype, written: dict, figures: dict) ->
     }
 
 
-def _about_checkpoint(source: Source, dtype: torch.dtype) -> dict:
+def _about_checkpoint(source: Source, kind: str, format: str) -> dict:
     config, reason = source.config, refusal(source.config)
     written = native_config(config, bool(source.centers)) if reason is None else {}
     return {
+        "format": format,
         "native": reason is None,
         "why_not_native": reason,
         "model_type": written.get("model_type", f"gated_{config.model_type}"),
@@ -182,7 +210,7 @@ def _about_checkpoint(source: Source, dtype: torch.dtype) -> dict:
         "constant_heads": written.get("retrofit_constant_heads", 0),
         "heads": written.get("num_attention_heads", config.num_attention_heads),
         "kv_heads": written.get("num_key_value_heads", config.num_key_value_heads),
-        "dtype": _name(dtype),
+        "dtype": kind,
     }
 
 

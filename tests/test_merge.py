@@ -58,7 +58,9 @@ def run(tmp_path, tiny_base) -> Path:
 @pytest.fixture
 def in_process(monkeypatch):
     """Verify without a process of its own, which takes seconds."""
-    monkeypatch.setattr(verify, "_run_check", lambda out, ref, _: check_checkpoint.check(out, ref))
+    monkeypatch.setattr(
+        verify, "_run_check", lambda _, paths, *options: check_checkpoint.check(*paths)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +442,7 @@ def short_text(run, base, tmp_path):
         (extra_weights, "also holds lora_a; only gates can be merged"),
         (damaged_run, "run.json is damaged"),
         (bad_size, "'five' is not a size; write one like 5GB"),
-        (bad_dtype, "cannot store weights as int8; dtype must be bfloat16 or float32"),
+        (bad_dtype, "cannot store weights as int8; dtype must be bfloat16, float32, float16"),
         (short_text, "the text to verify on gives .* tokens; it needs 64 or more"),
     ],
 )

@@ -110,3 +110,10 @@ def test_bfloat16_merge_costs_no_more_than_bfloat16(run):
     figures = merge(run, run.parent / "merged-bf16", dtype="bfloat16")["verification"]
     assert figures["kl"] < figures["rounding_kl"] + 1e-4
     assert figures["top1_agreement"] > 0.98
+
+
+@pytest.mark.parametrize(("kind", "kl"), [("float32", 1e-9), ("q8_0", 2e-2)])
+def test_llama_cpp_says_what_the_trained_model_says(run, kind, kl):
+    report = merge(run, run.parent / f"gguf-{kind}", format="gguf", dtype=kind)
+    assert report["verification"]["kl"] < kl
+    assert kind != "float32" or report["verification"]["greedy_until"] is None

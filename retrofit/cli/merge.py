@@ -11,11 +11,16 @@ from retrofit.process import prepare_process
 def main(
     run: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+    format: Annotated[
+        Literal["native", "gguf"],
+        typer.Option(help="native: for transformers and vLLM; gguf: for llama.cpp."),
+    ] = "native",
     base: Annotated[
         str | None, typer.Option(help="The base, if it is no longer where the run found it.")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Stored; the base's by default.")
+        Literal["float32", "bfloat16", "float16", "q8_0"] | None,
+        typer.Option(help="Stored; the base's by default. The last two for gguf alone."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.")] = "5GB",
 ) -> None:
@@ -23,10 +28,12 @@ def main(
     prepare_process()
     from retrofit.merge import merge
 
-    report = merge(run, out, base=base, dtype=dtype, max_shard_size=max_shard_size)
+    report = merge(run, out, format=format, base=base, dtype=dtype, max_shard_size=max_shard_size)
     figures = report["verification"]
+    checkpoint = report["checkpoint"]
+    what = checkpoint.get("file") or f"{checkpoint['model_type']} in {checkpoint['dtype']}"
     typer.echo(
-        f"{out}: {report['checkpoint']['model_type']} in {report['checkpoint']['dtype']}; against "
-        f"the trained model: KL {figures['kl']:.1e}, largest logprob difference "
-        f"{figures['max_logprob_difference']:.1e}, same top token {figures['top1_agreement']:.1%}"
+        f"{out}: {what}; against the trained model: KL {figures['kl']:.1e}, largest difference of "
+        f"a log probability {figures['max_logprob_difference']:.1e}, same top token "
+        f"{figures['top1_agreement']:.1%}"
     )

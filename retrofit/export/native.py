@@ -10,8 +10,8 @@ and bfloat16:
 - Norms are `1 + w`: weights below 1/2 would lose bits in `w - 1`, so they are scaled up to
   [1/2, 1) and the consumers' input columns scaled down.
 - vLLM and llama.cpp read no bias of `o_proj`, and vLLM does not say so. Where a layer has one, or
-  centered gates need a constant, a further key-value head adds it: its values are 1, and the
-  columns of its `o_proj` hold the constant.
+  centered gates need a constant, a further key-value head adds it: its values are the
+  same in all tokens, and the columns of its `o_proj` hold the constant.
 - q and k pass an RMSNorm that cannot be switched off. Families without one scale q and k down
   until the norm's eps swamps their mean square; the norm is then a constant, which its weight
   undoes. The residual stream is scaled up, and its eps with it, so that this needs only a small
@@ -20,6 +20,7 @@ and bfloat16:
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
@@ -32,11 +33,25 @@ Tensors = dict[str, torch.Tensor]
 # RoPE scalings that Qwen3_5TextRotaryEmbedding computes as the source families do.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-# Mean squares of q and k stay below eps * 2**-26, so the norm is constant to within 2**-27.
-_DOMINANCE = 2.0**-26
+# A constant head's values, and the numbers that its constant is the sum of: three of bfloat16 hold
+# all the bits of a float32. Large, because the constant may be 100 times the usual weight of
+# `o_proj`; no larger, because caches are kept in 8 bits too.
+_CONSTANT, _PARTS = 64.0, 3
 
-# Three bfloat16 numbers hold all the bits of a float32 one.
-_PARTS = 3
+
+@dataclass(frozen=True)
+class Scales:
+    """What a family without q and k norms is scaled by, so that norms are constant.
+
+    Attributes:
+        residual_shift: the residual stream is multiplied by 2 to this power. The more, the less q
+            and k are scaled down: by about 2**-12 at 14.
+        dominance: the share of eps that the mean squares of q and k stay below. The norm is then
+            constant to within half of it.
+    """
+
+    residual_shift: int = 14
+    dominance: float = 2.0**-26
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
@@ -56,13 +71,21 @@ def refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def native_config(config: PreTrainedConfig, centered: bool = False) -> dict:
-    """`config.json` of the native checkpoint, without its `dtype`; `centered` gates need biases.
+def native_config(
+    config: PreTrainedConfig, centered: bool = False, scales: Scales | None = None
+) -> dict:
+    """`config.json` of the native checkpoint, without its `dtype`.
+
+    Args:
+        config: of the base.
+        centered: whether the gates have centers.
+        scales: as for `native_tensors`.
 
     Written as a plain dict because engines read the same fact under different names: vLLM takes
     `qkv_bias` where transformers takes `attention_bias`, SGLang and MLX take top-level RoPE fields
     and `full_attention_interval`. `partial_rotary_factor` is silently 0.25 where it is absent.
     """
+    shift = _residual_shift(config, scales or Scales())
     rope = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
     constant = _adds_constant(config, centered)
     biased = constant or _has_bias(config)
@@ -78,7 +101,7 @@ def native_config(config: PreTrainedConfig, centered: bool = False) -> dict:
         "num_attention_heads": config.num_attention_heads + constant * _groups(config),
         "num_key_value_heads": config.num_key_value_heads + constant,
         "head_dim": _head_dim(config),
-        "rms_norm_eps": _eps(config),
+        "rms_norm_eps": _eps(config, shift),
         "layer_types": ["full_attention"] * config.num_hidden_layers,
         "full_attention_interval": 1,
         "rope_parameters": rope,
@@ -90,7 +113,7 @@ def native_config(config: PreTrainedConfig, centered: bool = False) -> dict:
         "tie_word_embeddings": _stays_tied(config),
         # Ours, for `retrofit measure`: activations of this checkpoint over those of its base, and
         # the last heads of each layer that hold a constant.
-        "retrofit_residual_scale": 2 ** _residual_shift(config),
+        "retrofit_residual_scale": 2**shift,
         "retrofit_constant_heads": constant * _groups(config),
     }
 
@@ -101,6 +124,7 @@ def native_tensors(
     gates: Mapping[int, torch.Tensor],
     centers: Mapping[int, torch.Tensor],
     dtype: torch.dtype,
+    scales: Scales | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of the native checkpoint, one layer of the base in memory at a time.
 
@@ -110,9 +134,12 @@ def native_tensors(
         gates: `W_g` by layer, `[num_heads, hidden_size]` or `[num_heads * head_dim, hidden_size]`.
         centers: of centered gates by layer, `[num_key_value_heads, head_dim]`; else empty.
         dtype: of the result. float16 cannot hold it: see the module's docstring.
+        scales: for formats that hold less than bfloat16.
     """
+    scales = scales or Scales()
+    shift = _residual_shift(config, scales)
     embeddings = base["model.embed_tokens.weight"].float()
-    yield "model.embed_tokens.weight", (embeddings * 2.0 ** _residual_shift(config)).to(dtype)
+    yield "model.embed_tokens.weight", (embeddings * 2.0**shift).to(dtype)
     constant = _adds_constant(config, bool(centers))
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
@@ -121,7 +148,7 @@ def native_tensors(
             _add_center(layer, centers[index], dtype)
         if constant:
             _add_constant_head(config, layer, dtype)
-        for name, tensor in _map_layer(config, layer, gates.get(index), dtype).items():
+        for name, tensor in _map_layer(config, layer, gates.get(index), dtype, scales).items():
             yield prefix + name, tensor.to(dtype).contiguous()
     yield from _map_head(config, base, dtype)
 
@@ -149,14 +176,13 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _residual_shift(config: PreTrainedConfig) -> int:
-    """The residual stream is multiplied by 2 to this power; q and k then need about 2**-12."""
-    return 0 if _has_qk_norm(config) else 14
+def _residual_shift(config: PreTrainedConfig, scales: Scales) -> int:
+    return 0 if _has_qk_norm(config) else scales.residual_shift
 
 
-def _eps(config: PreTrainedConfig) -> float:
+def _eps(config: PreTrainedConfig, shift: int) -> float:
     """The norms of a residual stream scaled by 2**k are unchanged if eps is scaled by 4**k."""
-    return config.rms_norm_eps * 4 ** _residual_shift(config)
+    return config.rms_norm_eps * 4**shift
 
 
 def _stays_tied(config: PreTrainedConfig) -> bool:
@@ -183,15 +209,20 @@ def _read_layer(
 
 
 def _map_layer(
-    config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | None, dtype: torch.dtype
+    config: PreTrainedConfig,
+    layer: Tensors,
+    gate: torch.Tensor | None,
+    dtype: torch.dtype,
+    scales: Scales,
 ) -> Tensors:
+    shift = _residual_shift(config, scales)
     if _has_qk_norm(config):
         _balance_qk_norms(layer)
     else:
-        _add_constant_qk_norms(config, layer, dtype)
+        _add_constant_qk_norms(layer, _head_dim(config), _eps(config, shift), scales, dtype)
     _pack_gate(config, layer, gate)
     _scale(layer, 1, "self_attn.o_proj.weight")  # the 2 of `2 * sigmoid`
-    _scale(layer, _residual_shift(config), "self_attn.o_proj.weight", "mlp.down_proj.weight")
+    _scale(layer, shift, "self_attn.o_proj.weight", "mlp.down_proj.weight")
     attention = [f"self_attn.{name}_proj.weight" for name in "qkv"]
     mlp = [f"mlp.{name}_proj.weight" for name in ("gate", "up")]
     _fold_norm(layer, "input_layernorm.weight", attention)
@@ -255,7 +286,7 @@ def _add_center(layer: Tensors, center: torch.Tensor, dtype: torch.dtype) -> Non
 def _add_constant_head(config: PreTrainedConfig, layer: Tensors, dtype: torch.dtype) -> None:
     """One more key-value head, and its query heads, in place of the bias of `o_proj`.
 
-    Its values are 1 in three channels, whatever it attends to, and its gate is that of zero
+    Its values are the same in all tokens, whatever it attends to, and its gate is that of zero
     weights, so `o_proj` adds three of its columns: the bias and what `dtype` rounds off it.
     """
     head_dim, groups = _head_dim(config), _groups(config)
@@ -265,8 +296,9 @@ def _add_constant_head(config: PreTrainedConfig, layer: Tensors, dtype: torch.dt
             tensor = layer[f"self_attn.{name}_proj.{kind}"]
             zeros = tensor.new_zeros(added, *tensor.shape[1:])
             layer[f"self_attn.{name}_proj.{kind}"] = torch.cat([tensor, zeros])
-    layer["self_attn.v_proj.bias"][-head_dim:][:_PARTS] = 1
-    left, bias = layer["self_attn.o_proj.bias"], layer["self_attn.o_proj.bias"]
+    layer["self_attn.v_proj.bias"][-head_dim:][:_PARTS] = _CONSTANT
+    bias = layer["self_attn.o_proj.bias"]
+    left = bias / _CONSTANT
     columns = bias.new_zeros(len(bias), groups * head_dim)
     for part in range(_PARTS):
         columns[:, part] = left.to(dtype)
@@ -312,19 +344,20 @@ def _balance_qk_norms(layer: Tensors) -> None:
     layer["self_attn.k_norm.weight"] = layer["self_attn.k_norm.weight"] / power
 
 
-def _add_constant_qk_norms(config: PreTrainedConfig, layer: Tensors, dtype: torch.dtype) -> None:
+def _add_constant_qk_norms(
+    layer: Tensors, head_dim: int, eps: float, scales: Scales, dtype: torch.dtype
+) -> None:
     """Scale q and k by `2**-m` and add norms that scale them back.
 
     `RMSNorm(x * 2**-m) * g = x * g * 2**-m / sqrt(eps + mean(x**2) * 4**-m)`, and with the mean
-    below `eps * 2**-26` this is `x` for `g = sqrt(eps) * 2**m`.
+    far below `eps` this is `x` for `g = sqrt(eps) * 2**m`.
     """
-    eps = _eps(config)
-    needed = _largest_qk(layer) / math.sqrt(eps * _DOMINANCE)
+    needed = _largest_qk(layer) / math.sqrt(eps * scales.dominance)
     m = max(0, math.ceil(math.log2(max(needed, 1.0))))
     for name in "qk":
         _scale(layer, -m, f"self_attn.{name}_proj.weight", f"self_attn.{name}_proj.bias")
     for name, value in zip("qk", _factor(eps * 4.0**m, dtype), strict=True):
-        layer[f"self_attn.{name}_norm.weight"] = torch.full((_head_dim(config),), value)
+        layer[f"self_attn.{name}_norm.weight"] = torch.full((head_dim,), value)
 
 
 def _factor(target: float, dtype: torch.dtype) -> tuple[float, float]:

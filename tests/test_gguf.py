@@ -1,0 +1,140 @@
+"""GGUF files, loaded by llama.cpp itself and compared with the trained model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_merge import WINDOWED, make_run
+from test_native import LLAMA3, YARN
+from tiny import tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from retrofit.errors import UserError
+from retrofit.export import check_gguf, native, verify
+from retrofit.export.gguf_tokenizer import rules_of
+from retrofit.export.llama_cpp import KINDS
+from retrofit.merge import MergeMismatchError, merge
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Builds a tiny model's folder. llama.cpp wants merges in a tokenizer, and tells nothing of
+    tokens that are parts of characters: there is one merge, and bytes above 127 have names."""
+
+    def build(family: str, **overrides) -> Path:
+        tiny_model(family, **overrides).save_pretrained(tmp_path / "base")
+        tiny_tokenizer().save_pretrained(tmp_path / "base")
+        path = tmp_path / "base/tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        vocab = tokenizer["model"]["vocab"].items()
+        named = {token if token.isascii() else f"x{index}": index for token, index in vocab}
+        tokenizer["model"] |= {"vocab": named | {"th": 259}, "merges": [["t", "h"]]}
+        path.write_text(json.dumps(tokenizer))
+        return tmp_path / "base"
+
+    return build
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Verify without a process of its own, which takes seconds."""
+    monkeypatch.setattr(verify, "_run_check", lambda _, paths, *options: check_gguf.check(*paths))
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_llama_cpp_computes_what_was_trained(family, centered, tmp_path, base, in_process):
+    run = make_run(tmp_path / "run", base(family), "elementwise", centered)
+    figures = merge(run, tmp_path / "out", format="gguf")["verification"]
+    assert figures["kl"] < 1e-9 and figures["max_logprob_difference"] < 1e-3
+    assert figures["greedy_until"] is None and figures["same_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("mistral", {"rope_parameters": YARN}),
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
+        ("qwen3", {"head_dim": 32}),
+    ],
+)
+def test_other_layouts(family, overrides, tmp_path, base, in_process):
+    run = make_run(tmp_path / "run", base(family, **overrides))
+    figures = merge(run, tmp_path / "out", format="gguf")["verification"]
+    assert figures["kl"] < 1e-9 and figures["greedy_until"] is None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float32"])
+def test_smaller_weights_cost_about_their_rounding(family, kind, tmp_path, base, in_process):
+    run = make_run(tmp_path / "run", base(family), centered=True)
+    report = merge(run, tmp_path / "out", format="gguf", dtype=kind)
+    figures = report["verification"]
+    assert figures["rounding_kl"] > 0
+    assert figures["kl"] < 10 * figures["rounding_kl"] + 1e-6
+    assert (tmp_path / "out" / report["checkpoint"]["file"]).is_file()
+
+
+def test_a_fresh_process_loads_it_and_the_card_says_how(tmp_path, base):
+    run = make_run(tmp_path / "run", base("llama"), centered=True)
+    report = merge(run, tmp_path / "out", format="gguf")
+    assert report["checkpoint"]["file"] == "out-F32.gguf"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "llama-server -m out-F32.gguf" in card and "from_pretrained" not in card
+    assert "llama.cpp loaded it in a fresh process" in card
+
+
+def test_a_file_that_differs_never_appears(tmp_path, base, in_process, monkeypatch):
+    run = make_run(tmp_path / "run", base("llama"))
+    monkeypatch.setattr("retrofit.export.llama_cpp._native", without_gates)
+    with pytest.raises(MergeMismatchError, match="differs from the trained model"):
+        merge(run, tmp_path / "out", format="gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def without_gates(source, scales):
+    parts = source.config, source.weights, {}, source.centers
+    return native.native_tensors(*parts, torch.float32, scales)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "reason"),
+    [
+        ("llama", {"rope_parameters": LLAMA3}, "leaves out the llama3 scaling"),
+        ("mistral", WINDOWED, "no sliding window"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(family, overrides, reason, tmp_path, base):
+    run = make_run(tmp_path / "run", base(family, **overrides))
+    with pytest.raises(UserError, match=reason):
+        merge(run, tmp_path / "out", format="gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rules_of_tokenizers_are_told_apart():
+    def rules(model, *steps):
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+        return rules_of(json.loads(tokenizer.to_str()))
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    assert rules(models.BPE(), byte_level) == "gpt-2"
+    assert rules(models.BPE(), digits, byte_level) == "smollm"
+    assert rules(models.BPE(), pre_tokenizers.Digits(individual_digits=False), byte_level) is None
+    assert rules(models.BPE(), pre_tokenizers.Metaspace()) is None
+    assert rules(models.WordPiece(), byte_level) is None
+
+
+def test_an_unknown_tokenizer_is_refused(tmp_path, base):
+    run = make_run(tmp_path / "run", base("llama"))
+    path = tmp_path / "base/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="not one that can be named to llama.cpp"):
+        merge(run, tmp_path / "out", format="gguf")
+    path.unlink()
+    with pytest.raises(UserError, match="has no tokenizer.json"):
+        merge(run, tmp_path / "out", format="gguf")
