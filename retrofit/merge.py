@@ -23,12 +23,13 @@ from transformers import GenerationConfig
 from retrofit.card import model_card
 from retrofit.errors import UserError
 from retrofit.export.native import native_config, native_tensors, refusal
-from retrofit.export.passage import PASSAGE
 from retrofit.export.shards import write_shards
 from retrofit.export.source import Source, read_source
-from retrofit.export.verify import MergeMismatchError, trained_outputs, verify, verify_gguf
 from retrofit.files import write_json
 from retrofit.gated_models import gated_config
+from retrofit.proof.passage import PASSAGE
+from retrofit.proof.reference import FILE
+from retrofit.proof.verify import REPORT, MergeMismatchError, trained_reference, verify
 
 __all__ = ["MergeMismatchError", "merge"]
 
@@ -74,24 +75,21 @@ def merge(
     kind, max_bytes = _stored_as(source, dtype, format), _bytes(max_shard_size)
     if llama_cpp:
         llama_cpp.check(source)
-    with tempfile.TemporaryDirectory() as scratch, _appearing_whole(out) as folder:
-        reference = Path(scratch) / "trained.safetensors"
-        rounding = trained_outputs(source.base, source.adapter, text, kind, reference)
+    with _appearing_whole(out) as folder:
+        rounding_kl = trained_reference(source.base, source.adapter, text, kind, folder / FILE)
         about = _about_checkpoint(source, kind, format)
         if llama_cpp:
             file = folder / f"{out.name}-{llama_cpp.KINDS[kind][0].name}.gguf"
             about |= {"file": file.name} | llama_cpp.write_gguf(source, file, kind)
-            figures = verify_gguf(file, reference, kind, rounding)
         else:
             about |= _write_weights(source, getattr(torch, kind), folder, max_bytes)
             _copy(source.base, folder, *_TOKENIZER)
             _write_generation_config(source, folder)
-            theirs = not about["native"]
-            figures = verify(folder, reference, kind, rounding, import_retrofit=theirs)
+        report = _report(source, about, rounding_kl)
+        report["verification"] |= verify(report, folder)
         _copy(source.base, folder, *_TERMS)
         _copy(source.folder, folder, "recipe.resolved.yaml", "measure.json")
-        report = _report(source, about, figures)
-        write_json(folder / "retrofit-merge.json", report)
+        write_json(folder / REPORT, report)
         model_card(report, source.base, folder).save(folder / "README.md")
     return report
 
@@ -181,7 +179,7 @@ def _write_generation_config(source: Source, folder: Path) -> None:
         GenerationConfig.from_model_config(source.config).save_pretrained(folder)
 
 
-def _report(source: Source, about: dict, figures: dict) -> dict:
+def _report(source: Source, about: dict, rounding_kl: float) -> dict:
     return {
         "checkpoint": about,
         "base": _about_base(source),
@@ -193,7 +191,7 @@ def _report(source: Source, about: dict, figures: dict) -> dict:
             "parameters": sum(weight.numel() for weight in source.gates.values()),
         },
         "training": {key: source.facts[key] for key in ("steps", "tokens") if key in source.facts},
-        "verification": figures,
+        "verification": {"rounding_kl": rounding_kl},
         "versions": {n: version(n) for n in ("gate-retrofit", "torch", "transformers", "peft")},
     }
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import llama_server
 import pytest
 import torch
 from test_merge import WINDOWED, make_run
@@ -11,10 +12,11 @@ from tiny import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retrofit.errors import UserError
-from retrofit.export import check_gguf, native, verify
+from retrofit.export import native
 from retrofit.export.gguf_tokenizer import rules_of
 from retrofit.export.llama_cpp import KINDS
 from retrofit.merge import MergeMismatchError, merge
+from retrofit.proof import verify
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def base(tmp_path):
 @pytest.fixture
 def in_process(monkeypatch):
     """Verify without a process of its own, which takes seconds."""
-    monkeypatch.setattr(verify, "_run_check", lambda _, paths, *options: check_gguf.check(*paths))
+    monkeypatch.setattr(verify, "_run", lambda _, paths, *options: llama_server.check(*paths))
 
 
 @pytest.mark.parametrize("centered", [False, True])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stock_transformers
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import retrofit.merge
 from retrofit import GateConfig
 from retrofit.errors import UserError
-from retrofit.export import check_checkpoint, native, verify
+from retrofit.export import native
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import gate_layers
 from retrofit.measure import measure
 from retrofit.merge import MergeMismatchError, merge
+from retrofit.proof import verify
 
 WINDOWED = {"sliding_window": 16}
 
@@ -58,9 +60,7 @@ def run(tmp_path, tiny_base) -> Path:
 @pytest.fixture
 def in_process(monkeypatch):
     """Verify without a process of its own, which takes seconds."""
-    monkeypatch.setattr(
-        verify, "_run_check", lambda _, paths, *options: check_checkpoint.check(*paths)
-    )
+    monkeypatch.setattr(verify, "_run", lambda _, paths, *options: stock_transformers.check(*paths))
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,29 @@ def test_shards_follow_the_index(merged):
         assert names == set(stored[path.name])
         assert len(names) == 1 or path.stat().st_size < 110_000
     assert index["metadata"]["total_size"] == report["checkpoint"]["bytes"]
+
+
+def test_the_proof_can_be_repeated_and_notices_a_changed_weight(merged, tmp_path):
+    out, report = merged
+    again = verify.verify(verify.read_report(out), out)
+    assert again == {name: report["verification"][name] for name in again}
+    changed = shutil.copytree(out, tmp_path / "changed")
+    shard = sorted(changed.glob("model-*.safetensors"))[-1]
+    tensors = load_file(shard)
+    save_file({name: t * 1.01 for name, t in tensors.items()}, shard, metadata={"format": "pt"})
+    with pytest.raises(MergeMismatchError, match="differs from the trained model"):
+        verify.verify(verify.read_report(changed), changed)
+    (changed / "retrofit-reference.json").unlink()
+    with pytest.raises(UserError, match="no retrofit-reference.json"):
+        verify.read_report(changed)
+
+
+def test_a_gate_that_no_engine_reads_is_named(merged):
+    model = AutoModelForCausalLM.from_pretrained(merged[0])
+    input_ids = torch.arange(16)[None]
+    assert stock_transformers.unused_gates(model, input_ids) == []
+    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    assert stock_transformers.unused_gates(model, input_ids) == ["model.layers.1.self_attn"]
 
 
 def test_the_verification_figures(merged, windowed):

@@ -8,13 +8,14 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
-from tiny import tiny_model
+from stock_transformers import against
+from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM
 
 from retrofit import GateConfig
 from retrofit.export import native
-from retrofit.export.check_checkpoint import compare, observe
 from retrofit.gates import gate_layers, gates_off
+from retrofit.proof.reference import observe, refer
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -83,7 +84,8 @@ def as_native(model: Any, folder: Path, dtype: torch.dtype) -> Any:
 def assert_same(model: Any, loaded: torch.nn.Module, kl: float, max_logprob_difference: float):
     """In prefill, token by token, greedily, and with padding on the left."""
     input_ids = torch.randint(0, 256, (2, 96), generator=torch.Generator().manual_seed(1))
-    figures = compare(observe(model, input_ids), observe(loaded, input_ids))
+    trained = refer(tiny_tokenizer(), "", input_ids, observe(model, input_ids))
+    figures = against(trained, observe(loaded, input_ids))
     assert figures["kl"] < kl and figures["max_logprob_difference"] < max_logprob_difference, (
         figures
     )

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from retrofit import __version__
-from retrofit.cli import check, measure, merge, recipes, train
+from retrofit.cli import check, measure, merge, recipes, train, verify
 from retrofit.errors import CheckError, UserError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("train")(train.main)
 app.command("measure")(measure.main)
 app.command("merge")(merge.main)
+app.command("verify")(verify.main)
 app.command("check")(check.main)
 app.add_typer(recipes.app, name="recipes")
 

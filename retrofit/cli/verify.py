@@ -1,0 +1,27 @@
+"""`retrofit verify`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retrofit.process import prepare_process
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that `retrofit merge` wrote.")],
+) -> None:
+    """Prove again that a merged checkpoint computes what was trained, from what lies beside it."""
+    prepare_process()
+    from retrofit.proof.verify import read_report, verify
+
+    report = read_report(checkpoint.expanduser())
+    figures = verify(report, checkpoint.expanduser())
+    until = figures["greedy_until"]
+    greedy = "the same" if until is None else f"the same up to token {until}"
+    typer.echo(
+        f"{checkpoint} computes what was trained: KL {figures['kl']:.1e} at {figures['positions']} "
+        f"positions, largest difference of a log probability "
+        f"{figures['max_logprob_difference']:.1e}, same top token {figures['top1_agreement']:.1%}, "
+        f"greedy text {greedy}"
+    )

@@ -1,0 +1,160 @@
+"""A merged checkpoint is finished only when a fresh process finds it equal to the trained model."""
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from retrofit.errors import CheckError, UserError
+from retrofit.files import read_json
+from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
+
+REPORT = "retrofit-merge.json"
+
+
+class MergeMismatchError(CheckError):
+    """The written checkpoint does not compute what was trained. Nothing is left on disk."""
+
+
+# By engine and kind of weights: mean KL(trained || merged) in nats beyond twice what rounding the
+# weights costs, and the largest difference of a log probability. Measured on SmolLM2-135M in
+# transformers: 1e-11 and 7e-5 in float32, 2e-8 in bfloat16, but 4e-5 where norm weights of q and k
+# spread over [0.1, 30], whose `w - 1` rounds. llama.cpp rounds what it multiplies, too.
+_TOLERANCE = {
+    "stock_transformers.py": {
+        "float32": (1e-7, 1e-2),
+        "bfloat16": (1e-4, math.inf),
+        "float16": (1e-4, math.inf),
+    },
+    "llama_server.py": {
+        "float32": (1e-6, 1e-2),
+        "bfloat16": (1e-3, math.inf),
+        "float16": (1e-3, math.inf),
+        "q8_0": (1e-2, math.inf),
+    },
+}
+
+
+def trained_reference(base: Path, adapter: Path, text: str, kind: str, path: Path) -> float:
+    """Run the trained model, in float32, and write what engines are compared with.
+
+    The base is read from its unquantized weights, also where the gates were trained in 4 bits.
+
+    Args:
+        kind: what weights are stored as, a float dtype or `q8_0`.
+
+    Returns:
+        Mean KL in nats from the trained model to itself with every weight rounded to `kind`: the
+        part of the difference that is the price of storing it so.
+
+    Raises:
+        UserError: if `text` is too short to be compared on.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    input_ids = _windows(tokenizer, text)
+    untrained = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, use_safetensors=True
+    )
+    model = PeftModel.from_pretrained(untrained, adapter).eval()
+    seen = observe(model, input_ids)
+    trained = refer(tokenizer, text, input_ids, seen)
+    trained.save(path)
+    if kind == "float32":
+        return 0.0
+    for parameter in model.parameters():
+        parameter.data = _rounded(parameter.data, kind)
+    return kl_divergence(seen["prefill"], observe(model, input_ids)["prefill"])
+
+
+def verify(report: dict, folder: Path) -> dict:
+    """Compare the checkpoint in a folder with the reference beside it, in a process of its own.
+
+    Args:
+        report: what `retrofit-merge.json` holds or will hold: which `checkpoint` to load and, under
+            `verification`, what its way of storing costs by itself.
+
+    Returns:
+        The figures of the engine's script.
+
+    Raises:
+        MergeMismatchError: if the checkpoint does not load, or differs beyond the tolerance.
+    """
+    checkpoint, rounding_kl = report["checkpoint"], report["verification"]["rounding_kl"]
+    kind, reference = checkpoint["dtype"], folder / FILE
+    if checkpoint["format"] == "gguf":
+        engine = "llama_server.py"
+        figures = _run(engine, [folder / checkpoint["file"], reference])
+    else:
+        options = [] if checkpoint["native"] else ["--import-retrofit"]
+        engine = "stock_transformers.py"
+        figures = _run(engine, [folder, reference], options)
+    kl, max_logprob_difference = _TOLERANCE[engine][kind]
+    if not (
+        figures["kl"] <= kl + 2 * rounding_kl
+        and figures["max_logprob_difference"] <= max_logprob_difference
+        and figures["same_tokens"]
+        and not (kind == "float32" and figures["greedy_until"] is not None)
+        and not any(figures.get(name) for name in ("missing", "unexpected", "unused_gates"))
+    ):
+        raise MergeMismatchError(f"the checkpoint differs from the trained model: {figures}")
+    return figures
+
+
+def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind != "q8_0":
+        return weight.to(getattr(torch, kind)).float()
+    if weight.ndim < 2 or weight.shape[-1] % 32:
+        return weight
+    from gguf import GGMLQuantizationType, quants  # an extra
+
+    stored = quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
+    return torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType.Q8_0))
+
+
+def read_report(folder: Path) -> dict:
+    """`retrofit-merge.json` of a folder that a merge wrote.
+
+    Raises:
+        UserError: if it, the reference, or what the merge wrote is missing or damaged.
+    """
+    for name in (REPORT, FILE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}: it is not a folder that `retrofit merge` wrote"
+            )
+    try:
+        return read_json(folder / REPORT)
+    except ValueError as error:
+        raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
+
+
+def _windows(tokenizer, text: str) -> torch.Tensor:
+    input_ids = windows(tokenizer, text)
+    if input_ids.shape[1] < 2 * STEPS:
+        raise UserError(
+            f"the text to verify on gives {input_ids.numel()} tokens; it needs {4 * STEPS} or more"
+        )
+    return input_ids
+
+
+def _run(script: str, paths: list[Path], options: Sequence[str] = ()) -> dict:
+    gc.collect()  # the trained model must not stand beside the merged one
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "figures.json"
+        # Of this package the script sees its own folder alone.
+        command = [sys.executable, Path(__file__).with_name(script), *paths, result, *options]
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+        run = subprocess.run([*map(str, command)], capture_output=True, text=True, env=offline)
+        if run.returncode:
+            reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+            raise MergeMismatchError(f"the checkpoint does not load: {reason}")
+        return json.loads(result.read_text())
