@@ -118,6 +118,7 @@ def test_shards_follow_the_index(merged):
     assert {path.name for path in shards} == set(index["weight_map"].values())
     stored = {path.name: load_file(path) for path in shards}
     for path in shards:
+        assert path.stat().st_mode & 0o044 == 0o044, "others can read it"
         names = {name for name, file in index["weight_map"].items() if file == path.name}
         assert names == set(stored[path.name])
         assert len(names) == 1 or path.stat().st_size < 110_000
