@@ -140,8 +140,8 @@ def _costs(report: dict) -> str:
     if heads := checkpoint["constant_heads"]:
         lines += [
             f"{heads} of its {checkpoint['heads']} attention heads a layer hold a constant, and "
-            f"{1 / checkpoint['kv_heads']:.0%} of its KV cache with them: no engine reads the bias "
-            "of `o_proj` that would do."
+            f"{1 / checkpoint['kv_heads']:.0%} of its KV cache with them: only transformers reads "
+            "the bias of `o_proj` that would do."
         ]
     if "file" not in checkpoint and checkpoint["native"] and (base["biases"] or heads):
         lines += ["Not for SGLang, which drops the biases of q, k and v without a word."]

@@ -24,6 +24,7 @@ from retrofit.gates import gate_layers
 from retrofit.measure import measure
 from retrofit.merge import MergeMismatchError, merge
 from retrofit.proof import verify
+from retrofit.proof.reference import compare
 
 WINDOWED = {"sliding_window": 16}
 
@@ -138,6 +139,15 @@ def test_the_proof_can_be_repeated_and_notices_a_changed_weight(merged, tmp_path
     (changed / "retrofit-reference.json").unlink()
     with pytest.raises(UserError, match="no retrofit-reference.json"):
         verify.read_report(changed)
+
+
+def test_an_engine_that_lists_other_tokens_is_not_taken_for_the_same():
+    ours = [-0.1, -3.0, -5.0]
+    same = compare([7, 8, 9], ours, {7: -0.1, 8: -3.0, 9: -5.0, 4: -6.0})
+    assert same == {"kl": 0.0, "max_logprob_difference": 0.0, "top1_agreement": 1.0}
+    other = compare([7, 8, 9], ours, {1: -0.1, 2: -3.0, 9: -5.0})
+    assert other["kl"] > 0.5 and other["max_logprob_difference"] > 4
+    assert other["top1_agreement"] == 0.0
 
 
 def test_a_gate_that_no_engine_reads_is_named(merged):

@@ -5,7 +5,6 @@ that run without this package, so it imports nothing of it.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,14 +96,12 @@ def kl_divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def compare(tokens: list[int], ours: list[float], theirs: Mapping[int, float]) -> dict[str, float]:
     """One position: the reference's candidates against an engine's log probabilities by token.
 
-    `kl`, in nats, is taken among the candidates that the engine tells of, each side normalized over
-    them: engines list a few tokens, and round the sum over the others.
+    `kl`, in nats, is taken among the candidates, each side normalized over them: engines round the
+    sum over the others. They list their likeliest tokens alone; a candidate that is not listed
+    counts as the last of those, which is more than it has.
     """
-    told = [
-        (mine, theirs[token]) for token, mine in zip(tokens, ours, strict=True) if token in theirs
-    ]
-    if not told:
-        return {"kl": math.inf, "max_logprob_difference": math.inf, "top1_agreement": 0.0}
+    least = min(theirs.values())
+    told = [(mine, theirs.get(token, least)) for token, mine in zip(tokens, ours, strict=True)]
     p, q = (torch.tensor(side).double().log_softmax(0) for side in zip(*told, strict=True))
     return {
         "kl": (p.exp() * (p - q)).sum().item(),
