@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # a family is imported when it is asked for
 
 __all__ = ["family_of", "supported_model_types"]
 
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_MODEL_TYPES = ("gemma3_text", "gpt_oss", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def supported_model_types() -> tuple[str, ...]:

@@ -1,4 +1,8 @@
-"""What every family shares: the gated forward and the record that a family file fills in."""
+"""What every family shares: the gated forward and the record that a family file fills in.
+
+This file, a family's and `modeling_gated.py` also lie in the checkpoints that `retrofit merge
+--format remote-code` writes, where nothing else of this package is to be had.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +22,17 @@ class Family:
         model_type: `config.model_type` of the base.
         attention: the attention class that transformers builds.
         gated: the subclass it is swapped for.
-        causal_lm: the model with a language-model head.
+        decoder: the model without its language-model head.
+        causal_lm: the model with it.
+        packs: whether transformers keeps the documents of a packed row apart, beside any kernel.
     """
 
     model_type: str
     attention: type[nn.Module]
     gated: type[nn.Module]
+    decoder: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
+    packs: bool = True
 
 
 class GatedAttention(nn.Module):
@@ -76,7 +84,7 @@ class GatedAttention(nn.Module):
                 key_states, value_states, self.layer_idx
             )
 
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get(
             self.config._attn_implementation, self.eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
@@ -97,6 +105,17 @@ class GatedAttention(nn.Module):
         attn_output = self.o_proj(attn_output)
         attn_output = self.g1(attn_output.unsqueeze(-2), hidden_states, "G5").squeeze(-2)
         return attn_output, attn_weights
+
+
+class NormedGatedAttention(GatedAttention):
+    """The same for families with an RMSNorm on each query and key head."""
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query_states, key_states, value_states = super().project(hidden_states)
+        return self.q_norm(query_states), self.k_norm(key_states), value_states
+
+    def attention_kwargs(self) -> dict:
+        return {"sliding_window": self.sliding_window}
 
 
 def sliding_window_of(config: PreTrainedConfig) -> int | None:

@@ -2,7 +2,7 @@
 
 from transformers.models.llama import modeling_llama
 
-from retrofit.adapters._family import Family, GatedAttention
+from ._family import Family, GatedAttention
 
 
 class GatedLlamaAttention(GatedAttention, modeling_llama.LlamaAttention):
@@ -14,5 +14,6 @@ FAMILY = Family(
     model_type="llama",
     attention=modeling_llama.LlamaAttention,
     gated=GatedLlamaAttention,
+    decoder=modeling_llama.LlamaModel,
     causal_lm=modeling_llama.LlamaForCausalLM,
 )

@@ -2,7 +2,7 @@
 
 from transformers.models.mistral import modeling_mistral
 
-from retrofit.adapters._family import Family, GatedAttention
+from ._family import Family, GatedAttention
 
 
 class GatedMistralAttention(GatedAttention, modeling_mistral.MistralAttention):
@@ -17,5 +17,6 @@ FAMILY = Family(
     model_type="mistral",
     attention=modeling_mistral.MistralAttention,
     gated=GatedMistralAttention,
+    decoder=modeling_mistral.MistralModel,
     causal_lm=modeling_mistral.MistralForCausalLM,
 )

@@ -2,7 +2,7 @@
 
 from transformers.models.qwen2 import modeling_qwen2
 
-from retrofit.adapters._family import Family, GatedAttention
+from ._family import Family, GatedAttention
 
 
 class GatedQwen2Attention(GatedAttention, modeling_qwen2.Qwen2Attention):
@@ -17,5 +17,6 @@ FAMILY = Family(
     model_type="qwen2",
     attention=modeling_qwen2.Qwen2Attention,
     gated=GatedQwen2Attention,
+    decoder=modeling_qwen2.Qwen2Model,
     causal_lm=modeling_qwen2.Qwen2ForCausalLM,
 )

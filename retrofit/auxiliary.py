@@ -16,11 +16,17 @@ import torch
 from torch import nn
 
 from retrofit.adapters._family import GatedAttention
-from retrofit.balance import balance_loss, effective_load, gated_load, vanilla_load
+from retrofit.balance import (
+    balance_loss,
+    effective_load,
+    gated_load,
+    sink_load,
+    vanilla_load,
+)
 from retrofit.massive import excess_activation
 from retrofit.pressure import collision_probability
 from retrofit.recipe import Objective
-from retrofit.sampling import SampledRows, sample_rows, sampled_attention
+from retrofit.sampling import SampledRows, attention_of_rows, sample_rows
 
 
 class _InjectGradient(torch.autograd.Function):
@@ -135,25 +141,26 @@ class Auxiliary:
         losses: dict[str, torch.Tensor] = {}
         if (sampled := self.sampled) is None:
             return losses
-        window = attention.attention_kwargs().get("sliding_window")
-        weights = sampled_attention(query_states, key_states, attention.scaling, sampled, window)
+        weights = attention_of_rows(attention, query_states, key_states, sampled)
         if "pressure" in self.weights:
             losses["pressure"] = collision_probability(weights, sampled)
         if "balance" in self.weights:
-            load = self._load(weights, sampled, gates)
+            has_sinks = "s_aux" in attention.attention_kwargs()
+            left = sink_load(weights) if has_sinks else vanilla_load(weights, sampled.starts)
+            load = self._load(left, sampled, gates)
             shared = self.objective.balance_shared_heads
             losses["balance"] = balance_loss(load, sampled.counts, shared)
         return losses
 
-    def _load(self, weights, sampled, gates) -> torch.Tensor:
+    def _load(self, left, sampled, gates) -> torch.Tensor:
         if self.objective.balance_load == "vanilla":
-            return vanilla_load(weights, sampled.starts)
+            return left
         gate = math.prod(gates)
         index = sampled.rows[:, :, None, None].expand(-1, -1, *gate.shape[2:])
         scores = gate.gather(1, index)
         if self.objective.balance_load == "gated":
             return gated_load(scores)
-        return effective_load(weights, sampled.starts, scores)
+        return effective_load(left, scores)
 
     def means(self) -> dict[str, torch.Tensor]:
         """The losses of the last batch, unweighted, each the mean over layers."""

@@ -35,18 +35,17 @@ def vanilla_load(weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     return 1 - weights.gather(-1, index).squeeze(-1).float()
 
 
-def sink_load(logsumexp: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """`G = sigmoid(LSE - s)` of sink attention as in gpt-oss: what the learned sink leaves.
+def sink_load(weights: torch.Tensor) -> torch.Tensor:
+    """`G = sigmoid(LSE - s) = sum_j A[i, j]` of sink attention as in gpt-oss: what the learned
+    sink leaves, whose logit `s` joins the softmax's denominator without a value.
 
     Args:
-        logsumexp: `[batch, heads, rows]`, over keys, of the scaled logits without the sink. That of
-            SDPA and FlashAttention-2 has wrong gradients; take it of the sampled rows' logits.
-        sinks: `[heads]`, the logit `s` that joins the softmax's denominator without a value.
+        weights: `[batch, heads, rows, T]`, attention of the sampled rows, without the sink's part.
 
     Returns:
         `[batch, heads, rows]` in float32, in [0, 1].
     """
-    return (logsumexp.float() - sinks.float().unsqueeze(-1)).sigmoid()
+    return weights.float().sum(-1)
 
 
 def gated_load(scores: torch.Tensor) -> torch.Tensor:
@@ -65,20 +64,17 @@ def gated_load(scores: torch.Tensor) -> torch.Tensor:
     return scores.float().mean(-1).transpose(1, 2)
 
 
-def effective_load(
-    weights: torch.Tensor, starts: torch.Tensor, scores: torch.Tensor
-) -> torch.Tensor:
+def effective_load(left: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """`G = (1 - A[i, first]) * g`, what sink and gate leave together (ours).
 
     Args:
-        weights: as in `vanilla_load`.
-        starts: as in `vanilla_load`.
+        left: what the sink leaves, `vanilla_load` or `sink_load`.
         scores: as in `gated_load`.
 
     Returns:
         `[batch, heads, rows]` in float32.
     """
-    return vanilla_load(weights, starts) * gated_load(scores)
+    return left * gated_load(scores)
 
 
 def head_importance(load: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from peft import PeftModel
 from retrofit.adapters._family import GatedAttention
 from retrofit.balance import vanilla_load
 from retrofit.gates import gates_off
-from retrofit.sampling import SampledRows, sample_rows, sampled_attention
+from retrofit.sampling import SampledRows, attention_of_rows, sample_rows
 
 STEP = 0.8  # of a logit, at most, at the highest rate
 SINK_SHARE = 0.1  # a head that pays the first token less has no sink; an even spread gives 0.005
@@ -75,10 +75,7 @@ class _Reader:
 
     def __call__(self, attention, hidden_states, query_states, key_states, attn_output):
         if self.sampled is not None:
-            window = attention.attention_kwargs().get("sliding_window")
-            weights = sampled_attention(
-                query_states, key_states, attention.scaling, self.sampled, window
-            )
+            weights = attention_of_rows(attention, query_states, key_states, self.sampled)
             shares = 1 - vanilla_load(weights, self.sampled.starts)
             # A row that only fills up sees itself alone, and would pay its own first token all.
             self.shares.append(shares.transpose(1, 2)[self.sampled.counts])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+_LIBRARY = {"gguf": "gguf", "adapter": "peft"}
 _PAPER = "[arXiv:2505.06708](https://arxiv.org/abs/2505.06708)"
 
 
@@ -39,7 +40,7 @@ def _data(report: dict, base: Path) -> ModelCardData:
     return ModelCardData(
         base_model=None if report["base"]["is_local"] else report["base"]["name"],
         base_model_relation=None if report["base"]["is_local"] else "finetune",
-        library_name="gguf" if "file" in report["checkpoint"] else "transformers",
+        library_name=_LIBRARY.get(report["checkpoint"]["format"], "transformers"),
         pipeline_tag="text-generation",
         tags=["retrofit", "gated-attention", "attention-sink"],
         **licensed,
@@ -126,13 +127,16 @@ def _by(report: dict) -> str:
 
 def _costs(report: dict) -> str:
     base, checkpoint = report["base"], report["checkpoint"]
+    if checkpoint["format"] == "adapter":
+        return ""
+    native = checkpoint["format"] == "native"
     added = checkpoint["parameters"] / base["parameters"] - 1
-    reasons = "the gates" if not checkpoint["native"] else "the gates fill half of `q_proj`"
+    reasons = "the gates" if "heads" not in checkpoint else "the gates fill half of `q_proj`"
     reasons += ", and input and output embeddings are now two" if checkpoint["untied"] else ""
     lines = [f"{checkpoint['parameters']:,} parameters, {added:.1%} more than the base: {reasons}."]
     if "file" in checkpoint:
         lines += ["One more layer, all zeros: llama.cpp needs one of linear attention."]
-    elif checkpoint["native"]:
+    elif native:
         lines += [
             "Run it in bfloat16 or float32: its activations exceed the range of float16.",
             "It is made for inference. To train the gates further, go on from the run.",
@@ -143,37 +147,47 @@ def _costs(report: dict) -> str:
             f"{1 / checkpoint['kv_heads']:.0%} of its KV cache with them: only transformers reads "
             "the bias of `o_proj` that would do."
         ]
-    if "file" not in checkpoint and checkpoint["native"] and (base["biases"] or heads):
+    if native and (base["biases"] or heads):
         lines += ["Not for SGLang, which drops the biases of q, k and v without a word."]
     return "## Costs\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
+_LOAD = """\
+```python
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this", dtype="auto"{options})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this")
+```"""
+
+_TRUST = ", trust_remote_code=True"
+
+
 def _how_to_load(report: dict) -> str:
-    if file := report["checkpoint"].get("file"):
-        return (
-            "## How to load it\n\nIn llama.cpp (build 11434 or newer) and what is made of it:\n\n"
-            f"```bash\nllama-server -m {file}\n```"
+    checkpoint = report["checkpoint"]
+    if checkpoint["format"] == "gguf":
+        how = (
+            "In llama.cpp (build 11434 or newer) and what is made of it:\n\n"
+            f"```bash\nllama-server -m {checkpoint['file']}\n```"
         )
-    native = report["checkpoint"]["native"]
-    imports = "" if native else "import retrofit  # pip install gate-retrofit\n"
-    load = (
-        "## How to load it\n\n```python\n"
-        f"{imports}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this")\n```\n\n'
-    )
-    return load + (_engines() if native else _no_engines(report))
-
-
-def _engines() -> str:
-    return (
-        "It is a stock `Qwen3_5ForCausalLM`: transformers 5 loads it without remote code, and vLLM "
-        "from 0.32 on:\n\n```bash\nvllm serve path/to/this\n```"
-    )
-
-
-def _no_engines(report: dict) -> str:
-    return f"Other engines cannot run it: {report['checkpoint']['why_not_native']}."
+    elif checkpoint["format"] == "remote-code":
+        how = (
+            "Its three Python files are the model; read them, then:\n\n"
+            + _LOAD.format(imports="", options=_TRUST)
+            + "\n\nvLLM runs it through its Transformers backend:\n\n"
+            "```bash\nvllm serve path/to/this --trust-remote-code --model-impl transformers\n```"
+        )
+    elif checkpoint["format"] == "adapter":
+        imports = "import retrofit  # pip install gate-retrofit\n"
+        how = _LOAD.format(imports=imports, options="")
+    else:
+        how = (
+            _LOAD.format(imports="", options="")
+            + f"\n\nIt is a stock `{checkpoint['architecture']}`: transformers 5 loads it without "
+            "remote code, and vLLM from 0.32 on:\n\n```bash\nvllm serve path/to/this\n```\n\n"
+            "For llama.cpp, merge the run with `--format gguf`."
+        )
+    return f"## How to load it\n\n{how}"
 
 
 def _recipe(path: Path) -> str:

@@ -19,15 +19,17 @@ def weights_sha256(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters of a model without those of its adapters, under their checkpoint names.
 
-    Tied weights come once, as they are stored.
+    Tied weights come once, as they are stored. What transformers stacks when it loads, the experts
+    of a mixture, is taken apart again.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.core_model_loading import revert_weight_conversion
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapters = tuple(f"{n}." for n, m in base.named_modules() if isinstance(m, BaseTunerLayer))
     for name, parameter in base.named_parameters():
         if not name.startswith(adapters):
-            yield name, parameter
+            yield from revert_weight_conversion(base, {name: parameter.detach()}).items()
 
 
 def _sha256(tensor: torch.Tensor) -> str:

@@ -1,7 +1,6 @@
 """`retrofit merge`: a run in, a checkpoint out that computes what was trained, or nothing at all.
 
-Bases that have a native form (`retrofit.export.native`) become a checkpoint that stock software
-runs; the others keep their family's code and need `import retrofit` (`retrofit.gated_models`).
+The formats are told in `retrofit.export`, a module each; how they are proved, in `retrofit.proof`.
 """
 
 import importlib
@@ -23,10 +22,10 @@ from transformers import GenerationConfig
 from retrofit.card import model_card
 from retrofit.errors import UserError
 from retrofit.export.native import native_config, native_tensors, refusal
+from retrofit.export.remote_code import write_remote_code
 from retrofit.export.shards import write_shards
 from retrofit.export.source import Source, read_source
-from retrofit.files import write_json
-from retrofit.gated_models import gated_config
+from retrofit.files import read_json, write_json
 from retrofit.proof.passage import PASSAGE
 from retrofit.proof.reference import FILE
 from retrofit.proof.verify import REPORT, MergeMismatchError, trained_reference, verify
@@ -38,12 +37,15 @@ _TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.js
               "special_tokens_map.json", "chat_template*")  # fmt: skip
 _TERMS = ("LICENSE*", "NOTICE*")
 
+Format = Literal["native", "gguf", "remote-code", "adapter"]
+_FLOATS = ("bfloat16", "float32", "float16")
+
 
 def merge(
     run: str | Path,
     out: str | Path,
     *,
-    format: Literal["native", "gguf"] = "native",
+    format: Format = "native",
     base: str | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -54,7 +56,9 @@ def merge(
     Args:
         run: a run folder, or a bare PEFT adapter folder.
         out: the checkpoint folder; it appears only when it is whole and verified.
-        format: `native` is a checkpoint for transformers and vLLM, `gguf` a file for llama.cpp.
+        format: `native` is a checkpoint for transformers and vLLM, `gguf` a file for llama.cpp,
+            `remote-code` the base's own architecture with a modeling file, `adapter` the gates
+            alone, for PEFT.
         base: the base model where it is not the one that the run names.
         dtype: of the stored weights, as the base's by default; for GGUF also `q8_0`.
         max_shard_size: bytes, or a string such as "5GB".
@@ -75,6 +79,11 @@ def merge(
     kind, max_bytes = _stored_as(source, dtype, format), _bytes(max_shard_size)
     if llama_cpp:
         llama_cpp.check(source)
+    elif format == "native" and (reason := refusal(source.config)):
+        raise UserError(
+            f"no native checkpoint of {source.base_name!r}: {reason}; --format remote-code holds "
+            "any base that can be gated"
+        )
     with _appearing_whole(out) as folder:
         rounding_kl = trained_reference(source.base, source.adapter, text, kind, folder / FILE)
         about = _about_checkpoint(source, kind, format)
@@ -82,9 +91,8 @@ def merge(
             file = folder / f"{out.name}-{llama_cpp.KINDS[kind][0].name}.gguf"
             about |= {"file": file.name} | llama_cpp.write_gguf(source, file, kind)
         else:
-            about |= _write_weights(source, getattr(torch, kind), folder, max_bytes)
+            about |= _WRITERS[format](source, folder, getattr(torch, kind), max_bytes)
             _copy(source.base, folder, *_TOKENIZER)
-            _write_generation_config(source, folder)
         report = _report(source, about, rounding_kl)
         report["verification"] |= verify(report, folder)
         _copy(source.base, folder, *_TERMS)
@@ -109,10 +117,12 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
 
 def _stored_as(source: Source, dtype: str | None, format: str) -> str:
     name = dtype or _name(source.weights["model.layers.0.self_attn.o_proj.weight"].dtype)
-    allowed = ["bfloat16", "float32", "float16", *(["q8_0"] if format == "gguf" else [])]
+    allowed = [*_FLOATS, *(["q8_0"] if format == "gguf" else [])]
+    if format == "adapter":
+        return "float32"
     if name not in allowed:
         raise UserError(f"cannot store weights as {name}; dtype must be {', '.join(allowed)}")
-    if name == "float16" and format == "native" and refusal(source.config) is None:
+    if name == "float16" and format == "native":
         whose = "" if dtype else f"base {source.base_name!r} is stored in float16, but "
         raise UserError(
             f"{whose}a native checkpoint exceeds the range of float16: choose --dtype bfloat16 or "
@@ -142,29 +152,35 @@ def _bytes(size: int | str) -> int:
         raise UserError(f"{size!r} is not a size; write one like 5GB or 500MB") from error
 
 
-def _write_weights(source: Source, dtype: torch.dtype, folder: Path, max_bytes: int) -> dict:
-    if refusal(source.config) is None:
-        centered = bool(source.centers)
-        config = native_config(source.config, centered) | {"dtype": _name(dtype)}
-        write_json(folder / "config.json", config)
-        tensors = native_tensors(source.config, source.weights, source.gates, source.centers, dtype)
-    else:
-        granularity = "headwise" if source.granularity == "headwise" else "elementwise"
-        layers, centered = sorted(source.gates), bool(source.centers)
-        gated = gated_config(source.config, granularity, layers, centered)
-        gated.dtype = dtype
-        gated.save_pretrained(folder)
-        tensors = _gated_tensors(source, dtype)
+def _write_native(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
+    config = native_config(source.config, bool(source.centers)) | {"dtype": _name(dtype)}
+    write_json(folder / "config.json", config)
+    _write_generation_config(source, folder)
+    tensors = native_tensors(source.config, source.weights, source.gates, source.centers, dtype)
     return write_shards(tensors, folder, max_bytes)
 
 
-def _gated_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in source.shapes:
-        yield name, source.weights[name].to(dtype)
-    for layer, weight in source.gates.items():
-        yield f"model.layers.{layer}.self_attn.g1.g_proj.weight", weight.to(dtype)
-    for layer, center in source.centers.items():
-        yield f"model.layers.{layer}.self_attn.g1.center", center.to(dtype)
+def _write_remote_code(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
+    _write_generation_config(source, folder)
+    return write_remote_code(source, folder, dtype, max_bytes)
+
+
+def _write_adapter(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    _copy(source.adapter, folder, *names)
+    config = read_json(folder / names[0]) | {"base_model_name_or_path": source.base_name}
+    write_json(folder / names[0], config)
+    return {
+        "bytes": (folder / names[1]).stat().st_size,
+        "parameters": sum(tensor.numel() for tensor in source.gates.values()),
+    }
+
+
+_WRITERS = {
+    "native": _write_native,
+    "remote-code": _write_remote_code,
+    "adapter": _write_adapter,
+}
 
 
 def _copy(source: Path, folder: Path, *patterns: str) -> None:
@@ -197,18 +213,20 @@ def _report(source: Source, about: dict, rounding_kl: float) -> dict:
 
 
 def _about_checkpoint(source: Source, kind: str, format: str) -> dict:
-    config, reason = source.config, refusal(source.config)
-    written = native_config(config, bool(source.centers)) if reason is None else {}
-    return {
-        "format": format,
-        "native": reason is None,
-        "why_not_native": reason,
-        "model_type": written.get("model_type", f"gated_{config.model_type}"),
-        "untied": config.tie_word_embeddings and not written.get("tie_word_embeddings", True),
-        "constant_heads": written.get("retrofit_constant_heads", 0),
-        "heads": written.get("num_attention_heads", config.num_attention_heads),
-        "kv_heads": written.get("num_key_value_heads", config.num_key_value_heads),
-        "dtype": kind,
+    config = source.config
+    about = {"format": format, "dtype": kind, "model_type": config.model_type, "untied": False}
+    if format == "remote-code":
+        return about | {"model_type": f"gated_{config.model_type}", "constant_heads": 0}
+    if format == "adapter":
+        return about | {"constant_heads": 0}
+    written = native_config(config, bool(source.centers))
+    return about | {
+        "model_type": written["model_type"],
+        "architecture": written["architectures"][0],
+        "untied": config.tie_word_embeddings and not written["tie_word_embeddings"],
+        "constant_heads": written["retrofit_constant_heads"],
+        "heads": written["num_attention_heads"],
+        "kv_heads": written["num_key_value_heads"],
     }
 
 

@@ -79,13 +79,14 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: str, dtype: Dtype = "auto"
+    source: str, dtype: Dtype = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Open anything `retrofit measure` can be pointed at.
 
     Args:
         source: a run folder, an adapter folder, a checkpoint folder or a hub id.
         dtype: of the base weights; `auto` keeps a run's, or the stored one.
+        trust_remote_code: run the code that a checkpoint brings.
 
     Raises:
         UserError: if there is nothing there, or the adapter does not fit its base.
@@ -95,7 +96,7 @@ def load_model(
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
             raise UserError(f"{source} is an unfinished run; finish it with --resume")
-        spec = Model(base=source, dtype=dtype)
+        spec = Model(base=source, dtype=dtype, trust_remote_code=trust_remote_code)
         return load_base(spec), load_tokenizer(spec)
     spec = _base_of(folder, adapter)
     if dtype != "auto":
@@ -172,6 +173,10 @@ def _expand(base: str) -> str:
 
 
 def _not_found(base: str, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{base} brings code of its own; read it, and allow it with trust_remote_code"
+        )
     if Path(base).expanduser().is_dir():
         return UserError(f"{base} is not a model folder: {' '.join(str(error).split())[:200]}")
     hint = "; `make assets` fetches the models and texts of the CPU recipes" if "~" in base else ""

@@ -17,7 +17,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from retrofit.errors import UserError
-from retrofit.gated_models import Gate
 from retrofit.gates import GateLayer
 from retrofit.metrics import (
     ActivationStatistics,
@@ -167,7 +166,7 @@ def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, 
             for projection in gate.g_proj.values():
                 if projection.position == "G1":
                     yield module.layer_idx, projection, _half
-        elif isinstance(gate, Gate):
+        elif gate is not None:  # of a checkpoint that carries its own code
             yield module.layer_idx, gate.g_proj, partial(_unflatten, num_heads=gate.num_heads)
         elif type(module).__name__ in _PACKED_GATES:
             yield module.layer_idx, module.q_proj, partial(_unpack, head_dim=module.head_dim)

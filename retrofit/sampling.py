@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from retrofit.adapters._family import GatedAttention
 from retrofit.metrics import NEAR
 
 
@@ -59,6 +60,7 @@ def sampled_attention(
     scaling: float,
     sampled: SampledRows,
     sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The attention that the sampled rows pay.
 
@@ -68,9 +70,11 @@ def sampled_attention(
         scaling: factor of the logits.
         sampled: from `sample_rows`.
         sliding_window: keys that a query sees, itself included, where a layer limits them.
+        sinks: `[heads]`, a logit that joins each softmax without being a key, as in gpt-oss.
 
     Returns:
-        `[batch, heads, num_rows, T]` in float32, with the gradient of queries and keys.
+        `[batch, heads, num_rows, T]` in float32, with the gradient of queries and keys. Rows sum to
+        1, or with sinks to what they leave.
     """
     batch, heads, length, head_dim = query_states.shape
     kv_heads, num_rows = key_states.shape[1], sampled.rows.shape[1]
@@ -83,4 +87,20 @@ def sampled_attention(
     hidden = (keys < starts) | (keys > rows)
     if sliding_window is not None:
         hidden |= keys <= rows - sliding_window
-    return logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    if sinks is None:
+        return logits.softmax(-1)
+    beside = sinks.float().view(1, -1, 1, 1).expand(batch, -1, num_rows, 1)
+    return torch.cat([logits, beside], -1).softmax(-1)[..., :-1]
+
+
+def attention_of_rows(
+    attention: GatedAttention,
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    sampled: SampledRows,
+) -> torch.Tensor:
+    """`sampled_attention` as a family's module computes it."""
+    kwargs = attention.attention_kwargs()
+    window, sinks = kwargs.get("sliding_window"), kwargs.get("s_aux")
+    return sampled_attention(query_states, key_states, attention.scaling, sampled, window, sinks)

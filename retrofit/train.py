@@ -101,7 +101,12 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
             text to measure on that is not there, which would else be noticed hours later.
     """
     config = load_config(recipe.model)
-    family_of(config.model_type)
+    family = family_of(config.model_type)
+    if recipe.data.packing and not family.packs:
+        raise UserError(
+            f"data.packing: transformers does not keep the documents of a row apart in a "
+            f"{config.model_type} model; set it to false"
+        )
     for tracker in recipe.train.report_to:
         if find_spec(tracker) is None:
             raise UserError(f"train.report_to: {tracker} is not installed: pip install {tracker}")

@@ -7,11 +7,11 @@ from tiny import tiny_model
 
 from retrofit import GateConfig, massive
 from retrofit.auxiliary import Auxiliary, add_auxiliary, relative_distance
-from retrofit.balance import balance_loss, effective_load
+from retrofit.balance import balance_loss, effective_load, sink_load, vanilla_load
 from retrofit.gates import gate_layers, gates_off
 from retrofit.pressure import collision_probability
 from retrofit.recipe import Objective
-from retrofit.sampling import sampled_attention
+from retrofit.sampling import attention_of_rows
 
 T = 160
 INPUT_IDS = torch.randint(0, 256, (2, T), generator=torch.Generator().manual_seed(0))
@@ -33,10 +33,12 @@ class Added(Auxiliary):
     total = 0.0
 
     def __call__(self, attention, hidden_states, query_states, key_states, attn_output):
-        weights = sampled_attention(query_states, key_states, attention.scaling, self.sampled)
+        weights = attention_of_rows(attention, query_states, key_states, self.sampled)
+        has_sinks = hasattr(attention, "sinks")
+        left = sink_load(weights) if has_sinks else vanilla_load(weights, self.sampled.starts)
         gate = attention.g1.g_proj["default"](hidden_states)
         at_rows = torch.stack([g[rows] for g, rows in zip(gate, self.sampled.rows, strict=True)])
-        load = effective_load(weights, self.sampled.starts, at_rows)
+        load = effective_load(left, at_rows)
         losses = (
             3.0 * collision_probability(weights, self.sampled)
             + 0.5 * balance_loss(load, self.sampled.counts, 1)

@@ -13,6 +13,7 @@ from retrofit.balance import (
     vanilla_load,
 )
 from retrofit.metrics import AttentionStatistics, attention_columns
+from retrofit.sampling import SampledRows, sampled_attention
 
 BATCH, HEADS, T, HEAD_DIM, HIDDEN = 2, 5, 48, 8, 12
 SCALING = 0.7
@@ -88,7 +89,7 @@ def test_all_rows_give_the_definition_values_and_gradients(states, lengths, kind
     load = {
         "vanilla": lambda: vanilla_load(weights, starts),
         "gated": lambda: gated_load(scores),
-        "effective": lambda: effective_load(weights, starts, scores),
+        "effective": lambda: effective_load(vanilla_load(weights, starts), scores),
     }[kind]()
     assert load.shape == (BATCH, HEADS, T)
     value = balance_loss(load, position_ids >= 1, shared_heads)
@@ -114,7 +115,7 @@ def test_the_loss_is_what_measuring_calls_head_load_cv():
         statistics = AttentionStatistics()
         statistics.add(*attention_columns(query, key, SCALING), scores)
         weights = full_attention(query, key, position_ids)
-        load = effective_load(weights, starts_of(position_ids), scores)
+        load = effective_load(vanilla_load(weights, starts_of(position_ids)), scores)
     value = balance_loss(load, position_ids >= 0)
     assert value.item() == pytest.approx(HEADS * statistics.head_load_cv**2, rel=1e-4)
 
@@ -133,7 +134,8 @@ def test_sampled_rows_give_an_unbiased_importance(states):
         rows = torch.cat([noise.topk(6).indices, noise.topk(2, largest=False).indices], -1)
         index = rows[:, None, :, None].expand(-1, HEADS, -1, T)
         scores = gate_logits.sigmoid()[torch.arange(BATCH)[:, None], rows]
-        load = effective_load(attention.gather(2, index), starts.gather(-1, rows), scores)
+        left = vanilla_load(attention.gather(2, index), starts.gather(-1, rows))
+        load = effective_load(left, scores)
         return head_importance(load, position_ids.gather(-1, rows) >= 1)
 
     draws = torch.stack([draw() for _ in range(800)])
@@ -158,7 +160,7 @@ def test_zero_gates_learn_from_the_effective_load_only(states, channels):
     assert (grad == 0).all()
 
     def loss() -> torch.Tensor:
-        return balance_loss(effective_load(weights, starts, scores()), counts)
+        return balance_loss(effective_load(vanilla_load(weights, starts), scores()), counts)
 
     before = loss()
     (grad,) = torch.autograd.grad(before, g_proj)
@@ -203,9 +205,10 @@ def test_sink_load_is_what_a_softmax_with_one_more_logit_leaves(states):
     query, key, _ = states
     sinks = randn(HEADS, seed=4)
     logits = full_logits(query, key, positions(30, 18))
-    load = sink_load(logits.logsumexp(-1), sinks)
-    column = sinks.view(1, HEADS, 1, 1).expand(BATCH, -1, T, -1)
-    expected = 1 - torch.cat([logits, column], -1).softmax(-1)[..., -1]
+    every = torch.arange(T).expand(BATCH, -1)
+    sampled = SampledRows(every, starts_of(positions(30, 18)), torch.ones_like(every).bool())
+    load = sink_load(sampled_attention(query, key, SCALING, sampled, sinks=sinks))
+    expected = (logits.logsumexp(-1) - sinks.view(1, HEADS, 1)).sigmoid()
     torch.testing.assert_close(load, expected)
     counts = torch.ones(BATCH, T, dtype=torch.bool)
     leaves = (query, key, sinks)
@@ -223,11 +226,9 @@ def test_padding_does_not_count(states, shared_heads):
     position_ids = positions(T).clone()
     position_ids[1, 20:] = -1
     counts = position_ids >= 1
-    load = effective_load(
-        full_attention(query, key, positions(T)),
-        torch.zeros(BATCH, T, dtype=torch.long),
-        gate_logits.sigmoid(),
-    )
+    weights = full_attention(query, key, positions(T))
+    left = vanilla_load(weights, torch.zeros(BATCH, T, dtype=torch.long))
+    load = effective_load(left, gate_logits.sigmoid())
     value = balance_loss(load, counts, shared_heads)
     alone = torch.cat([load[:1, :, 1:], load[1:, :, 1:20]], -1)
     expected = balance_loss(alone, torch.ones(1, alone.shape[-1], dtype=torch.bool), shared_heads)

@@ -72,20 +72,16 @@ assert type(model.model.layers[0].self_attn).__name__ == "GatedLlamaAttention"
     "module",
     [
         "retrofit.gates.model",
-        "retrofit.adapters.llama",
-        "transformers.models.mistral.configuration_mistral",
         "peft",
     ],
 )
 @pytest.mark.parametrize("first", ["retrofit", "sys"])
-def test_any_import_order_registers_method_and_models(module, first):
-    """The registrations ride on imports that import one another."""
+def test_any_import_order_registers_the_method(module, first):
+    """The registration rides on imports that import one another."""
     code = f"""
 import {first}, {module}, retrofit, peft
-from transformers import AutoConfig
 from retrofit import GateConfig
 assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.G1_GATE] is GateConfig
-AutoConfig.for_model("gated_mistral")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

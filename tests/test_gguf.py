@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_merge import WINDOWED, make_run
 from test_native import LLAMA3, YARN
-from tiny import tiny_model, tiny_tokenizer
+from tiny import DENSE, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retrofit.errors import UserError
@@ -44,6 +44,7 @@ def in_process(monkeypatch):
     monkeypatch.setattr(verify, "_run", lambda _, paths, *options: llama_server.check(*paths))
 
 
+@pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("centered", [False, True])
 def test_llama_cpp_computes_what_was_trained(family, centered, tmp_path, base, in_process):
     run = make_run(tmp_path / "run", base(family), "elementwise", centered)

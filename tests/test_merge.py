@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import retrofit.merge
 from retrofit import GateConfig
@@ -23,6 +23,8 @@ from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import gate_layers
 from retrofit.measure import measure
 from retrofit.merge import MergeMismatchError, merge
+from retrofit.models import load_model
+from retrofit.probe import probe
 from retrofit.proof import verify
 from retrofit.proof.reference import compare
 
@@ -61,7 +63,11 @@ def run(tmp_path, tiny_base) -> Path:
 @pytest.fixture
 def in_process(monkeypatch):
     """Verify without a process of its own, which takes seconds."""
-    monkeypatch.setattr(verify, "_run", lambda _, paths, *options: stock_transformers.check(*paths))
+
+    def check(_engine, paths, options):
+        return stock_transformers.check(*paths, trust_remote_code="--trust-remote-code" in options)
+
+    monkeypatch.setattr(verify, "_run", check)
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +80,18 @@ def merged(tmp_path_factory, tiny_base) -> tuple[Path, dict]:
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory, tiny_base) -> tuple[Path, dict]:
-    """The gated flavour: a Mistral with a sliding window."""
+    """A Mistral with a sliding window, which no stock architecture can hold, with its own code."""
     folder = tmp_path_factory.mktemp("windowed")
     make_run(folder / "run", tiny_base("mistral", **WINDOWED), "elementwise", centered=True)
-    return folder / "out", merge(folder / "run", folder / "out")
+    return folder / "out", merge(folder / "run", folder / "out", format="remote-code")
 
 
-def load_in_fresh_process(folder: Path, imports: str = "") -> subprocess.CompletedProcess:
+def load_in_fresh_process(folder: Path, **options) -> subprocess.CompletedProcess:
     code = (
-        f"import sys; {imports}\n"
+        "import sys\n"
         "from transformers import AutoModelForCausalLM\n"
-        f"print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, **{options!r})\n"
+        "print(type(model).__name__)\n"
         "print('retrofit' in sys.modules)"
     )
     return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
@@ -162,7 +169,7 @@ def test_the_verification_figures(merged, windowed):
     figures = merged[1]["verification"]
     assert figures["same_tokens"] and figures["greedy_until"] is None
     assert figures["kl"] < 1e-9 and figures["max_logprob_difference"] < 1e-3
-    # The gated flavour stores the very numbers that trained, but for adding up a gate's two parts.
+    # Remote code runs on the very numbers that trained, but for adding up a gate's two parts.
     assert windowed[1]["verification"]["max_logprob_difference"] < 1e-4
 
 
@@ -178,45 +185,87 @@ def test_the_card_says_what_was_done(merged, windowed):
     assert "| perplexity | 20.5 | 20.5 |" in card.text and "kl_to_base" not in card.text
     assert "vllm serve" in card.text and "drops the biases of q, k and v" in card.text
     text = (windowed[0] / "README.md").read_text()
-    assert "import retrofit" in text and "vllm" not in text and "sliding window" in text
+    assert "trust_remote_code=True" in text and "--model-impl transformers" in text
 
 
-def test_the_gated_flavour_needs_retrofit_and_says_so(windowed):
-    without = load_in_fresh_process(windowed[0])
-    assert without.returncode and "gated_mistral" in without.stderr
-    assert load_in_fresh_process(windowed[0], "import retrofit").stdout.split() == [
-        "GatedMistralForCausalLM",
-        "True",
+def test_remote_code_is_all_that_its_folder_needs(windowed):
+    out, report = windowed
+    assert {path.name for path in out.glob("*.py")} == {
+        "_family.py",
+        "mistral.py",
+        "modeling_gated.py",
+    }
+    assert load_in_fresh_process(out, trust_remote_code=True).stdout.split() == [
+        "GatedForCausalLM",
+        "False",
     ]
+    assert "trust_remote_code" in load_in_fresh_process(out).stderr, "and not unasked"
+    assert report["checkpoint"]["model_type"] == "gated_mistral"
 
 
-def test_the_gated_flavour_round_trips(windowed, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(windowed[0])
+def test_remote_code_round_trips(windowed, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(windowed[0], trust_remote_code=True)
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is type(model) and again.config.sliding_window == 16
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert again.config.sliding_window == 16 and again.config.gated_layers == [0, 1, 2]
     weights = again.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_gate_missing_from_a_gated_checkpoint_is_zero(windowed, tmp_path):
-    shutil.copytree(windowed[0], tmp_path / "out")
-    weights = load_file(tmp_path / "out/model.safetensors")
-    name = "model.layers.1.self_attn.g1.g_proj.weight"
-    assert weights.pop(name).any()
-    save_file(weights, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert not model.get_parameter(name).any()
+def test_measure_opens_remote_code_if_it_is_trusted(windowed):
+    with pytest.raises(UserError, match="brings code of its own; .* with trust_remote_code"):
+        load_model(str(windowed[0]))
+    model, _ = load_model(str(windowed[0]), trust_remote_code=True)
+    with probe(model) as layers, torch.no_grad():
+        model(torch.arange(200)[None] % 250)
+    assert all(layer.gate is not None for layer in layers)
 
 
-def test_families_that_go_native_have_a_gated_class_too(family, granularity):
-    config = AutoConfig.for_model(family, hidden_size=64, num_hidden_layers=2, vocab_size=300)
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
-    gated = retrofit.merge.gated_config(config, granularity, [1])
-    model = AutoModelForCausalLM.from_config(gated)
-    width = 4 if granularity == "headwise" else 64
-    assert model.model.layers[1].self_attn.g1.g_proj.weight.shape == (width, 64)
-    assert not hasattr(model.model.layers[0].self_attn, "g1")
+def test_remote_code_that_somebody_changed_is_not_run(windowed, tmp_path):
+    changed = shutil.copytree(windowed[0], tmp_path / "changed")
+    with (changed / "mistral.py").open("a") as file:
+        file.write("raise SystemExit('run')\n")
+    with pytest.raises(MergeMismatchError, match="mistral.py is not the file that this version"):
+        verify.verify(verify.read_report(changed), changed)
+
+
+def test_every_family_merges_with_its_own_code(
+    family, granularity, tmp_path, tiny_base, in_process
+):
+    centered = granularity == "elementwise"
+    run = make_run(tmp_path / "run", tiny_base(family), granularity, centered)
+    report = merge(run, tmp_path / "out", format="remote-code")
+    assert report["verification"]["max_logprob_difference"] < 1e-4
+    width = 64 if granularity == "elementwise" else 4
+    gate = load_file(tmp_path / "out/model.safetensors")[
+        "model.layers.1.self_attn.g1.g_proj.weight"
+    ]
+    assert gate.shape == (width, 64)
+
+
+def test_the_decoder_alone_has_gates_too(windowed):
+    """What vLLM's Transformers backend builds."""
+    out = windowed[0]
+    decoder = AutoModel.from_pretrained(out, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    input_ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model.model(input_ids).last_hidden_state
+        assert torch.equal(decoder(input_ids).last_hidden_state, expected)
+    assert decoder.layers[1].self_attn.g1.g_proj.weight.any()
+
+
+def test_a_mixture_of_experts_goes_native(tmp_path, tiny_base, in_process):
+    report = merge(make_run(tmp_path / "run", tiny_base("qwen3_moe")), tmp_path / "out")
+    assert report["checkpoint"]["model_type"] == "qwen3_next"
+    assert report["verification"]["kl"] < 1e-9
+
+
+def test_the_adapter_is_the_gates_alone(run, tmp_path):
+    report = merge(run, tmp_path / "out", format="adapter")
+    assert report["verification"]["max_logprob_difference"] < 1e-4
+    assert report["checkpoint"]["bytes"] < 10_000
+    assert "import retrofit" in (tmp_path / "out/README.md").read_text()
 
 
 def test_centers_become_heads_that_every_engine_reads_and_measure_leaves_out(
@@ -314,7 +363,8 @@ def test_a_wrong_mapping_is_noticed(
 
 def test_a_checkpoint_that_does_not_load_is_noticed(run, tmp_path, monkeypatch):
     """Through the real process."""
-    monkeypatch.setattr(retrofit.merge, "native_config", lambda *_: {"model_type": "nothing"})
+    mapped, unknown = native.native_config, {"model_type": "nothing"}
+    monkeypatch.setattr(retrofit.merge, "native_config", lambda *a: mapped(*a) | unknown)
     with pytest.raises(MergeMismatchError, match="does not load"):
         merge(run, tmp_path / "out")
     assert_nothing_left(tmp_path)
@@ -403,6 +453,12 @@ def missing_tensor(run, base, tmp_path):
     return {"base": str(tmp_path / "base")}
 
 
+def no_native_form(run, base, tmp_path):
+    make_run(tmp_path / "windowed", base("mistral", **WINDOWED))
+    shutil.copytree(tmp_path / "windowed", run, dirs_exist_ok=True)
+    return {}
+
+
 def pickled_base(run, base, tmp_path):
     shutil.copytree(base("llama"), tmp_path / "base")
     (tmp_path / "base/model.safetensors").rename(tmp_path / "base/pytorch_model.bin")
@@ -469,6 +525,10 @@ def short_text(run, base, tmp_path):
         (float16_base, "is stored in float16, but .* choose --dtype bfloat16 or float32"),
         (truncated_shard, "model.safetensors is missing or damaged; download it again"),
         (missing_tensor, "lacks the tensor model.norm.weight; download it again"),
+        (
+            no_native_form,
+            "no native checkpoint of .* has no sliding window; .* --format remote-code",
+        ),
         (pickled_base, "has no model.safetensors; only safetensors checkpoints are read"),
         (nan_gate, r"gate of layer \d has NaN or infinite weights: training diverged"),
         (ablation, "no checkpoint can carry the gates of .*: only sigmoid gates at G1"),

@@ -4,7 +4,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+NATIVE = (*DENSE, "qwen3_moe")  # stock architectures can hold them
+FAMILIES = (*NATIVE, "gemma3_text", "gpt_oss")
 VOCAB_SIZE = 300
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
@@ -19,13 +21,27 @@ SHAPE = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
+OWN = {
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """A random float32 model. Weights are large enough that attention is far from uniform, and
     norms and biases are not the trivial ones, so that a mistake in any of them shows."""
-    settings = SHAPE | {"sliding_window": None} if model_type == "mistral" else dict(SHAPE)
-    config = AutoConfig.for_model(model_type, **(settings | overrides))
+    config = AutoConfig.for_model(model_type, **(SHAPE | OWN.get(model_type, {}) | overrides))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

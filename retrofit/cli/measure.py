@@ -1,5 +1,6 @@
 """`retrofit measure`"""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,6 +28,9 @@ def main(
     ] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings.")
+    ] = False,
 ) -> None:
     """Measure sinks, activations, gates, perplexity and KL of several models side by side."""
     for path in (json, plot):
@@ -36,10 +40,13 @@ def main(
     from rich.console import Console
 
     from retrofit.measure import measure
+    from retrofit.models import load_model
     from retrofit.report import plot as draw
     from retrofit.report import table
 
-    result = measure(models, text.expanduser(), length=length, windows=windows, dtype=dtype)
+    load = partial(load_model, trust_remote_code=trust_remote_code)
+    text = text.expanduser()
+    result = measure(models, text, length=length, windows=windows, dtype=dtype, load=load)
     Console().print(table(result))
     if json:
         write_json(json, result)

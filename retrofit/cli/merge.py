@@ -12,8 +12,11 @@ def main(
     run: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
     format: Annotated[
-        Literal["native", "gguf"],
-        typer.Option(help="native: for transformers and vLLM; gguf: for llama.cpp."),
+        Literal["native", "gguf", "remote-code", "adapter"],
+        typer.Option(
+            help="native: for transformers and vLLM; gguf: for llama.cpp; remote-code: the base's "
+            "architecture with a modeling file; adapter: gates alone, for PEFT."
+        ),
     ] = "native",
     base: Annotated[
         str | None, typer.Option(help="The base, if it is no longer where the run found it.")

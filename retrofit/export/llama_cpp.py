@@ -45,6 +45,8 @@ def refusal(config: PreTrainedConfig) -> str | None:
     """Why a base with this config cannot become a GGUF file, or `None` if it can."""
     if reason := native.refusal(config):
         return reason
+    if config.model_type == "qwen3_moe":
+        return "llama.cpp needs a layer of linear attention, and a whole layer of experts with it"
     if config.rope_parameters.get("rope_type") == "llama3":
         return "llama.cpp's qwen35 leaves out the llama3 scaling of RoPE, and does not say so"
     return None

@@ -1,9 +1,10 @@
 """Base + gates as `Qwen3_5ForCausalLM`, an architecture that transformers and vLLM already ship.
 
 Its attention is G1 with a plain sigmoid: `q_proj` holds `[query; gate]` rows a head, and
-`Y * sigmoid(gate)` goes to `o_proj` (`transformers.models.qwen3_5.modeling_qwen3_5`). Four things
-differ from the families here. What is scaled is scaled by powers of two, which is exact in float32
-and bfloat16:
+`Y * sigmoid(gate)` goes to `o_proj` (`transformers.models.qwen3_5.modeling_qwen3_5`). A mixture of
+experts becomes `Qwen3NextForCausalLM`, with the same attention and one expert more, shared and
+zero. Four things differ from the families here. What is scaled is scaled by powers of two, which is
+exact in float32 and bfloat16:
 
 - Trained gates are `2 * sigmoid`: `o_proj` takes the 2. A layer without gates gets gate rows 0,
   where `2 * sigmoid(0) = 1`.
@@ -25,10 +26,15 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from retrofit.adapters import supported_model_types
 from retrofit.adapters._family import sliding_window_of
 
 Tensors = dict[str, torch.Tensor]
+
+_MAPPED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+_NO_TARGET = {
+    "gemma3_text": "no stock architecture has both gates and Gemma's four norms a layer",
+    "gpt_oss": "no stock architecture has both gates and learned sinks",
+}
 
 # RoPE scalings that Qwen3_5TextRotaryEmbedding computes as the source families do.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -58,8 +64,8 @@ def refusal(config: PreTrainedConfig) -> str | None:
     """Why a base with this config cannot become `Qwen3_5ForCausalLM`, or `None` if it can."""
     window = sliding_window_of(config)
     rope_type = config.rope_parameters.get("rope_type", "default")
-    if config.model_type not in supported_model_types():
-        return f"there is no mapping from {config.model_type!r} to Qwen3_5ForCausalLM"
+    if config.model_type not in _MAPPED:
+        return _NO_TARGET.get(config.model_type, f"there is no mapping from {config.model_type!r}")
     if window is not None:
         return f"Qwen3_5ForCausalLM has no sliding window; the base has one of {window} tokens"
     if rope_type not in _ROPE_TYPES:
@@ -69,6 +75,10 @@ def refusal(config: PreTrainedConfig) -> str | None:
     if getattr(config, "mlp_bias", False):
         return "Qwen3_5ForCausalLM has no bias in its MLP; the base has one"
     return None
+
+
+_DENSE = {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}
+_SHARED_EXPERT = 16  # width of the expert that all tokens share, which the target has: zeros
 
 
 def native_config(
@@ -95,8 +105,7 @@ def native_config(
         "bos_token_id", "eos_token_id", "pad_token_id",
     )  # fmt: skip
     return {
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
+        **(_experts_config(config) if _has_experts(config) else _DENSE),
         **{name: getattr(config, name) for name in copied if hasattr(config, name)},
         "num_attention_heads": config.num_attention_heads + constant * _groups(config),
         "num_key_value_heads": config.num_key_value_heads + constant,
@@ -153,8 +162,23 @@ def native_tensors(
     yield from _map_head(config, base, dtype)
 
 
+def _experts_config(config: PreTrainedConfig) -> dict:
+    copied = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+              "decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef")  # fmt: skip
+    return {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        **{name: getattr(config, name) for name in copied},
+        "shared_expert_intermediate_size": _SHARED_EXPERT,
+    }
+
+
+def _has_experts(config: PreTrainedConfig) -> bool:
+    return config.model_type == "qwen3_moe"
+
+
 def _has_qk_norm(config: PreTrainedConfig) -> bool:
-    return config.model_type == "qwen3"
+    return config.model_type in ("qwen3", "qwen3_moe")
 
 
 def _has_bias(config: PreTrainedConfig) -> bool:
@@ -195,7 +219,8 @@ def _read_layer(
 ) -> Tensors:
     """One layer in float32, where every step below is exact for bfloat16 and float32 bases."""
     names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    names += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    # The gate, up and down projections, or those of many experts and their router.
+    names += [name.removeprefix(prefix) for name in base if name.startswith(f"{prefix}mlp.")]
     names += [f"self_attn.{name}_proj.weight" for name in "qkvo"]
     if _has_qk_norm(config):
         names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
@@ -222,15 +247,26 @@ def _map_layer(
         _add_constant_qk_norms(layer, _head_dim(config), _eps(config, shift), scales, dtype)
     _pack_gate(config, layer, gate)
     _scale(layer, 1, "self_attn.o_proj.weight")  # the 2 of `2 * sigmoid`
-    _scale(layer, shift, "self_attn.o_proj.weight", "mlp.down_proj.weight")
+    down = [name for name in layer if name.endswith("down_proj.weight")]
+    _scale(layer, shift, "self_attn.o_proj.weight", *down)
     attention = [f"self_attn.{name}_proj.weight" for name in "qkv"]
-    mlp = [f"mlp.{name}_proj.weight" for name in ("gate", "up")]
+    mlp = [name for name in layer if name.startswith("mlp.") and name not in down]
     _fold_norm(layer, "input_layernorm.weight", attention)
     _fold_norm(layer, "post_attention_layernorm.weight", mlp)
     for name in layer:
         if "norm" in name:
             layer[name] = layer[name] - 1
+    if "mlp.gate.weight" in layer:
+        _add_shared_expert(layer)
     return layer
+
+
+def _add_shared_expert(layer: Tensors) -> None:
+    hidden_size = layer["mlp.gate.weight"].shape[1]
+    for name in ("gate", "up"):
+        layer[f"mlp.shared_expert.{name}_proj.weight"] = torch.zeros(_SHARED_EXPERT, hidden_size)
+    layer["mlp.shared_expert.down_proj.weight"] = torch.zeros(hidden_size, _SHARED_EXPERT)
+    layer["mlp.shared_expert_gate.weight"] = torch.zeros(1, hidden_size)
 
 
 def _map_head(

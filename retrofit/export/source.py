@@ -14,7 +14,7 @@ from retrofit.adapters import family_of
 from retrofit.errors import UserError
 from retrofit.export.shards import StoredWeights
 from retrofit.files import read_json
-from retrofit.fingerprint import weights_sha256
+from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig, GateProjection
 
 _GATE_KEY = re.compile(
@@ -155,7 +155,7 @@ def _base_config(folder: Path, name: str, trained_on: str | None) -> PreTrainedC
 def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in base_weights(model)}
 
 
 def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:

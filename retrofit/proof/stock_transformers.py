@@ -2,9 +2,11 @@
 
 Run as a plain script:
 
-    python stock_transformers.py CHECKPOINT REFERENCE RESULT [--import-retrofit]
+    python stock_transformers.py CHECKPOINT REFERENCE RESULT [OPTION]
 
-It imports stock transformers and nothing of this package, as its users will, unless told to.
+It imports stock transformers and nothing of this package, as its users will. The options are for
+what needs more: `--trust-remote-code` runs the code in the folder, `--import-retrofit` is for an
+adapter, which transformers gives to PEFT.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from reference import STEPS, Reference, compare, observe, summarize, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def check(checkpoint: Path, reference: Path) -> dict:
+def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) -> dict:
     """The figures, and what loading says of missing and unexpected tensors.
 
     Weights are upcast to float32, so that what differs is what was stored, not how it is computed.
@@ -27,7 +29,10 @@ def check(checkpoint: Path, reference: Path) -> dict:
     """
     trained = Reference.load(reference)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, output_loading_info=True
+        checkpoint,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
     )
     model, loading = loaded[0].eval(), loaded[1]
     input_ids = torch.tensor(trained.input_ids)
@@ -84,7 +89,8 @@ def gates(model) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of each layer's gate, a view."""
     for name, module in model.named_modules():
         if hasattr(module, "g1"):
-            yield name, module.g1.g_proj.weight
+            projection = module.g1.g_proj
+            yield name, getattr(projection, "default", projection).weight  # of PEFT's, or ours
         elif hasattr(module, "q_proj") and hasattr(module, "q_norm"):
             # `[query; gate]` a head.
             yield name, module.q_proj.weight.unflatten(0, (-1, 2, module.head_dim))[:, 1]
@@ -95,11 +101,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("reference", type=Path)
     parser.add_argument("result", type=Path)
+    parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--import-retrofit", action="store_true")
     arguments = parser.parse_args()
     if arguments.import_retrofit:
         import retrofit  # noqa: F401
-    figures = check(arguments.checkpoint, arguments.reference)
+    figures = check(arguments.checkpoint, arguments.reference, arguments.trust_remote_code)
     if not arguments.import_retrofit:
         assert not {"retrofit", "peft"} & set(sys.modules), "the check must run on stock software"
     arguments.result.write_text(json.dumps(figures))

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retrofit.errors import CheckError, UserError
+from retrofit.export.remote_code import code_of
 from retrofit.files import read_json
 from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
 
@@ -41,6 +42,13 @@ _TOLERANCE = {
         "float16": (1e-3, math.inf),
         "q8_0": (1e-2, math.inf),
     },
+}
+
+
+_OPTIONS = {
+    "native": [],
+    "remote-code": ["--trust-remote-code"],
+    "adapter": ["--import-retrofit"],
 }
 
 
@@ -94,9 +102,10 @@ def verify(report: dict, folder: Path) -> dict:
         engine = "llama_server.py"
         figures = _run(engine, [folder / checkpoint["file"], reference])
     else:
-        options = [] if checkpoint["native"] else ["--import-retrofit"]
+        if checkpoint["format"] == "remote-code":
+            _check_code(folder, report["base"]["model_type"])
         engine = "stock_transformers.py"
-        figures = _run(engine, [folder, reference], options)
+        figures = _run(engine, [folder, reference], _OPTIONS[checkpoint["format"]])
     kl, max_logprob_difference = _TOLERANCE[engine][kind]
     if not (
         figures["kl"] <= kl + 2 * rounding_kl
@@ -106,6 +115,16 @@ def verify(report: dict, folder: Path) -> dict:
     ):
         raise MergeMismatchError(f"the checkpoint differs from the trained model: {figures}")
     return figures
+
+
+def _check_code(folder: Path, model_type: str) -> None:
+    """What would be run is what a merge writes, and nobody else's."""
+    for name, text in code_of(model_type).items():
+        if not (folder / name).is_file() or (folder / name).read_text() != text:
+            raise MergeMismatchError(
+                f"{folder / name} is not the file that this version of retrofit writes, so it is "
+                "not run; merge again"
+            )
 
 
 def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
@@ -151,7 +170,8 @@ def _run(script: str, paths: list[Path], options: Sequence[str] = ()) -> dict:
         result = Path(folder) / "figures.json"
         # Of this package the script sees its own folder alone.
         command = [sys.executable, Path(__file__).with_name(script), *paths, result, *options]
-        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+        # Code of a checkpoint is copied to a cache before it runs.
+        offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": folder}
         run = subprocess.run([*map(str, command)], capture_output=True, text=True, env=offline)
         if run.returncode:
             reason = (run.stderr.strip().splitlines() or ["no message"])[-1]

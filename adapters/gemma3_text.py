@@ -1,0 +1,19 @@
+"""Gemma 3, text alone: norms on queries and keys, five sliding layers to a full one."""
+
+from transformers.models.gemma3 import modeling_gemma3
+
+from ._family import Family, NormedGatedAttention
+
+
+class GatedGemma3Attention(NormedGatedAttention, modeling_gemma3.Gemma3Attention):
+    apply_rotary_pos_emb = staticmethod(modeling_gemma3.apply_rotary_pos_emb)
+    eager_attention_forward = staticmethod(modeling_gemma3.eager_attention_forward)
+
+
+FAMILY = Family(
+    model_type="gemma3_text",
+    attention=modeling_gemma3.Gemma3Attention,
+    gated=GatedGemma3Attention,
+    decoder=modeling_gemma3.Gemma3TextModel,
+    causal_lm=modeling_gemma3.Gemma3ForCausalLM,
+)

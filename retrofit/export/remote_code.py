@@ -1,0 +1,76 @@
+"""Base + gates under the base's own architecture, with the code that runs it beside the weights.
+
+For bases that no stock architecture can hold, and for engines too old for the one that can.
+Headwise gates stay as small as they were trained. The code is that of `retrofit.adapters`.
+"""
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from retrofit.export.shards import write_shards
+from retrofit.export.source import Source
+from retrofit.files import write_json
+
+_CLASSES = {
+    "AutoConfig": "modeling_gated.GatedConfig",
+    "AutoModel": "modeling_gated.GatedModel",  # what vLLM's Transformers backend asks for
+    "AutoModelForCausalLM": "modeling_gated.GatedForCausalLM",
+}
+
+
+def code_of(model_type: str) -> dict[str, str]:
+    """The Python files of a checkpoint by name: what all families share, the base's, and the
+    model."""
+    files = {f"{name}.py": _text(name) for name in ("_family", model_type, "modeling_gated")}
+    as_llama, as_ours = "from .llama import FAMILY", f"from .{model_type} import FAMILY"
+    model = files["modeling_gated.py"]
+    assert as_llama in model
+    return files | {"modeling_gated.py": model.replace(as_llama, as_ours)}
+
+
+def _text(name: str) -> str:
+    spec = find_spec(f"retrofit.adapters.{name}")
+    assert spec and spec.origin
+    return Path(spec.origin).read_text()
+
+
+def write_remote_code(
+    source: Source, folder: Path, dtype: torch.dtype, max_shard_size: int
+) -> dict[str, int]:
+    """Write base, gates and code.
+
+    Returns:
+        As `write_shards`.
+    """
+    for name, text in code_of(source.config.model_type).items():
+        (folder / name).write_text(text)
+    write_json(folder / "config.json", _config(source, dtype))
+    return write_shards(_tensors(source, dtype), folder, max_shard_size)
+
+
+def _config(source: Source, dtype: torch.dtype) -> dict:
+    """The base's file as it is, whatever version of transformers wrote it, and what gates need."""
+    config = json.loads((source.base / "config.json").read_text())
+    stored = str(dtype).removeprefix("torch.")
+    config |= {name: stored for name in ("dtype", "torch_dtype") if name in config}
+    return config | {
+        "architectures": ["GatedForCausalLM"],
+        "model_type": f"gated_{source.config.model_type}",
+        "auto_map": _CLASSES,
+        "gate_granularity": "headwise" if source.granularity == "headwise" else "elementwise",
+        "gate_centered": bool(source.centers),
+        "gated_layers": sorted(source.gates),
+    }
+
+
+def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in source.shapes:
+        yield name, source.weights[name].to(dtype)
+    for layer, weight in source.gates.items():
+        yield f"model.layers.{layer}.self_attn.g1.g_proj.weight", weight.to(dtype)
+    for layer, center in source.centers.items():
+        yield f"model.layers.{layer}.self_attn.g1.center", center.to(dtype)
