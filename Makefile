@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check assets format clean
+.PHONY: demo test check engines assets format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
@@ -20,7 +20,12 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not engines"
+
+# vLLM has an environment of its own, of 3.5 GB.
+engines: $(VENV)/installed
+	$(BIN)/python scripts/vllm_env.py $(VENV)/vllm
+	RETROFIT_VLLM=$(VENV)/vllm/bin/python $(BIN)/python -m pytest -m engines -s
 
 assets: $(VENV)/installed
 	$(BIN)/python scripts/assets.py

@@ -98,6 +98,8 @@ class GatedAttention(nn.Module):
             **self.attention_kwargs(),
             **kwargs,
         )
+        # That of vLLM comes with heads and channels in one.
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
         attn_output = self.g1(attn_output, hidden_states)
         if self.auxiliary is not None:
             attn_output = self.auxiliary(self, hidden_states, query_states, key_states, attn_output)

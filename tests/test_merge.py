@@ -64,7 +64,7 @@ def run(tmp_path, tiny_base) -> Path:
 def in_process(monkeypatch):
     """Verify without a process of its own, which takes seconds."""
 
-    def check(_engine, paths, options):
+    def check(_script, paths, options, _python):
         return stock_transformers.check(*paths, trust_remote_code="--trust-remote-code" in options)
 
     monkeypatch.setattr(verify, "_run", check)

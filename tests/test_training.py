@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from retrofit.adapters import family_of
 from retrofit.callbacks import DeadGateError, GradientCheck
 from retrofit.data import load_sources, mix
 from retrofit.errors import UserError
@@ -47,7 +48,11 @@ def make_recipe(tiny_base, text, tmp_path):
         settings = {
             "output_dir": str(tmp_path / name),
             "model": {"base": str(tiny_base(model_type))},
-            "data": {"sources": sources or [{"path": str(text)}], "sequence_length": 64},
+            "data": {
+                "sources": sources or [{"path": str(text)}],
+                "sequence_length": 64,
+                "packing": family_of(model_type).packs,
+            },
             "train": {"max_steps": 4, "save_steps": 2, "batch_size": 2, "report_to": []},
         }
         for section, keys in sections.items():

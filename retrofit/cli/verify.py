@@ -1,7 +1,8 @@
 """`retrofit verify`"""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -10,13 +11,20 @@ from retrofit.process import prepare_process
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that `retrofit merge` wrote.")],
+    engine: Annotated[
+        Literal["transformers", "llama.cpp", "vllm"] | None,
+        typer.Option(help="That runs it; llama.cpp for GGUF, else transformers by default."),
+    ] = None,
+    python: Annotated[
+        str, typer.Option(help="The Python that has the engine, if it is another one.")
+    ] = sys.executable,
 ) -> None:
     """Prove again that a merged checkpoint computes what was trained, from what lies beside it."""
     prepare_process()
     from retrofit.proof.verify import read_report, verify
 
     report = read_report(checkpoint.expanduser())
-    figures = verify(report, checkpoint.expanduser())
+    figures = verify(report, checkpoint.expanduser(), engine, python)
     until = figures["greedy_until"]
     greedy = "the same" if until is None else f"the same up to token {until}"
     typer.echo(

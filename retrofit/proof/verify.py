@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,29 +27,40 @@ class MergeMismatchError(CheckError):
     """The written checkpoint does not compute what was trained. Nothing is left on disk."""
 
 
+# The engines, and the script that runs each.
+_ENGINES = {
+    "transformers": "stock_transformers.py",
+    "llama.cpp": "llama_server.py",
+    "vllm": "vllm_offline.py",
+}
+# What they need to be told of a format. llama.cpp reads GGUF alone, and alone reads it.
+_OPTIONS = {
+    "native": [],
+    "remote-code": ["--trust-remote-code"],
+    "adapter": ["--import-retrofit"],
+}
+
 # By engine and kind of weights: mean KL(trained || merged) in nats beyond twice what rounding the
 # weights costs, and the largest difference of a log probability. Measured on SmolLM2-135M in
 # transformers: 1e-11 and 7e-5 in float32, 2e-8 in bfloat16, but 4e-5 where norm weights of q and k
 # spread over [0.1, 30], whose `w - 1` rounds. llama.cpp rounds what it multiplies, too.
 _TOLERANCE = {
-    "stock_transformers.py": {
+    "transformers": {
         "float32": (1e-7, 1e-2),
         "bfloat16": (1e-4, math.inf),
         "float16": (1e-4, math.inf),
     },
-    "llama_server.py": {
+    "vllm": {
+        "float32": (1e-6, 1e-2),
+        "bfloat16": (1e-3, math.inf),
+        "float16": (1e-3, math.inf),
+    },
+    "llama.cpp": {
         "float32": (1e-6, 1e-2),
         "bfloat16": (1e-3, math.inf),
         "float16": (1e-3, math.inf),
         "q8_0": (1e-2, math.inf),
     },
-}
-
-
-_OPTIONS = {
-    "native": [],
-    "remote-code": ["--trust-remote-code"],
-    "adapter": ["--import-retrofit"],
 }
 
 
@@ -83,29 +95,32 @@ def trained_reference(base: Path, adapter: Path, text: str, kind: str, path: Pat
     return kl_divergence(seen["prefill"], observe(model, input_ids)["prefill"])
 
 
-def verify(report: dict, folder: Path) -> dict:
+def verify(
+    report: dict, folder: Path, engine: str | None = None, python: str = sys.executable
+) -> dict:
     """Compare the checkpoint in a folder with the reference beside it, in a process of its own.
 
     Args:
         report: what `retrofit-merge.json` holds or will hold: which `checkpoint` to load and, under
             `verification`, what its way of storing costs by itself.
+        engine: `transformers`, `llama.cpp` or `vllm`; the format's own by default.
+        python: the Python that has the engine.
 
     Returns:
         The figures of the engine's script.
 
     Raises:
+        UserError: if the engine does not read the format.
         MergeMismatchError: if the checkpoint does not load, or differs beyond the tolerance.
     """
     checkpoint, rounding_kl = report["checkpoint"], report["verification"]["rounding_kl"]
-    kind, reference = checkpoint["dtype"], folder / FILE
-    if checkpoint["format"] == "gguf":
-        engine = "llama_server.py"
-        figures = _run(engine, [folder / checkpoint["file"], reference])
-    else:
-        if checkpoint["format"] == "remote-code":
-            _check_code(folder, report["base"]["model_type"])
-        engine = "stock_transformers.py"
-        figures = _run(engine, [folder, reference], _OPTIONS[checkpoint["format"]])
+    format, kind = checkpoint["format"], checkpoint["dtype"]
+    engine = engine or ("llama.cpp" if format == "gguf" else "transformers")
+    _check_engine(engine, format)
+    if format == "remote-code":
+        _check_code(folder, report["base"]["model_type"])
+    model = folder / checkpoint["file"] if format == "gguf" else folder
+    figures = _run(_ENGINES[engine], [model, folder / FILE], _OPTIONS.get(format, []), python)
     kl, max_logprob_difference = _TOLERANCE[engine][kind]
     if not (
         figures["kl"] <= kl + 2 * rounding_kl
@@ -115,6 +130,11 @@ def verify(report: dict, folder: Path) -> dict:
     ):
         raise MergeMismatchError(f"the checkpoint differs from the trained model: {figures}")
     return figures
+
+
+def _check_engine(engine: str, format: str) -> None:
+    if (engine == "llama.cpp") != (format == "gguf") or (engine, format) == ("vllm", "adapter"):
+        raise UserError(f"{engine} does not read what is merged with --format {format}")
 
 
 def _check_code(folder: Path, model_type: str) -> None:
@@ -164,16 +184,24 @@ def _windows(tokenizer, text: str) -> torch.Tensor:
     return input_ids
 
 
-def _run(script: str, paths: list[Path], options: Sequence[str] = ()) -> dict:
+def _run(
+    script: str, paths: list[Path], options: Sequence[str] = (), python: str = sys.executable
+) -> dict:
     gc.collect()  # the trained model must not stand beside the merged one
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "figures.json"
         # Of this package the script sees its own folder alone.
-        command = [sys.executable, Path(__file__).with_name(script), *paths, result, *options]
+        command = [python, Path(__file__).with_name(script), *paths, result, *options]
         # Code of a checkpoint is copied to a cache before it runs.
         offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": folder}
         run = subprocess.run([*map(str, command)], capture_output=True, text=True, env=offline)
         if run.returncode:
-            reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
-            raise MergeMismatchError(f"the checkpoint does not load: {reason}")
+            raise MergeMismatchError(f"the checkpoint does not load: {_reason(run.stderr)}")
         return json.loads(result.read_text())
+
+
+def _reason(stderr: str) -> str:
+    """The line that says what went wrong: the first error that was raised, if one was."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    raised = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]
+    return (raised or lines[-1:])[0]

@@ -1,0 +1,77 @@
+"""Run trained gates in every engine, and compare each with the trained model.
+
+    python scripts/vllm_env.py .venv/vllm
+    python scripts/engines.py RUN [RUN ...] --vllm .venv/vllm/bin/python
+
+Prints the table of docs/engines.md. Each run is merged in every format that an engine reads, with
+weights stored in float32 unless it says otherwise; engines compute in float32.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from retrofit.merge import merge
+from retrofit.proof.verify import verify
+
+MERGES = [
+    ("native", "float32"),
+    ("native", "bfloat16"),
+    ("remote-code", "float32"),
+    ("adapter", None),
+    ("gguf", "float32"),
+    ("gguf", "bfloat16"),
+    ("gguf", "float16"),
+    ("gguf", "q8_0"),
+]
+VLLM_READS = ("native", "remote-code")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    options = parser.parse_args()
+    rows = [row for run in options.runs for row in engines(run, options.vllm)]
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+def engines(run: Path, vllm: str | None, merges: list = MERGES) -> Iterator[dict]:
+    """A row for each format, kind of weights and engine; merged checkpoints are not kept."""
+    for format, kind in merges:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "merged"
+            report = merge(run, out, format=format, dtype=kind)
+            engine = "llama.cpp" if format == "gguf" else "transformers"
+            about = {"base": report["base"]["name"], "format": format, "stored": kind or "float32"}
+            yield about | {"engine": engine} | report["verification"]
+            if vllm and format in VLLM_READS and kind == "float32":
+                yield about | {"engine": "vllm"} | verify(report, out, "vllm", vllm)
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| base | format | stored | engine | KL, nats | largest difference of a log probability "
+        "| same top token | greedy text |",
+        "| --- | --- | --- | --- | --: | --: | --: | --- |",
+    ]
+    for row in rows:
+        until = row["greedy_until"]
+        greedy = "the same" if until is None else f"the same for {until} of 16 tokens"
+        figures = f"{row['kl']:.1e} | {row['max_logprob_difference']:.1e}"
+        lines.append(
+            f"| {row['base']} | {row['format']} | {row['stored']} | {row['engine']} | {figures} "
+            f"| {row['top1_agreement']:.1%} | {greedy} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

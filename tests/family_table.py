@@ -1,0 +1,130 @@
+"""What works for which family, found by doing it on a tiny random model of each.
+
+    python tests/family_table.py      # the table of docs/families.md, and the reasons below it
+
+`test_family_table.py` holds the document to it.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tiny import tiny_model, tiny_tokenizer
+
+from retrofit.errors import UserError
+from retrofit.measure import measure
+from retrofit.merge import merge
+from retrofit.recipe import Recipe
+from retrofit.train import train
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "Llama 1, 2, 3; SmolLM, TinyLlama, Yi": ("llama", {}),
+    "Llama 3.1, 3.2, 3.3": ("llama", {"rope_parameters": LLAMA3}),
+    "Mistral": ("mistral", {}),
+    "Mistral with a sliding window": ("mistral", {"sliding_window": 16}),
+    "Qwen2, Qwen2.5": ("qwen2", {}),
+    "Qwen3": ("qwen3", {}),
+    "Qwen3-MoE": ("qwen3_moe", {}),
+    "Gemma 3, text": ("gemma3_text", {}),
+    "gpt-oss": ("gpt_oss", {}),
+}
+COLUMNS = ("`model_type`", "train", "packed rows", "measure", "native", "gguf", "remote-code")
+
+
+def cells(name: str) -> dict[str, str]:
+    """Of one family: what came of each column, `no: REASON` if it was refused."""
+    model_type, overrides = FAMILIES[name]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        base, text = folder / "base", folder / "text.txt"
+        text.write_text("The spouter inn, its sign, and its landlord. " * 60)
+        _write_base(base, model_type, overrides)
+        packs = _done(lambda: train(_recipe(base, text, folder / "packed", packing=True)))
+        run = folder / ("packed" if packs == "yes" else "run")
+        recipe = _recipe(base, text, run, packing=False)
+        trained = packs if packs == "yes" else _done(lambda: train(recipe))
+        sources = [str(base), str(run)]
+        return {
+            "`model_type`": f"`{model_type}`",
+            "train": trained,
+            "packed rows": packs,
+            "measure": _done(lambda: measure(sources, text, length=192, windows=1, progress=False)),
+            **{format: _merged(run, folder, format) for format in COLUMNS[4:]},
+        }
+
+
+def _write_base(folder: Path, model_type: str, overrides: dict) -> None:
+    tiny_model(model_type, **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    # llama.cpp wants merges, and tells nothing of tokens that are parts of characters.
+    vocab = tokenizer["model"]["vocab"].items()
+    named = {token if token.isascii() else f"x{index}": index for token, index in vocab}
+    tokenizer["model"] |= {"vocab": named | {"th": 259}, "merges": [["t", "h"]]}
+    path.write_text(json.dumps(tokenizer))
+
+
+def _recipe(base: Path, text: Path, run: Path, packing: bool) -> Recipe:
+    settings = {
+        "output_dir": str(run),
+        "model": {"base": str(base)},
+        "data": {"sources": [{"path": str(text)}], "sequence_length": 160, "packing": packing},
+        "objective": {"lm": 1, "kl": 1, "hidden": 1, "pressure": 1, "activation": 1, "balance": 0.1},
+        "train": {"max_steps": 2, "batch_size": 1, "report_to": [], "learning_rate": 0.1},
+    }
+    return Recipe.model_validate(settings)
+
+
+def _merged(run: Path, folder: Path, format: str) -> str:
+    reports: list[dict] = []
+    done = _done(lambda: reports.append(merge(run, folder / format, format=format)))
+    model_type = reports[0]["checkpoint"]["model_type"] if reports else ""
+    return f"`{model_type}`" if done == "yes" and format == "native" else done
+
+
+def _done(act: Callable[[], object]) -> str:
+    try:
+        act()
+    except UserError as error:
+        return f"no: {error}"
+    return "yes"
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    """The rows, each `no` with the number of its reason, and the reasons."""
+    reasons: list[str] = []
+
+    def short(cell: str) -> str:
+        if not cell.startswith("no: "):
+            return cell
+        reason = _without_names(cell.removeprefix("no: "))
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"no ({reasons.index(reason) + 1})"
+
+    lines = [f"| family | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(short(row[column]) for column in COLUMNS)} |")
+    return "\n".join([*lines, "", *(f"{i}. {why}" for i, why in enumerate(reasons, 1))]) + "\n"
+
+
+def _without_names(reason: str) -> str:
+    """Where a temporary folder lies says nothing."""
+    for start in ("no native checkpoint of ", "no GGUF of "):
+        if reason.startswith(start):
+            reason = reason.split(": ", 1)[1]
+    return reason.split("; --format")[0]
+
+
+if __name__ == "__main__":
+    print(table({name: cells(name) for name in FAMILIES}))

@@ -1,0 +1,47 @@
+"""Real models in real engines: `make engines`, which builds what vLLM needs first."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from retrofit.recipe import load_recipe
+from retrofit.train import train
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import assets
+import engines
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.fixture(scope="module", params=["smollm2", "qwen2.5-coder"])
+def run(request, tmp_path_factory) -> Path:
+    """Gates that a few steps on real text have moved."""
+    folder, texts = tmp_path_factory.mktemp("engines"), assets.ensure("texts")
+    recipe = load_recipe(
+        "smollm2-135m-cpu",
+        [
+            f"output_dir={folder / 'run'}",
+            f"model.base={assets.ensure(request.param)}",
+            f"data.sources=[{{path: {texts / 'c4-train.jsonl'}}}]",
+            "data.sequence_length=192",
+            "train.learning_rate=auto",
+            "train.max_steps=4",
+            "train.report_to=[]",
+            "measure=null",
+        ],
+    )
+    return train(recipe)
+
+
+def test_every_engine_says_what_the_trained_model_says(run):
+    vllm = os.environ["RETROFIT_VLLM"]
+    rows = list(engines.engines(run, vllm))
+    print(engines.table(rows))
+    assert {row["engine"] for row in rows} == {"transformers", "vllm", "llama.cpp"}
+    for row in rows:
+        if row["stored"] == "float32":
+            assert row["kl"] < 1e-7 and row["max_logprob_difference"] < 1e-2, row
+            assert row["greedy_until"] is None, row
