@@ -9,13 +9,14 @@ _LIBRARY = {"gguf": "gguf", "adapter": "peft"}
 _PAPER = "[arXiv:2505.06708](https://arxiv.org/abs/2505.06708)"
 
 
-def model_card(report: dict, base: Path, checkpoint: Path) -> ModelCard:
+def model_card(report: dict, base: Path, checkpoint: Path, name: str) -> ModelCard:
     """The card of `checkpoint`.
 
     Args:
         report: what `retrofit.merge.merge` returns.
         base: folder of the base model; its license is carried over if its card names one.
         checkpoint: the merged folder, whose `measure.json` and recipe are shown if it has them.
+        name: what it is loaded by, its repository on the hub or a path.
     """
     sections = [
         f"---\n{_data(report, base).to_yaml()}\n---",
@@ -24,7 +25,7 @@ def model_card(report: dict, base: Path, checkpoint: Path) -> ModelCard:
         _measured(checkpoint / "measure.json"),
         _verified(report),
         _costs(report),
-        _how_to_load(report),
+        _how_to_load(report, name),
         _recipe(checkpoint / "recipe.resolved.yaml"),
     ]
     return ModelCard("\n\n".join(section for section in sections if section) + "\n")
@@ -156,14 +157,14 @@ _LOAD = """\
 ```python
 {imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this", dtype="auto"{options})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{options})
+tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```"""
 
 _TRUST = ", trust_remote_code=True"
 
 
-def _how_to_load(report: dict) -> str:
+def _how_to_load(report: dict, name: str) -> str:
     checkpoint = report["checkpoint"]
     if checkpoint["format"] == "gguf":
         how = (
@@ -173,18 +174,18 @@ def _how_to_load(report: dict) -> str:
     elif checkpoint["format"] == "remote-code":
         how = (
             "Its three Python files are the model; read them, then:\n\n"
-            + _LOAD.format(imports="", options=_TRUST)
+            + _LOAD.format(name=name, imports="", options=_TRUST)
             + "\n\nvLLM runs it through its Transformers backend:\n\n"
-            "```bash\nvllm serve path/to/this --trust-remote-code --model-impl transformers\n```"
+            f"```bash\nvllm serve {name} --trust-remote-code --model-impl transformers\n```"
         )
     elif checkpoint["format"] == "adapter":
         imports = "import retrofit  # pip install gate-retrofit\n"
-        how = _LOAD.format(imports=imports, options="")
+        how = _LOAD.format(name=name, imports=imports, options="")
     else:
         how = (
-            _LOAD.format(imports="", options="")
+            _LOAD.format(name=name, imports="", options="")
             + f"\n\nIt is a stock `{checkpoint['architecture']}`: transformers 5 loads it without "
-            "remote code, and vLLM from 0.32 on:\n\n```bash\nvllm serve path/to/this\n```\n\n"
+            f"remote code, and vLLM from 0.32 on:\n\n```bash\nvllm serve {name}\n```\n\n"
             "For llama.cpp, merge the run with `--format gguf`."
         )
     return f"## How to load it\n\n{how}"

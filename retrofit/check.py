@@ -7,7 +7,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from retrofit.data import load_sources
-from retrofit.export.native import refusal
+from retrofit.export.native import native_config, refusal
 from retrofit.models import load_tokenizer
 from retrofit.recipe import Recipe
 from retrofit.train import gate_config, preflight
@@ -77,8 +77,9 @@ def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:
         return "none: an ablation that no checkpoint can carry"
     reason = refusal(config)
     if reason is None:
-        return "stock qwen3_5_text checkpoint, no code of ours needed"
-    return f"gated checkpoint that needs `import retrofit`: {reason}"
+        model_type = native_config(config)["model_type"]
+        return f"stock {model_type} checkpoint, no code of ours needed"
+    return f"with --format remote-code, which brings its code: {reason}"
 
 
 def _preview(rows, tokenizer: PreTrainedTokenizerBase, characters: int = 60) -> str:

@@ -50,6 +50,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     text: str = PASSAGE,
+    repo_id: str | None = None,
 ) -> dict:
     """Write base + gates as one checkpoint, verified against the trained model.
 
@@ -63,6 +64,7 @@ def merge(
         dtype: of the stored weights, as the base's by default; for GGUF also `q8_0`.
         max_shard_size: bytes, or a string such as "5GB".
         text: what trained and merged model are compared on.
+        repo_id: the name that it will have on the hub, for the card.
 
     Returns:
         What `retrofit-merge.json` holds: `checkpoint`, `base`, `gate`, `verification`, `versions`.
@@ -98,7 +100,8 @@ def merge(
         _copy(source.base, folder, *_TERMS)
         _copy(source.folder, folder, "recipe.resolved.yaml", "measure.json")
         write_json(folder / REPORT, report)
-        model_card(report, source.base, folder).save(folder / "README.md")
+        card = model_card(report, source.base, folder, repo_id or "path/to/this")
+        card.save(folder / "README.md")
     return report
 
 

@@ -79,7 +79,7 @@ def _recipe(base: Path, text: Path, run: Path, packing: bool) -> Recipe:
         "output_dir": str(run),
         "model": {"base": str(base)},
         "data": {"sources": [{"path": str(text)}], "sequence_length": 160, "packing": packing},
-        "objective": {"lm": 1, "kl": 1, "hidden": 1, "pressure": 1, "activation": 1, "balance": 0.1},
+        "objective": dict.fromkeys(("lm", "kl", "hidden", "pressure", "activation", "balance"), 1),
         "train": {"max_steps": 2, "batch_size": 1, "report_to": [], "learning_rate": 0.1},
     }
     return Recipe.model_validate(settings)

@@ -26,12 +26,27 @@ def main(
         typer.Option(help="Stored; the base's by default. The last two for gguf alone."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.")] = "5GB",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Publish the folder when it is whole.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
 ) -> None:
     """Write base and gates as one checkpoint, compared with the trained model before it appears."""
     prepare_process()
+    from retrofit.hub import check_access, push
     from retrofit.merge import merge
 
-    report = merge(run, out, format=format, base=base, dtype=dtype, max_shard_size=max_shard_size)
+    if push_to_hub:
+        check_access(push_to_hub)
+    report = merge(
+        run,
+        out,
+        format=format,
+        base=base,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        repo_id=push_to_hub,
+    )
     figures = report["verification"]
     checkpoint = report["checkpoint"]
     what = checkpoint.get("file") or f"{checkpoint['model_type']} in {checkpoint['dtype']}"
@@ -40,3 +55,5 @@ def main(
         f"a log probability {figures['max_logprob_difference']:.1e}, same top token "
         f"{figures['top1_agreement']:.1%}"
     )
+    if push_to_hub:
+        typer.echo(push(out.expanduser(), push_to_hub, private))
