@@ -6,8 +6,8 @@ The formats are told in `retrofit.export`, a module each; how they are proved, i
 import importlib
 import importlib.util
 import math
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,8 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
+from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from retrofit.card import model_card
@@ -107,13 +109,21 @@ def merge(
 
 @contextmanager
 def _appearing_whole(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its name at the end, or vanishes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    """A hidden folder beside `out` that takes its name at the end, or vanishes.
+
+    Raises:
+        UserError: if it cannot be written: a full disk, a folder of somebody else's.
+    """
+    for left in out.parent.glob(f".{out.name}.partial-*"):  # of a merge that was killed
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
+        partial.mkdir(parents=True)
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes folders private
         partial.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} cannot be written, and nothing is left of it: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

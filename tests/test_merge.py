@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -370,15 +371,44 @@ def test_a_checkpoint_that_does_not_load_is_noticed(run, tmp_path, monkeypatch):
     assert_nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-def test_an_interrupted_merge_leaves_nothing(run, tmp_path, in_process, monkeypatch, failure):
+def test_an_interrupted_merge_leaves_nothing(run, tmp_path, in_process, monkeypatch):
     def fail(*arguments):
-        raise failure
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(retrofit.merge, "write_json", fail)
-    with pytest.raises(failure):
+    with pytest.raises(KeyboardInterrupt):
         merge(run, tmp_path / "out")
     assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["native", "gguf"])
+def test_a_disk_that_fills_up_half_way(run, tmp_path, format):
+    """No file may be larger than this; the reference fits, the weights do not."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
+        "from retrofit.cli import main; main()"
+    )
+    command = ["merge", run, "--out", tmp_path / "out", "--format", format]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written, and nothing is left of it" in done.stderr.strip().splitlines()[-1]
+    assert_nothing_left(tmp_path)
+
+
+def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_tidies_up(
+    run, tmp_path, in_process
+):
+    code = (
+        "import os, signal, sys, retrofit.merge\n"
+        "retrofit.merge._report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from retrofit.cli import main; main()"
+    )
+    command = ["merge", run, "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out.partial-*"))
+    merge(run, tmp_path / "out")
+    assert not list(tmp_path.glob(".out.partial-*"))
 
 
 def edit_json(path: Path, **changes) -> None:
@@ -442,6 +472,19 @@ def truncated_shard(run, base, tmp_path):
     path = tmp_path / "base/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     return {"base": str(tmp_path / "base")}
+
+
+def missing_index(run, base, tmp_path):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    path.rename(path.with_name("model-00001-of-00002.safetensors"))
+    return {"base": str(tmp_path / "base")}
+
+
+def damaged_index(run, base, tmp_path):
+    options = missing_index(run, base, tmp_path)
+    (tmp_path / "base/model.safetensors.index.json").write_text('{"weight_map": ')
+    return options
 
 
 def missing_tensor(run, base, tmp_path):
@@ -524,6 +567,8 @@ def short_text(run, base, tmp_path):
         (quantized_base, "is stored quantized; name the unquantized original with --base"),
         (float16_base, "is stored in float16, but .* choose --dtype bfloat16 or float32"),
         (truncated_shard, "model.safetensors is missing or damaged; download it again"),
+        (missing_index, "has shards but no model.safetensors.index.json; download it again"),
+        (damaged_index, "model.safetensors.index.json is damaged; download it again"),
         (missing_tensor, "lacks the tensor model.norm.weight; download it again"),
         (
             no_native_form,

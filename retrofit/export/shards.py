@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from retrofit.errors import UserError
+from retrofit.files import read_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -25,11 +26,16 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path, single: str = _SINGLE):
         index = folder / _INDEX
         if index.is_file() and not (folder / single).is_file():
-            files = json.loads(index.read_text())["weight_map"]
+            try:
+                files = read_json(index)["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{index} is damaged; download it again") from error
             self._files = {name: folder / file for name, file in files.items()}
         elif (folder / single).is_file():
             with _opened(folder / single) as file:
                 self._files = dict.fromkeys(file.keys(), folder / single)
+        elif any(folder.glob("*-of-*.safetensors")):
+            raise UserError(f"{folder} has shards but no {_INDEX}; download it again")
         else:
             raise UserError(f"{folder} has no {single}; only safetensors checkpoints are read")
 
