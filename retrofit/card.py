@@ -178,6 +178,13 @@ def _how_to_load(report: dict, name: str) -> str:
             + "\n\nvLLM runs it through its Transformers backend:\n\n"
             f"```bash\nvllm serve {name} --trust-remote-code --model-impl transformers\n```"
         )
+    elif checkpoint["format"] == "gated-attention":
+        how = (
+            "With `configuration_qwen3.py` and `modeling_qwen3.py` of "
+            "[qiuzh20/gated_attention](https://github.com/qiuzh20/gated_attention) in this folder, "
+            "in the version of transformers that they are written for:\n\n"
+            + _LOAD.format(name=name, imports="", options=_TRUST)
+        )
     elif checkpoint["format"] == "adapter":
         imports = "import retrofit  # pip install gate-retrofit\n"
         how = _LOAD.format(name=name, imports=imports, options="")

@@ -1,8 +1,18 @@
 """Files that appear whole or not at all."""
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from retrofit.errors import UserError
+
+# Taken over verbatim: saving a loaded tokenizer again would rewrite its class and drop files.
+_TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
+              "special_tokens_map.json", "chat_template*")  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -18,3 +28,45 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def copy(folder: Path, to: Path, *patterns: str) -> None:
+    """The files of a folder that match one of the patterns."""
+    for pattern in patterns:
+        for path in filter(Path.is_file, folder.glob(pattern)):
+            shutil.copyfile(path, to / path.name)
+
+
+def copy_tokenizer(folder: Path, to: Path) -> None:
+    copy(folder, to, *_TOKENIZER)
+
+
+def refuse_existing(out: Path) -> None:
+    """Nothing that is there is written over."""
+    if out.exists():
+        raise UserError(f"{out} exists; remove it or choose another folder")
+
+
+@contextmanager
+def appearing_whole(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its name at the end, or vanishes.
+
+    Raises:
+        UserError: if it exists, or cannot be written: a full disk, a folder of somebody else's.
+    """
+    refuse_existing(out)
+    import psutil
+    from safetensors import SafetensorError
+
+    for left in out.parent.glob(f".{out.name}.partial-*"):  # of a merge that was killed
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} cannot be written, and nothing is left of it: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

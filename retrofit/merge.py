@@ -6,40 +6,39 @@ The formats are told in `retrofit.export`, a module each; how they are proved, i
 import importlib
 import importlib.util
 import math
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
-from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from retrofit.card import model_card
 from retrofit.errors import UserError
+from retrofit.export import gated_attention
 from retrofit.export.native import native_config, native_tensors, refusal
 from retrofit.export.remote_code import write_remote_code
 from retrofit.export.shards import write_shards
 from retrofit.export.source import Source, read_source
-from retrofit.files import read_json, write_json
+from retrofit.files import (
+    appearing_whole,
+    copy,
+    copy_tokenizer,
+    read_json,
+    refuse_existing,
+    write_json,
+)
 from retrofit.proof.passage import PASSAGE
 from retrofit.proof.reference import FILE
 from retrofit.proof.verify import REPORT, MergeMismatchError, trained_reference, verify
 
 __all__ = ["MergeMismatchError", "merge"]
 
-# Verbatim from the base: saving a loaded tokenizer again would rewrite its class and drop files.
-_TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
-              "special_tokens_map.json", "chat_template*")  # fmt: skip
 _TERMS = ("LICENSE*", "NOTICE*")
 
-Format = Literal["native", "gguf", "remote-code", "adapter"]
+Format = Literal["native", "gguf", "remote-code", "adapter", "gated-attention"]
 _FLOATS = ("bfloat16", "float32", "float16")
 
 
@@ -61,7 +60,7 @@ def merge(
         out: the checkpoint folder; it appears only when it is whole and verified.
         format: `native` is a checkpoint for transformers and vLLM, `gguf` a file for llama.cpp,
             `remote-code` the base's own architecture with a modeling file, `adapter` the gates
-            alone, for PEFT.
+            alone, for PEFT, `gated-attention` the layout of the models published with the paper.
         base: the base model where it is not the one that the run names.
         dtype: of the stored weights, as the base's by default; for GGUF also `q8_0`.
         max_shard_size: bytes, or a string such as "5GB".
@@ -76,19 +75,18 @@ def merge(
         MergeMismatchError: if the checkpoint does not compute what was trained.
     """
     run, out = Path(run).expanduser(), Path(out).expanduser()
-    if out.exists():
-        raise UserError(f"{out} exists; remove it or choose another folder")
+    refuse_existing(out)
     llama_cpp = _llama_cpp() if format == "gguf" else None
     source = read_source(run, base)
     kind, max_bytes = _stored_as(source, dtype, format), _bytes(max_shard_size)
     if llama_cpp:
         llama_cpp.check(source)
-    elif format == "native" and (reason := refusal(source.config)):
+    elif format in _REFUSALS and (reason := _REFUSALS[format](source.config)):
         raise UserError(
-            f"no native checkpoint of {source.base_name!r}: {reason}; --format remote-code holds "
+            f"no {format} checkpoint of {source.base_name!r}: {reason}; --format remote-code holds "
             "any base that can be gated"
         )
-    with _appearing_whole(out) as folder:
+    with appearing_whole(out) as folder:
         rounding_kl = trained_reference(source.base, source.adapter, text, kind, folder / FILE)
         about = _about_checkpoint(source, kind, format)
         if llama_cpp:
@@ -96,36 +94,15 @@ def merge(
             about |= {"file": file.name} | llama_cpp.write_gguf(source, file, kind)
         else:
             about |= _WRITERS[format](source, folder, getattr(torch, kind), max_bytes)
-            _copy(source.base, folder, *_TOKENIZER)
+            copy_tokenizer(source.base, folder)
         report = _report(source, about, rounding_kl)
         report["verification"] |= verify(report, folder)
-        _copy(source.base, folder, *_TERMS)
-        _copy(source.folder, folder, "recipe.resolved.yaml", "measure.json")
+        copy(source.base, folder, *_TERMS)
+        copy(source.folder, folder, "recipe.resolved.yaml", "measure.json")
         write_json(folder / REPORT, report)
         card = model_card(report, source.base, folder, repo_id or "path/to/this")
         card.save(folder / "README.md")
     return report
-
-
-@contextmanager
-def _appearing_whole(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its name at the end, or vanishes.
-
-    Raises:
-        UserError: if it cannot be written: a full disk, a folder of somebody else's.
-    """
-    for left in out.parent.glob(f".{out.name}.partial-*"):  # of a merge that was killed
-        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} cannot be written, and nothing is left of it: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _stored_as(source: Source, dtype: str | None, format: str) -> str:
@@ -180,7 +157,7 @@ def _write_remote_code(source: Source, folder: Path, dtype: torch.dtype, max_byt
 
 def _write_adapter(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
     names = ("adapter_config.json", "adapter_model.safetensors")
-    _copy(source.adapter, folder, *names)
+    copy(source.adapter, folder, *names)
     config = read_json(folder / names[0]) | {"base_model_name_or_path": source.base_name}
     write_json(folder / names[0], config)
     return {
@@ -189,21 +166,22 @@ def _write_adapter(source: Source, folder: Path, dtype: torch.dtype, max_bytes: 
     }
 
 
+def _write_published(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
+    _write_generation_config(source, folder)
+    return gated_attention.write_published(source, folder, dtype, max_bytes)
+
+
+_REFUSALS = {"native": refusal, "gated-attention": gated_attention.refusal}
 _WRITERS = {
     "native": _write_native,
     "remote-code": _write_remote_code,
     "adapter": _write_adapter,
+    "gated-attention": _write_published,
 }
 
 
-def _copy(source: Path, folder: Path, *patterns: str) -> None:
-    for pattern in patterns:
-        for path in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
-
-
 def _write_generation_config(source: Source, folder: Path) -> None:
-    _copy(source.base, folder, "generation_config.json")
+    copy(source.base, folder, "generation_config.json")
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(source.config).save_pretrained(folder)
 
@@ -230,7 +208,7 @@ def _about_checkpoint(source: Source, kind: str, format: str) -> dict:
     about = {"format": format, "dtype": kind, "model_type": config.model_type, "untied": False}
     if format == "remote-code":
         return about | {"model_type": f"gated_{config.model_type}", "constant_heads": 0}
-    if format == "adapter":
+    if format in ("adapter", "gated-attention"):
         return about | {"constant_heads": 0}
     written = native_config(config, bool(source.centers))
     return about | {

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from retrofit.errors import UserError
+from retrofit.export.source import check_ungated
 from retrofit.files import read_json
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
@@ -30,6 +31,7 @@ def load_base(spec: Model) -> PreTrainedModel:
         UserError: if it cannot be found, or is quantized without bitsandbytes.
     """
     config = load_config(spec)
+    check_ungated(config, spec.base)
     kwargs: dict[str, Any] = {}
     if spec.quantization:
         kwargs["quantization_config"] = _quantization(spec, config)

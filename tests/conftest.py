@@ -26,6 +26,22 @@ def granularity(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Verify merges without a process for each, which takes seconds."""
+    import llama_server
+    import stock_transformers
+
+    from retrofit.proof import verify
+
+    def check(script, paths, options, _python):
+        if script == "llama_server.py":
+            return llama_server.check(*paths)
+        return stock_transformers.check(*paths, trust_remote_code="--trust-remote-code" in options)
+
+    monkeypatch.setattr(verify, "_run", check)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """`tiny_base("llama")` is a folder with a tiny model and a tokenizer, built once."""

@@ -37,7 +37,16 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "Gemma 3, text": ("gemma3_text", {}),
     "gpt-oss": ("gpt_oss", {}),
 }
-COLUMNS = ("`model_type`", "train", "packed rows", "measure", "native", "gguf", "remote-code")
+COLUMNS = (
+    "`model_type`",
+    "train",
+    "packed rows",
+    "measure",
+    "native",
+    "gguf",
+    "remote-code",
+    "gated-attention",
+)
 
 
 def cells(name: str) -> dict[str, str]:
@@ -120,7 +129,7 @@ def table(rows: dict[str, dict[str, str]]) -> str:
 
 def _without_names(reason: str) -> str:
     """Where a temporary folder lies says nothing."""
-    for start in ("no native checkpoint of ", "no GGUF of "):
+    for start in ("no native checkpoint of ", "no gated-attention checkpoint of ", "no GGUF of "):
         if reason.startswith(start):
             reason = reason.split(": ", 1)[1]
     return reason.split("; --format")[0]

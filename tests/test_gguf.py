@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import llama_server
 import pytest
 import torch
 from test_merge import WINDOWED, make_run
@@ -16,7 +15,6 @@ from retrofit.export import native
 from retrofit.export.gguf_tokenizer import rules_of
 from retrofit.export.llama_cpp import KINDS
 from retrofit.merge import MergeMismatchError, merge
-from retrofit.proof import verify
 
 
 @pytest.fixture
@@ -36,12 +34,6 @@ def base(tmp_path):
         return tmp_path / "base"
 
     return build
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Verify without a process of its own, which takes seconds."""
-    monkeypatch.setattr(verify, "_run", lambda _, paths, *options: llama_server.check(*paths))
 
 
 @pytest.mark.parametrize("family", DENSE)

@@ -61,16 +61,6 @@ def run(tmp_path, tiny_base) -> Path:
     return make_run(tmp_path / "run", tiny_base("llama"))
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Verify without a process of its own, which takes seconds."""
-
-    def check(_script, paths, options, _python):
-        return stock_transformers.check(*paths, trust_remote_code="--trust-remote-code" in options)
-
-    monkeypatch.setattr(verify, "_run", check)
-
-
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory, tiny_base) -> tuple[Path, dict]:
     """A native checkpoint in many shards, and the report."""

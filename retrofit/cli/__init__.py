@@ -5,7 +5,7 @@ import sys
 import typer
 
 from retrofit import __version__
-from retrofit.cli import check, measure, merge, recipes, train, verify
+from retrofit.cli import check, measure, merge, recipes, train, unpack, verify
 from retrofit.errors import CheckError, UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app.command("train")(train.main)
 app.command("measure")(measure.main)
 app.command("merge")(merge.main)
 app.command("verify")(verify.main)
+app.command("unpack")(unpack.main)
 app.command("check")(check.main)
 app.add_typer(recipes.app, name="recipes")
 

@@ -12,10 +12,11 @@ def main(
     run: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
     format: Annotated[
-        Literal["native", "gguf", "remote-code", "adapter"],
+        Literal["native", "gguf", "remote-code", "adapter", "gated-attention"],
         typer.Option(
             help="native: for transformers and vLLM; gguf: for llama.cpp; remote-code: the base's "
-            "architecture with a modeling file; adapter: gates alone, for PEFT."
+            "architecture with a modeling file; adapter: gates alone, for PEFT; gated-attention: "
+            "the layout of the paper's models."
         ),
     ] = "native",
     base: Annotated[

@@ -109,7 +109,7 @@ def native_config(
         **{name: getattr(config, name) for name in copied if hasattr(config, name)},
         "num_attention_heads": config.num_attention_heads + constant * _groups(config),
         "num_key_value_heads": config.num_key_value_heads + constant,
-        "head_dim": _head_dim(config),
+        "head_dim": head_dim_of(config),
         "rms_norm_eps": _eps(config, shift),
         "layer_types": ["full_attention"] * config.num_hidden_layers,
         "full_attention_interval": 1,
@@ -152,9 +152,9 @@ def native_tensors(
     constant = _adds_constant(config, bool(centers))
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layer = _read_layer(config, base, prefix, with_bias=_has_bias(config) or constant)
+        layer = read_layer(config, base, prefix, with_bias=_has_bias(config) or constant)
         if index in centers:
-            _add_center(layer, centers[index], dtype)
+            add_center(layer, centers[index], dtype)
         if constant:
             _add_constant_head(config, layer, dtype)
         for name, tensor in _map_layer(config, layer, gates.get(index), dtype, scales).items():
@@ -196,7 +196,8 @@ def _groups(config: PreTrainedConfig) -> int:
     return config.num_attention_heads // config.num_key_value_heads
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Width of a head, which not every config states."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -214,7 +215,7 @@ def _stays_tied(config: PreTrainedConfig) -> bool:
     return config.tie_word_embeddings and _has_qk_norm(config)
 
 
-def _read_layer(
+def read_layer(
     config: PreTrainedConfig, base: Mapping[str, torch.Tensor], prefix: str, with_bias: bool
 ) -> Tensors:
     """One layer in float32, where every step below is exact for bfloat16 and float32 bases."""
@@ -244,7 +245,7 @@ def _map_layer(
     if _has_qk_norm(config):
         _balance_qk_norms(layer)
     else:
-        _add_constant_qk_norms(layer, _head_dim(config), _eps(config, shift), scales, dtype)
+        _add_constant_qk_norms(layer, head_dim_of(config), _eps(config, shift), scales, dtype)
     _pack_gate(config, layer, gate)
     _scale(layer, 1, "self_attn.o_proj.weight")  # the 2 of `2 * sigmoid`
     down = [name for name in layer if name.endswith("down_proj.weight")]
@@ -294,7 +295,7 @@ def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | No
     A headwise gate is repeated over the channels of its head; heads without one get zeros, where `2
     * sigmoid` is 1.
     """
-    head_dim, query = _head_dim(config), layer["self_attn.q_proj.weight"]
+    head_dim, query = head_dim_of(config), layer["self_attn.q_proj.weight"]
     packed = torch.zeros_like(query)
     if gate is not None:
         elementwise = gate.shape[0] != config.num_attention_heads
@@ -305,7 +306,7 @@ def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | No
         layer["self_attn.q_proj.bias"] = _interleave(bias, torch.zeros_like(bias), head_dim)
 
 
-def _add_center(layer: Tensors, center: torch.Tensor, dtype: torch.dtype) -> None:
+def add_center(layer: Tensors, center: torch.Tensor, dtype: torch.dtype) -> None:
     """`v + g * (Y - v)`: attention sums to 1, so the bias of `v_proj` moves every `Y` by `-v`, and
     a constant behind the gate, for now the bias of `o_proj`, puts `v` back.
 
@@ -325,7 +326,7 @@ def _add_constant_head(config: PreTrainedConfig, layer: Tensors, dtype: torch.dt
     Its values are the same in all tokens, whatever it attends to, and its gate is that of zero
     weights, so `o_proj` adds three of its columns: the bias and what `dtype` rounds off it.
     """
-    head_dim, groups = _head_dim(config), _groups(config)
+    head_dim, groups = head_dim_of(config), _groups(config)
     rows = {"q": groups * head_dim, "k": head_dim, "v": head_dim}
     for name, added in rows.items():
         for kind in ("weight", "bias"):

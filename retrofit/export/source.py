@@ -140,6 +140,7 @@ def _base_config(folder: Path, name: str, trained_on: str | None) -> PreTrainedC
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"base model {name!r} has no usable config.json: {reason}") from error
     family_of(config.model_type)
+    check_ungated(config, name)
     if trained_on not in (None, config.model_type):
         raise UserError(
             f"the gates were trained on a {trained_on} model, but base {name!r} is a "
@@ -150,6 +151,19 @@ def _base_config(folder: Path, name: str, trained_on: str | None) -> PreTrainedC
             f"base {name!r} is stored quantized; name the unquantized original with --base"
         )
     return config
+
+
+def check_ungated(config: PreTrainedConfig, name: str) -> None:
+    """
+    Raises:
+        UserError: if the model has gates already, in a layout that transformers takes for none.
+    """
+    kinds = ("headwise_attn_output_gate", "elementwise_attn_output_gate")
+    if any(getattr(config, kind, False) for kind in kinds):
+        raise UserError(
+            f"{name!r} has the gates of qiuzh20/gated_attention, which transformers would leave "
+            "out; `retrofit unpack` makes a base and an adapter of it"
+        )
 
 
 def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

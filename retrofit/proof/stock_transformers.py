@@ -36,7 +36,7 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) ->
     )
     model, loading = loaded[0].eval(), loaded[1]
     input_ids = torch.tensor(trained.input_ids)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     seen = observe(model, input_ids)
     return {
         "missing": sorted(loading["missing_keys"]),

@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retrofit.errors import CheckError, UserError
+from retrofit.export.gated_attention import unpack
 from retrofit.export.remote_code import code_of
 from retrofit.files import read_json
 from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
@@ -38,6 +40,7 @@ _OPTIONS = {
     "native": [],
     "remote-code": ["--trust-remote-code"],
     "adapter": ["--import-retrofit"],
+    "gated-attention": ["--import-retrofit"],
 }
 
 # By engine and kind of weights: mean KL(trained || merged) in nats beyond twice what rounding the
@@ -119,8 +122,8 @@ def verify(
     _check_engine(engine, format)
     if format == "remote-code":
         _check_code(folder, report["base"]["model_type"])
-    model = folder / checkpoint["file"] if format == "gguf" else folder
-    figures = _run(_ENGINES[engine], [model, folder / FILE], _OPTIONS.get(format, []), python)
+    with _readable(folder, checkpoint) as model:
+        figures = _run(_ENGINES[engine], [model, folder / FILE], _OPTIONS.get(format, []), python)
     kl, max_logprob_difference = _TOLERANCE[engine][kind]
     if not (
         figures["kl"] <= kl + 2 * rounding_kl
@@ -132,8 +135,21 @@ def verify(
     return figures
 
 
+@contextmanager
+def _readable(folder: Path, checkpoint: dict) -> Iterator[Path]:
+    """What the engine is given. The paper's layout needs code that is not ours, which does not run
+    on the transformers of today: it is taken apart, into a base and an adapter."""
+    if checkpoint["format"] == "gated-attention":
+        with tempfile.TemporaryDirectory() as apart:
+            unpack(folder, Path(apart) / "model")
+            yield Path(apart) / "model/adapter"
+    else:
+        yield folder / checkpoint["file"] if checkpoint["format"] == "gguf" else folder
+
+
 def _check_engine(engine: str, format: str) -> None:
-    if (engine == "llama.cpp") != (format == "gguf") or (engine, format) == ("vllm", "adapter"):
+    own_code = ("adapter", "gated-attention")
+    if (engine == "llama.cpp") != (format == "gguf") or (engine == "vllm" and format in own_code):
         raise UserError(f"{engine} does not read what is merged with --format {format}")
 
 
@@ -194,7 +210,13 @@ def _run(
         command = [python, Path(__file__).with_name(script), *paths, result, *options]
         # Code of a checkpoint is copied to a cache before it runs.
         offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": folder}
-        run = subprocess.run([*map(str, command)], capture_output=True, text=True, env=offline)
+        run = subprocess.run(
+            [*map(str, command)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=offline,
+        )
         if run.returncode:
             raise MergeMismatchError(f"the checkpoint does not load: {_reason(run.stderr)}")
         return json.loads(result.read_text())

@@ -1,0 +1,21 @@
+"""`retrofit unpack`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retrofit.process import prepare_process
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="A model in that layout.")],
+    out: Annotated[Path, typer.Option(help="The folder to write `base` and `adapter` in.")],
+) -> None:
+    """Take a model in the layout of qiuzh20/gated_attention apart: a base, and gates for PEFT."""
+    prepare_process()
+    from retrofit.export.gated_attention import unpack
+
+    out = out.expanduser()
+    unpack(checkpoint.expanduser(), out)
+    typer.echo(f"{out}: measure it as {out / 'adapter'}, or merge that into another format")
