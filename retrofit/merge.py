@@ -7,7 +7,9 @@ import importlib
 import importlib.util
 import math
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType
 from typing import Literal
 
@@ -68,7 +70,8 @@ def merge(
         repo_id: the name that it will have on the hub, for the card.
 
     Returns:
-        What `retrofit-merge.json` holds: `checkpoint`, `base`, `gate`, `verification`, `versions`.
+        What `retrofit-merge.json` holds: `checkpoint`, `base`, `gate`, `verification`, `seconds`,
+            `versions`.
 
     Raises:
         UserError: if the input is missing, damaged or does not belong together.
@@ -87,7 +90,9 @@ def merge(
             "any base that can be gated"
         )
     with appearing_whole(out) as folder:
+        clock = [perf_counter()]
         rounding_kl = trained_reference(source.base, source.adapter, text, kind, folder / FILE)
+        clock.append(perf_counter())
         about = _about_checkpoint(source, kind, format)
         if llama_cpp:
             file = folder / f"{out.name}-{llama_cpp.KINDS[kind][0].name}.gguf"
@@ -95,8 +100,12 @@ def merge(
         else:
             about |= _WRITERS[format](source, folder, getattr(torch, kind), max_bytes)
             copy_tokenizer(source.base, folder)
+        clock.append(perf_counter())
         report = _report(source, about, rounding_kl)
         report["verification"] |= verify(report, folder)
+        clock.append(perf_counter())
+        phases = zip(("reference", "write", "verify"), pairwise(clock), strict=True)
+        report["seconds"] = {name: round(end - start, 1) for name, (start, end) in phases}
         copy(source.base, folder, *_TERMS)
         copy(source.folder, folder, "recipe.resolved.yaml", "measure.json")
         write_json(folder / REPORT, report)

@@ -43,6 +43,14 @@ def test_saved_adapter_loads_with_peft_and_auto_classes(adapter, tiny_base, fami
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
 
 
+def test_an_adapter_loads_without_filling_it_first(adapter, tiny_base, family):
+    """PEFT's `low_cpu_mem_usage`."""
+    folder, expected = adapter
+    base = AutoModelForCausalLM.from_pretrained(tiny_base(family))
+    model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True)
+    assert torch.equal(logits(model), expected)
+
+
 def test_the_adapter_file_holds_gates_alone_and_says_what_they_are(adapter, family):
     folder, _ = adapter
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import stock_transformers
+import streamed
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,7 +28,7 @@ from retrofit.merge import MergeMismatchError, merge
 from retrofit.models import load_model
 from retrofit.probe import probe
 from retrofit.proof import verify
-from retrofit.proof.reference import compare
+from retrofit.proof.reference import Reference, compare
 
 WINDOWED = {"sliding_window": 16}
 
@@ -286,6 +287,23 @@ def test_bfloat16_storage_costs_what_rounding_costs(run, tmp_path, in_process):
     assert figures["kl"] == pytest.approx(figures["rounding_kl"], rel=0.5)
     weights = load_file(tmp_path / "out/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "format"), [("qwen3", "native"), ("llama", "remote-code")])
+def test_what_memory_cannot_hold_is_proved_from_disk(
+    family, format, dtype, tmp_path, tiny_base, in_process, monkeypatch
+):
+    run = make_run(tmp_path / "run", tiny_base(family, tie_word_embeddings=True), centered=True)
+    whole = merge(run, tmp_path / "whole", format=format, dtype=dtype)["verification"]
+    for module in (streamed, verify.streamed):  # the script's own, and the package's
+        monkeypatch.setattr(module, "fits", lambda _model: False)
+    read = merge(run, tmp_path / "read", format=format, dtype=dtype)["verification"]
+    assert read["positions"] < whole["positions"], "fewer steps: it was not in memory"
+    assert read["rounding_kl"] == pytest.approx(whole["rounding_kl"], rel=1e-4)
+    assert read["kl"] == pytest.approx(whole["kl"], rel=0.2, abs=1e-9)
+    assert read["greedy_until"] is None and read["unused_gates"] == []
+    assert len(Reference.load(tmp_path / "read/retrofit-reference.json").greedy[0]) == 2
 
 
 def test_a_bare_adapter_of_chosen_layers(tmp_path, tiny_base, in_process):

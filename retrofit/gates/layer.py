@@ -181,6 +181,13 @@ class GateLayer(nn.Module, BaseTunerLayer):
         named = [self.g_proj[name] for name in self.active_adapters if name in self.g_proj]
         return [projection for projection in named if projection.position == position]
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        """PEFT's, where weights were loaded into an adapter on the meta device. There is no base
+        layer: they go where the attention module's weights are, if those are anywhere."""
+        device = torch.device(device or self.device)
+        if device.type != "meta" and adapter_name in self.g_proj:
+            self.g_proj[adapter_name].to(device)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(
             "a gate scales activations, so no weight of the base can absorb it; "

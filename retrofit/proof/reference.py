@@ -30,7 +30,8 @@ class Reference:
         input_ids: `[2][seq_len]`.
         tokens: the most probable next tokens, most probable first, `[2][seq_len][candidates]`.
         logprobs: theirs, in nats, the same shape.
-        greedy: the tokens that follow each window, `[2][16]`.
+        greedy: the tokens that follow each window, `[2][16]`, or fewer of a model that is
+            streamed.
     """
 
     text: str
@@ -57,23 +58,24 @@ def windows(tokenizer, text: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def observe(model, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def observe(model, input_ids: torch.Tensor, steps: int = STEPS) -> dict[str, torch.Tensor]:
     """What a model says of `input_ids` `[batch, seq_len]`, in the three ways it is run.
 
     Returns:
         `prefill`: logits `[batch, seq_len, vocab_size]` of one forward.
-        `cached`: logits `[batch, 16, vocab_size]` of the last 16 tokens, one by one.
-        `greedy`: the 16 tokens `[batch, 16]` that follow.
+        `cached`: logits `[batch, steps, vocab_size]` of the last tokens, one by one.
+        `greedy`: the tokens `[batch, steps]` that follow.
     """
     prefill = model(input_ids, use_cache=False).logits
-    cache = model(input_ids[:, :-STEPS], use_cache=True).past_key_values
+    cache = model(input_ids[:, :-steps], use_cache=True).past_key_values
     cached, greedy = [], []
-    for token in input_ids[:, -STEPS:].split(1, dim=1):
+    for token in input_ids[:, -steps:].split(1, dim=1):
         cached.append(model(token, past_key_values=cache).logits)
     token = cached[-1].argmax(-1)
-    for _ in range(STEPS):
+    for _ in range(steps - 1):
         greedy.append(token)
         token = model(token, past_key_values=cache).logits.argmax(-1)
+    greedy.append(token)
     return {"prefill": prefill, "cached": torch.cat(cached, 1), "greedy": torch.cat(greedy, 1)}
 
 

@@ -12,12 +12,16 @@ adapter, which transformers gives to PEFT.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from reference import STEPS, Reference, compare, observe, summarize, windows
+from streamed import STEPS as FEW_STEPS
+from streamed import StoredFloats, load, stream
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -28,30 +32,32 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) ->
     `unused_gates` are those whose absence changes no logit.
     """
     trained = Reference.load(reference)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint,
-        dtype=torch.float32,
-        output_loading_info=True,
-        trust_remote_code=trust_remote_code,
-    )
-    model, loading = loaded[0].eval(), loaded[1]
+    model, wrong = _load(checkpoint, trust_remote_code)
+    streams = stream(model, StoredFloats(checkpoint))
     input_ids = torch.tensor(trained.input_ids)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    seen = observe(model, input_ids)
+    seen = observe(model, input_ids, FEW_STEPS if streams else STEPS)
     return {
-        "missing": sorted(loading["missing_keys"]),
-        "unexpected": sorted(loading["unexpected_keys"]),
+        **wrong,
         "same_tokens": torch.equal(windows(tokenizer, trained.text), input_ids),
         **against(trained, seen),
         "unused_gates": unused_gates(model, input_ids[:1, :STEPS]),
     }
 
 
+def _load(checkpoint: Path, trust_remote_code: bool) -> tuple[Any, dict[str, list[str]]]:
+    if (checkpoint / "config.json").is_file():
+        return load(checkpoint, trust_remote_code)
+    # An adapter, and its base.
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return model.eval(), {"missing": [], "unexpected": []}
+
+
 def against(trained: Reference, seen: dict[str, torch.Tensor]) -> dict:
     """Figures over all positions of a forward, and the last ones again, token by token."""
     tokens, ours = torch.tensor(trained.tokens), torch.tensor(trained.logprobs)
     positions = []
-    for name, start in (("prefill", 0), ("cached", -STEPS)):
+    for name, start in (("prefill", 0), ("cached", -seen["cached"].shape[1])):
         theirs = seen[name].double().log_softmax(-1)
         rows = zip(
             tokens[:, start:].flatten(0, 1),
@@ -63,37 +69,55 @@ def against(trained: Reference, seen: dict[str, torch.Tensor]) -> dict:
             top = torch.cat([candidates, row.argmax()[None]]).tolist()
             yours = dict(zip(top, row[top].tolist(), strict=True))
             positions.append(compare(candidates.tolist(), mine.tolist(), yours))
-    differs = (torch.tensor(trained.greedy) != seen["greedy"]).any(0).nonzero()
+    greedy = torch.tensor(trained.greedy)
+    length = min(greedy.shape[1], seen["greedy"].shape[1])
+    differs = (greedy[:, :length] != seen["greedy"][:, :length]).any(0).nonzero()
     until = differs[0].item() if len(differs) else None
     return summarize(positions) | {"greedy_until": until}
 
 
 @torch.no_grad()
 def unused_gates(model, input_ids: torch.Tensor) -> list[str]:
-    """Gates that no logit depends on: change each in turn, and look.
+    """Attention modules whose output is the same when their gate is nearly closed."""
+    unused: list[str] = []
 
-    By much: zeroing a gate that training has hardly moved may change no bit.
-    """
-    before, unused = model(input_ids).logits, []
-    for name, gate in gates(model):
-        if gate.any():  # else there was none, or training left it at zero
-            kept = gate.clone()
-            gate.mul_(-1000)
-            if torch.equal(model(input_ids).logits, before):
+    def watch(name: str, projection: nn.Module, close: Callable):
+        def again(attention, args, kwargs, output):
+            handle = projection.register_forward_hook(lambda _module, _args, told: close(told))
+            if torch.equal(attention.forward(*args, **kwargs)[0], output[0]):
                 unused.append(name)
-            gate.copy_(kept)
+            handle.remove()
+
+        return again
+
+    handles = [
+        attention.register_forward_hook(watch(name, projection, close), with_kwargs=True)
+        for name, attention, projection, close in gates(model)
+    ]
+    model(input_ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
     return unused
 
 
-def gates(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of each layer's gate, a view."""
+def gates(model) -> Iterator[tuple[str, nn.Module, nn.Module, Callable]]:
+    """Each attention module with a gate: its name, itself, the module that computes the gate, and
+    what turns that module's output into one of a gate that is nearly closed."""
     for name, module in model.named_modules():
         if hasattr(module, "g1"):
             projection = module.g1.g_proj
-            yield name, getattr(projection, "default", projection).weight  # of PEFT's, or ours
+            if isinstance(projection, nn.ModuleDict):  # of an adapter: the gates, not their logits
+                yield name, module, projection["default"], lambda gate: gate / 100
+            else:
+                yield name, module, projection, lambda logits: logits - 5
         elif hasattr(module, "q_proj") and hasattr(module, "q_norm"):
-            # `[query; gate]` a head.
-            yield name, module.q_proj.weight.unflatten(0, (-1, 2, module.head_dim))[:, 1]
+            yield name, module, module.q_proj, partial(_close_packed, head_dim=module.head_dim)
+
+
+def _close_packed(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`[query; gate]` a head."""
+    query, gate = query_and_gate.unflatten(-1, (-1, 2, head_dim)).unbind(-2)
+    return torch.stack([query, gate - 5], -2).flatten(-3)
 
 
 def main() -> None:

@@ -8,18 +8,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from retrofit.errors import CheckError, UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.remote_code import code_of
 from retrofit.files import read_json
+from retrofit.proof import streamed
 from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
 
 REPORT = "retrofit-merge.json"
@@ -84,18 +85,41 @@ def trained_reference(base: Path, adapter: Path, text: str, kind: str, path: Pat
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
     input_ids = _windows(tokenizer, text)
-    untrained = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, use_safetensors=True
-    )
-    model = PeftModel.from_pretrained(untrained, adapter).eval()
-    seen = observe(model, input_ids)
+    untrained, _ = streamed.load(base)
+    on_disk = next(untrained.parameters()).is_meta
+    model = PeftModel.from_pretrained(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
+    weights = _Rounded(streamed.StoredFloats(base))
+    streams = streamed.stream(untrained, weights)
+    seen = observe(model, input_ids, streamed.STEPS if streams else STEPS)
     trained = refer(tokenizer, text, input_ids, seen)
     trained.save(path)
     if kind == "float32":
         return 0.0
+    weights.kind = kind
     for parameter in model.parameters():
-        parameter.data = _rounded(parameter.data, kind)
-    return kl_divergence(seen["prefill"], observe(model, input_ids)["prefill"])
+        if not parameter.is_meta:
+            parameter.data = _rounded(parameter.data, kind)
+    with torch.no_grad():
+        rounded = model(input_ids, use_cache=False).logits
+    return kl_divergence(seen["prefill"], rounded)
+
+
+class _Rounded(Mapping[str, torch.Tensor]):
+    """Weights as they are, until `kind` says what they are to be rounded to."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]):
+        self.weights = weights
+        self.kind: str | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self.weights[name]
+        return weight if self.kind is None else _rounded(weight, self.kind)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 def verify(

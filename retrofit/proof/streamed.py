@@ -1,0 +1,88 @@
+"""Run a checkpoint that memory cannot hold: each module's weights are read when it runs.
+
+Imported by scripts that run without this package, so it imports nothing of it.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import PrefixedDataset
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+STEPS = 2  # cached and greedy ones: each reads all weights again
+_WHOLE = 4 * 2**30  # bytes in float32: a larger model is read from disk
+
+
+class StoredFloats(Mapping[str, torch.Tensor]):
+    """The parameters of a checkpoint folder by name, each read in float32 when it is asked for."""
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+        embeddings = "model.embed_tokens.weight"
+        self.tied = {} if "lm_head.weight" in self.files else {"lm_head.weight": embeddings}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self.tied.get(name, name)
+        with safe_open(self.files[stored], framework="pt") as file:
+            return file.get_tensor(stored).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.files, *self.tied])
+
+    def __len__(self) -> int:
+        return len(self.files) + len(self.tied)
+
+
+def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, list[str]]]:
+    """A checkpoint in float32, and the names that it lacks (`missing`) or has too many
+    (`unexpected`).
+
+    If it is large, its weights are left out, for `stream` to read.
+    """
+    with init_empty_weights(include_buffers=False):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    names = {name for name, _ in model.named_parameters()}
+    weights = StoredFloats(folder)
+    # Experts that transformers stacks as it loads them are not stored by the name they get.
+    if fits(model) or not weights.keys() >= names:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+        wrong = {kind: sorted(loading[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+        return model.eval(), wrong
+    return model.eval(), {"missing": [], "unexpected": sorted(weights.files.keys() - names)}
+
+
+def fits(model: nn.Module) -> bool:
+    """Whether a model is small enough to be held: a merge should need two shards of memory, of any
+    model."""
+    return 4 * sum(parameter.numel() for parameter in model.parameters()) <= _WHOLE
+
+
+def stream(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Let every module without weights read them from `weights` each time that it runs; returns
+    whether there is one."""
+    streams = False
+    for name, module in model.named_modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and all(parameter.is_meta for parameter in parameters):
+            of_module = PrefixedDataset(weights, f"{name}.")
+            add_hook_to_module(module, AlignDevicesHook("cpu", offload=True, weights_map=of_module))
+            streams = True
+    return streams
