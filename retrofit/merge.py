@@ -167,7 +167,9 @@ def _write_remote_code(source: Source, folder: Path, dtype: torch.dtype, max_byt
 def _write_adapter(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
     names = ("adapter_config.json", "adapter_model.safetensors")
     copy(source.adapter, folder, *names)
-    config = read_json(folder / names[0]) | {"base_model_name_or_path": source.base_name}
+    # A local base as PEFT finds it, which knows no `~`.
+    base = str(source.base.resolve()) if _is_local(source) else source.base_name
+    config = read_json(folder / names[0]) | {"base_model_name_or_path": base}
     write_json(folder / names[0], config)
     return {
         "bytes": (folder / names[1]).stat().st_size,
@@ -230,9 +232,13 @@ def _about_checkpoint(source: Source, kind: str, format: str) -> dict:
     }
 
 
+def _is_local(source: Source) -> bool:
+    return Path(source.base_name).expanduser().is_dir()
+
+
 def _about_base(source: Source) -> dict:
     trained_on = source.facts.get("base", {})
-    is_local = Path(source.base_name).expanduser().is_dir()
+    is_local = _is_local(source)
     biases = {name.split(".")[-2] for name in source.shapes if name.endswith("proj.bias")}
     return {
         # Where a folder lies is nobody's business.

@@ -253,7 +253,11 @@ def test_a_mixture_of_experts_goes_native(tmp_path, tiny_base, in_process):
     assert report["verification"]["kl"] < 1e-9
 
 
-def test_the_adapter_is_the_gates_alone(run, tmp_path):
+def test_the_adapter_is_the_gates_alone(run, tiny_base, tmp_path, monkeypatch):
+    base = tiny_base("llama")
+    monkeypatch.setenv("HOME", str(base.parent))
+    facts = json.loads((run / "run.json").read_text())["base"]
+    edit_json(run / "run.json", base=facts | {"name_or_path": f"~/{base.name}"})
     report = merge(run, tmp_path / "out", format="adapter")
     assert report["verification"]["max_logprob_difference"] < 1e-4
     assert report["checkpoint"]["bytes"] < 10_000
