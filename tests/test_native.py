@@ -176,7 +176,7 @@ def test_small_and_negative_norm_weights_survive_bfloat16():
     """Without folding, `w - 1` rounds 0.02 by up to 9%."""
     weight = torch.tensor([0.02, -0.3, 0.49, 0.5, 0.0, 1.0, 1.7, 30.0, -4.0]).bfloat16().float()
     matrix = torch.randn(5, len(weight)).bfloat16().float()
-    tensors = {"norm": weight, "consumer": matrix}
+    tensors = {"norm": weight, "consumer": matrix.clone()}
     native._fold_norm(tensors, "norm", ["consumer"])
     stored = (tensors["norm"] - 1).bfloat16().float() + 1
     assert torch.equal(stored * tensors["consumer"].bfloat16().float(), weight * matrix)

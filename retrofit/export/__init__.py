@@ -1,1 +1,1 @@
-"""Merged checkpoints: the tensor mapping, the files, and the proof that they equal the model."""
+"""What a run is merged into: mappings of tensors and the files, a module for each format."""
