@@ -6,12 +6,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import tiny_model
+from tiny import SHAPE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from retrofit import GateConfig
+from retrofit.adapters.modeling_gated import GatedConfig, GatedForCausalLM
 from retrofit.errors import UserError
 from retrofit.gates import gate_layers
 from retrofit.measure import by_layer, read_model, summarize
@@ -140,9 +141,10 @@ def test_stock_checkpoints_show_the_gates_packed_in_q_proj(model_type):
 
 
 @pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
-def test_gated_checkpoints_of_our_own_show_their_gates(granularity):
-    settings = {"gated_layers": [0, 2], "gate_granularity": granularity}
-    model = tiny_model("gated_llama", **settings)
+def test_checkpoints_with_code_of_their_own_show_their_gates(granularity):
+    config = GatedConfig(**SHAPE, gated_layers=[0, 2], gate_granularity=granularity)
+    torch.manual_seed(0)
+    model = GatedForCausalLM(config).eval()
     gates = {index: model.model.layers[index].self_attn.g1.g_proj for index in (0, 2)}
     with recorded(gates) as logits:
         layers, _ = read_model(model, [tokens()], None, lambda _: None)
