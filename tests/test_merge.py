@@ -140,6 +140,23 @@ def test_the_proof_can_be_repeated_and_notices_a_changed_weight(merged, tmp_path
         verify.read_report(changed)
 
 
+@pytest.mark.parametrize(
+    ("engine", "python", "message"),
+    [
+        (
+            "llama.cpp",
+            sys.executable,
+            "llama.cpp does not read what is merged with --format native",
+        ),
+        ("vllm", sys.executable, "vllm is not installed for .*name a Python that has it"),
+        ("transformers", "/nowhere/python", "no Python at /nowhere/python"),
+    ],
+)
+def test_an_engine_that_cannot_be_asked_says_so(merged, engine, python, message):
+    with pytest.raises(UserError, match=message):
+        verify.verify(verify.read_report(merged[0]), merged[0], engine, python)
+
+
 def test_an_engine_that_lists_other_tokens_is_not_taken_for_the_same():
     ours = [-0.1, -3.0, -5.0]
     same = compare([7, 8, 9], ours, {7: -0.1, 8: -3.0, 9: -5.0, 4: -6.0})

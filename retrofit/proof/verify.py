@@ -36,6 +36,12 @@ _ENGINES = {
     "llama.cpp": "llama_server.py",
     "vllm": "vllm_offline.py",
 }
+# The module that each needs, and where it comes from.
+_NEEDS = {
+    "transformers": ("transformers", "pip install gate-retrofit"),
+    "llama.cpp": ("xllamacpp", "pip install 'gate-retrofit[gguf]'"),
+    "vllm": ("vllm", "name a Python that has it with --python"),
+}
 # What they need to be told of a format. llama.cpp reads GGUF alone, and alone reads it.
 _OPTIONS = {
     "native": [],
@@ -137,13 +143,13 @@ def verify(
         The figures of the engine's script.
 
     Raises:
-        UserError: if the engine does not read the format.
+        UserError: if the engine does not read the format, or is not installed.
         MergeMismatchError: if the checkpoint does not load, or differs beyond the tolerance.
     """
     checkpoint, rounding_kl = report["checkpoint"], report["verification"]["rounding_kl"]
     format, kind = checkpoint["format"], checkpoint["dtype"]
     engine = engine or ("llama.cpp" if format == "gguf" else "transformers")
-    _check_engine(engine, format)
+    _check_engine(engine, format, python)
     if format == "remote-code":
         _check_code(folder, report["base"]["model_type"])
     with _readable(folder, checkpoint) as model:
@@ -171,10 +177,18 @@ def _readable(folder: Path, checkpoint: dict) -> Iterator[Path]:
         yield folder / checkpoint["file"] if checkpoint["format"] == "gguf" else folder
 
 
-def _check_engine(engine: str, format: str) -> None:
+def _check_engine(engine: str, format: str, python: str) -> None:
     own_code = ("adapter", "gated-attention")
     if (engine == "llama.cpp") != (format == "gguf") or (engine == "vllm" and format in own_code):
         raise UserError(f"{engine} does not read what is merged with --format {format}")
+    module, how = _NEEDS[engine]
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    try:
+        lacks = subprocess.run([python, "-c", code], capture_output=True).returncode
+    except OSError as error:
+        raise UserError(f"no Python at {python}: {error.strerror}") from error
+    if lacks:
+        raise UserError(f"{engine} is not installed for {python}: {how}")
 
 
 def _check_code(folder: Path, model_type: str) -> None:
