@@ -146,7 +146,7 @@ def test_the_proof_can_be_repeated_and_notices_a_changed_weight(merged, tmp_path
         (
             "llama.cpp",
             sys.executable,
-            "llama.cpp does not read what is merged with --format native",
+            "llama.cpp does not read what is merged",
         ),
         ("vllm", sys.executable, "vllm is not installed for .*name a Python that has it"),
         ("transformers", "/nowhere/python", "no Python at /nowhere/python"),
