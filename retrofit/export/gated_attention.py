@@ -81,13 +81,13 @@ def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
         if not name.startswith("model.layers."):
             yield name, weights[name].to(dtype)
     width = 1 if source.granularity == "headwise" else native.head_dim_of(config)
-    closed = torch.zeros(config.num_attention_heads * width, config.hidden_size)
+    ungated = torch.zeros(config.num_attention_heads * width, config.hidden_size)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
         layer = native.read_layer(config, weights, prefix, with_bias=_is_biased(source))
         if index in source.centers:
             native.add_center(layer, source.centers[index], dtype)
-        _pack_gate(layer, source.gates.get(index, closed), config.num_key_value_heads)
+        _pack_gate(layer, source.gates.get(index, ungated), config.num_key_value_heads)
         for name, tensor in layer.items():
             yield prefix + name, tensor.to(dtype)
 
