@@ -8,7 +8,8 @@ import torch
 from test_merge import WINDOWED, make_run
 from test_native import LLAMA3, YARN
 from tiny import DENSE, tiny_model, tiny_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from retrofit.errors import UserError
 from retrofit.export import native
@@ -120,6 +121,45 @@ def test_rules_of_tokenizers_are_told_apart():
     assert rules(models.BPE(), pre_tokenizers.Digits(individual_digits=False), byte_level) is None
     assert rules(models.BPE(), pre_tokenizers.Metaspace()) is None
     assert rules(models.WordPiece(), byte_level) is None
+
+
+def sentencepiece(metaspace: bool) -> Tokenizer:
+    """As of Llama 2: a low line for the space, and bytes for what has no piece."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    pieces += [*"abcdefghijklmnopqrstuvwxyz", "\u2581t", "he", "\u2581the", "in", "er", "\u2581w"]
+    merges = [
+        ("\u2581", "t"),
+        ("h", "e"),
+        ("\u2581t", "he"),
+        ("i", "n"),
+        ("e", "r"),
+        ("\u2581", "w"),
+    ]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", "first", split=False)
+    else:
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_llama_cpp_cuts_text_as_sentencepiece_does(metaspace, tmp_path, in_process):
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    tiny_model("llama", **special).save_pretrained(tmp_path / "base")
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=sentencepiece(metaspace), **names)
+    tokenizer.save_pretrained(tmp_path / "base")
+    run = make_run(tmp_path / "run", tmp_path / "base")
+    figures = merge(run, tmp_path / "out", format="gguf")["verification"]
+    assert figures["same_tokens"] and figures["kl"] < 1e-9
 
 
 def test_an_unknown_tokenizer_is_refused(tmp_path, base):

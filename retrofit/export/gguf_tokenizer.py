@@ -1,11 +1,13 @@
 """A Hugging Face tokenizer as the fields of a GGUF file.
 
-llama.cpp cuts text with rules of its own, known by name (`tokenizer.ggml.pre`), so a tokenizer is
-carried over only if its rules are recognized. Byte-level BPE alone: that of SmolLM, Llama 3, Qwen
-and Mistral's tekken.
+llama.cpp has two kinds. Byte-level BPE (SmolLM, Llama 3, Qwen, Mistral's tekken) cuts text by rules
+that it knows by name (`tokenizer.ggml.pre`), so such a tokenizer is carried over only if its rules
+are recognized. SentencePiece's BPE (Llama 1 and 2, TinyLlama, Mistral 7B) joins the pair whose
+result has the best score: minus its rank among the merges.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,10 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder.name} has no tokenizer.json, which a GGUF file is made from")
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    if rules_of(tokenizer) is None:
+    if rules_of(tokenizer) is None and not is_sentencepiece(tokenizer):
         raise UserError(
             f"the tokenizer of {folder.name} is not one that can be named to llama.cpp (byte-level "
-            "BPE as in SmolLM, Llama 3, Qwen or Mistral's tekken)"
+            "BPE as in SmolLM, Llama 3, Qwen or Mistral's tekken, or SentencePiece's as in Llama 2)"
         )
     return tokenizer
 
@@ -59,8 +61,14 @@ def rules_of(tokenizer: dict[str, Any]) -> str | None:
     return None
 
 
+def is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` was made from a SentencePiece BPE model."""
+    model = tokenizer["model"]
+    return model["type"] == "BPE" and model.get("byte_fallback", False)
+
+
 def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
-    """Add vocabulary, merges, special tokens and chat template.
+    """Add vocabulary, merges or scores, special tokens and chat template.
 
     Args:
         folder: of the model.
@@ -70,12 +78,38 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [TokenType.UNUSED] * size
     for token, index in tokenizer["model"]["vocab"].items():
-        tokens[index], types[index] = token, TokenType.NORMAL
+        is_byte = is_sentencepiece(tokenizer) and re.fullmatch("<0x[0-9A-F]{2}>", token)
+        tokens[index], types[index] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
     for added in tokenizer["added_tokens"]:
         special = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], special
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(str(rules_of(tokenizer)))
+        unknown = added["content"] == tokenizer["model"].get("unk_token")
+        types[added["id"]] = TokenType.UNKNOWN if unknown else special
+        tokens[added["id"]] = added["content"]
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    if is_sentencepiece(tokenizer):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores(tokenizer, tokens))
+        writer.add_add_space_prefix(_prepends_space(tokenizer))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(str(rules_of(tokenizer)))
+    merges = not is_sentencepiece(tokenizer)
+    SpecialVocab(folder, load_merges=merges, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def _scores(tokenizer: dict[str, Any], tokens: list[str]) -> list[float]:
+    """Minus the rank of the merge that makes a token; those that none makes are below all."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(tokenizer["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, rank)
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]
+
+
+def _prepends_space(tokenizer: dict[str, Any]) -> bool:
+    normalizer = tokenizer["normalizer"] or {}
+    kinds = [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
+    cutter = tokenizer["pre_tokenizer"] or {}
+    return "Prepend" in kinds or cutter.get("prepend_scheme", "never") != "never"
