@@ -1,20 +1,26 @@
 """What works for which family, found by doing it on a tiny random model of each.
 
-    python tests/family_table.py      # the table of docs/families.md, and the reasons below it
+    python tests/family_table.py                  # the table of docs/families.md, and its reasons
+    python tests/family_table.py --vllm PYTHON    # what vLLM makes of each, half a minute a cell
 
-`test_family_table.py` holds the document to it.
+`test_family_table.py` holds the document to the first.
 """
 
+import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from peft import get_peft_model
 from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
-from retrofit.errors import UserError
+from retrofit import GateConfig
+from retrofit.errors import CheckError, UserError
 from retrofit.measure import measure
 from retrofit.merge import merge
+from retrofit.proof.verify import verify
 from retrofit.recipe import Recipe
 from retrofit.train import train
 
@@ -71,6 +77,27 @@ def cells(name: str) -> dict[str, str]:
         }
 
 
+def cells_of_vllm(name: str, python: str) -> dict[str, str]:
+    """Of one family: the largest difference of a log probability in vLLM, whose attention wants
+    heads of 32 channels."""
+    model_type, overrides = FAMILIES[name]
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _write_base(folder / "base", model_type, overrides | {"head_dim": 32})
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        gates = GateConfig(init_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(model, gates).save_pretrained(str(folder / "adapter"))
+        for format in ("native", "remote-code"):
+            try:
+                report = merge(folder / "adapter", folder / format, format=format)
+                figures = verify(report, folder / format, "vllm", python)
+                found[format] = f"{figures['max_logprob_difference']:.1e}"
+            except (UserError, CheckError) as error:
+                found[format] = f"no: {error}"
+    return found
+
+
 def _write_base(folder: Path, model_type: str, overrides: dict) -> None:
     tiny_model(model_type, **overrides).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -109,7 +136,7 @@ def _done(act: Callable[[], object]) -> str:
     return "yes"
 
 
-def table(rows: dict[str, dict[str, str]]) -> str:
+def table(rows: dict[str, dict[str, str]], columns: Sequence[str] = COLUMNS) -> str:
     """The rows, each `no` with the number of its reason, and the reasons."""
     reasons: list[str] = []
 
@@ -121,9 +148,9 @@ def table(rows: dict[str, dict[str, str]]) -> str:
             reasons.append(reason)
         return f"no ({reasons.index(reason) + 1})"
 
-    lines = [f"| family | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    lines = [f"| family | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(short(row[column]) for column in COLUMNS)} |")
+        lines.append(f"| {name} | {' | '.join(short(row[column]) for column in columns)} |")
     return "\n".join([*lines, "", *(f"{i}. {why}" for i, why in enumerate(reasons, 1))]) + "\n"
 
 
@@ -136,4 +163,11 @@ def _without_names(reason: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table({name: cells(name) for name in FAMILIES}))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--vllm", metavar="PYTHON")
+    options = parser.parse_args()
+    if options.vllm:
+        columns = ("native", "remote-code")
+        print(table({name: cells_of_vllm(name, options.vllm) for name in FAMILIES}, columns))
+    else:
+        print(table({name: cells(name) for name in FAMILIES}))
