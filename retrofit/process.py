@@ -9,14 +9,19 @@ import warnings
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
-def prepare_process() -> None:
-    """Keep freed memory in the process, other libraries' chatter off the terminal, and reports
-    about the user from leaving the machine."""
+def prepare_process(keep_freed_memory: bool = False) -> None:
+    """Keep other libraries' chatter off the terminal, and reports about the user from leaving the
+    machine.
+
+    Args:
+        keep_freed_memory: for work in steps of the same shape; a merge, which has many shapes,
+            would fill the machine with what it no longer needs.
+    """
     # TRL tells its makers about each run unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quieten()
-    if sys.platform == "linux":
+    if keep_freed_memory and sys.platform == "linux":
         _keep_freed_memory()
 
 

@@ -36,7 +36,7 @@ def main(
     for path in (json, plot):
         if path and not path.absolute().parent.is_dir():
             raise UserError(f"no folder to write {path} in")
-    prepare_process()
+    prepare_process(keep_freed_memory=True)
     from rich.console import Console
 
     from retrofit.measure import measure

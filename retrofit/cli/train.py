@@ -19,7 +19,7 @@ def main(
 ) -> None:
     """Train the gates of a recipe into its output_dir."""
     resolved = load_recipe(recipe, overrides or ())
-    prepare_process()
+    prepare_process(keep_freed_memory=True)
     from rich.console import Console
 
     from retrofit.train import Interrupted, train
