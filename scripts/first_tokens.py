@@ -70,5 +70,5 @@ def frequencies(tokenizer, text: Path, vocab_size: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    prepare_process()
+    prepare_process(keep_freed_memory=True)
     main()

@@ -172,5 +172,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    prepare_process()
+    prepare_process(keep_freed_memory=True)
     main()

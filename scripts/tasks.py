@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="auto: as the base is kept")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     options = parser.parse_args(arguments)
-    prepare_process()
+    prepare_process(keep_freed_memory=True)
     try:
         check(options)
         documents = {task: sample(task, options.limit) for task in options.tasks}

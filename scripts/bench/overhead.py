@@ -151,5 +151,5 @@ def settings(options: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    prepare_process()
+    prepare_process(keep_freed_memory=True)
     main()
