@@ -6,8 +6,9 @@ The formats are told in `retrofit.export`, a module each; how they are proved, i
 import importlib
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -89,29 +90,35 @@ def merge(
             f"no {format} checkpoint of {source.base_name!r}: {reason}; --format remote-code holds "
             "any base that can be gated"
         )
+    seconds: dict[str, float] = {}
     with appearing_whole(out) as folder:
-        clock = [perf_counter()]
-        rounding_kl = trained_reference(source.base, source.adapter, text, kind, folder / FILE)
-        clock.append(perf_counter())
+        with _timed(seconds, "reference"):
+            rounding_kl = trained_reference(source.base, source.adapter, text, kind, folder / FILE)
         about = _about_checkpoint(source, kind, format)
-        if llama_cpp:
-            file = folder / f"{out.name}-{llama_cpp.KINDS[kind][0].name}.gguf"
-            about |= {"file": file.name} | llama_cpp.write_gguf(source, file, kind)
-        else:
-            about |= _WRITERS[format](source, folder, getattr(torch, kind), max_bytes)
-            copy_tokenizer(source.base, folder)
-        clock.append(perf_counter())
+        with _timed(seconds, "write"):
+            if llama_cpp:
+                file = folder / f"{out.name}-{llama_cpp.KINDS[kind][0].name}.gguf"
+                about |= {"file": file.name} | llama_cpp.write_gguf(source, file, kind)
+            else:
+                about |= _WRITERS[format](source, folder, getattr(torch, kind), max_bytes)
+                copy_tokenizer(source.base, folder)
         report = _report(source, about, rounding_kl)
-        report["verification"] |= verify(report, folder)
-        clock.append(perf_counter())
-        phases = zip(("reference", "write", "verify"), pairwise(clock), strict=True)
-        report["seconds"] = {name: round(end - start, 1) for name, (start, end) in phases}
+        with _timed(seconds, "verify"):
+            report["verification"] |= verify(report, folder)
+        report["seconds"] = seconds
         copy(source.base, folder, *_TERMS)
         copy(source.folder, folder, "recipe.resolved.yaml", "measure.json")
         write_json(folder / REPORT, report)
         card = model_card(report, source.base, folder, repo_id or "path/to/this")
         card.save(folder / "README.md")
     return report
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = perf_counter()
+    yield
+    seconds[phase] = round(perf_counter() - start, 1)
 
 
 def _stored_as(source: Source, dtype: str | None, format: str) -> str:
