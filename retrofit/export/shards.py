@@ -83,6 +83,7 @@ def write_shards(
         files.append(list(shard))
         size += sum(tensor.nbytes for tensor in shard.values())
         parameters += sum(tensor.numel() for tensor in shard.values())
+        shard.clear()  # this loop would hold it while the next one is made
     _name_shards(folder, files, size)
     return {"shards": len(files), "bytes": size, "parameters": parameters}
 
