@@ -102,6 +102,8 @@ def merge(
             else:
                 about |= _WRITERS[format](source, folder, getattr(torch, kind), max_bytes)
                 copy_tokenizer(source.base, folder)
+                if format != "adapter":
+                    _write_generation_config(source, folder)
         report = _report(source, about, rounding_kl)
         with _timed(seconds, "verify"):
             report["verification"] |= verify(report, folder)
@@ -161,14 +163,8 @@ def _bytes(size: int | str) -> int:
 def _write_native(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
     config = native_config(source.config, bool(source.centers)) | {"dtype": _name(dtype)}
     write_json(folder / "config.json", config)
-    _write_generation_config(source, folder)
     tensors = native_tensors(source.config, source.weights, source.gates, source.centers, dtype)
     return write_shards(tensors, folder, max_bytes)
-
-
-def _write_remote_code(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
-    _write_generation_config(source, folder)
-    return write_remote_code(source, folder, dtype, max_bytes)
 
 
 def _write_adapter(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
@@ -184,17 +180,12 @@ def _write_adapter(source: Source, folder: Path, dtype: torch.dtype, max_bytes: 
     }
 
 
-def _write_published(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
-    _write_generation_config(source, folder)
-    return gated_attention.write_published(source, folder, dtype, max_bytes)
-
-
 _REFUSALS = {"native": refusal, "gated-attention": gated_attention.refusal}
 _WRITERS = {
     "native": _write_native,
-    "remote-code": _write_remote_code,
+    "remote-code": write_remote_code,
     "adapter": _write_adapter,
-    "gated-attention": _write_published,
+    "gated-attention": gated_attention.write_published,
 }
 
 

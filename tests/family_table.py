@@ -7,13 +7,12 @@
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peft import get_peft_model
-from tiny import tiny_model, tiny_tokenizer
+from tiny import LLAMA3, write_tiny
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
@@ -24,14 +23,6 @@ from retrofit.proof.verify import verify
 from retrofit.recipe import Recipe
 from retrofit.train import train
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 FAMILIES: dict[str, tuple[str, dict]] = {
     "Llama 1, 2, 3; SmolLM, TinyLlama, Yi": ("llama", {}),
     "Llama 3.1, 3.2, 3.3": ("llama", {"rope_parameters": LLAMA3}),
@@ -62,7 +53,7 @@ def cells(name: str) -> dict[str, str]:
         folder = Path(temporary)
         base, text = folder / "base", folder / "text.txt"
         text.write_text("The spouter inn, its sign, and its landlord. " * 60)
-        _write_base(base, model_type, overrides)
+        write_tiny(base, model_type, **overrides)
         packs = _done(lambda: train(_recipe(base, text, folder / "packed", packing=True)))
         run = folder / ("packed" if packs == "yes" else "run")
         recipe = _recipe(base, text, run, packing=False)
@@ -84,7 +75,7 @@ def cells_of_vllm(name: str, python: str) -> dict[str, str]:
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _write_base(folder / "base", model_type, overrides | {"head_dim": 32})
+        write_tiny(folder / "base", model_type, **overrides, head_dim=32)
         model = AutoModelForCausalLM.from_pretrained(folder / "base")
         gates = GateConfig(init_weights=False, task_type="CAUSAL_LM")
         get_peft_model(model, gates).save_pretrained(str(folder / "adapter"))
@@ -96,18 +87,6 @@ def cells_of_vllm(name: str, python: str) -> dict[str, str]:
             except (UserError, CheckError) as error:
                 found[format] = f"no: {error}"
     return found
-
-
-def _write_base(folder: Path, model_type: str, overrides: dict) -> None:
-    tiny_model(model_type, **overrides).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    # llama.cpp wants merges, and tells nothing of tokens that are parts of characters.
-    vocab = tokenizer["model"]["vocab"].items()
-    named = {token if token.isascii() else f"x{index}": index for token, index in vocab}
-    tokenizer["model"] |= {"vocab": named | {"th": 259}, "merges": [["t", "h"]]}
-    path.write_text(json.dumps(tokenizer))
 
 
 def _recipe(base: Path, text: Path, run: Path, packing: bool) -> Recipe:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_merge import WINDOWED, make_run
-from test_native import LLAMA3, YARN
-from tiny import DENSE, tiny_model, tiny_tokenizer
+from test_native import YARN
+from tiny import DENSE, LLAMA3, tiny_model, write_tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -20,18 +20,10 @@ from retrofit.merge import MergeMismatchError, merge
 
 @pytest.fixture
 def base(tmp_path):
-    """Builds a tiny model's folder. llama.cpp wants merges in a tokenizer, and tells nothing of
-    tokens that are parts of characters: there is one merge, and bytes above 127 have names."""
+    """Builds a tiny model's folder."""
 
     def build(family: str, **overrides) -> Path:
-        tiny_model(family, **overrides).save_pretrained(tmp_path / "base")
-        tiny_tokenizer().save_pretrained(tmp_path / "base")
-        path = tmp_path / "base/tokenizer.json"
-        tokenizer = json.loads(path.read_text())
-        vocab = tokenizer["model"]["vocab"].items()
-        named = {token if token.isascii() else f"x{index}": index for token, index in vocab}
-        tokenizer["model"] |= {"vocab": named | {"th": 259}, "merges": [["t", "h"]]}
-        path.write_text(json.dumps(tokenizer))
+        write_tiny(tmp_path / "base", family, **overrides)
         return tmp_path / "base"
 
     return build

@@ -238,6 +238,22 @@ def test_remote_code_that_somebody_changed_is_not_run(windowed, tmp_path):
         verify.verify(verify.read_report(changed), changed)
 
 
+def test_code_beside_ours_is_not_run_either(windowed, tmp_path):
+    changed = shutil.copytree(windowed[0], tmp_path / "changed")
+    (changed / "other.py").write_text("raise SystemExit('run')\n")
+    with pytest.raises(MergeMismatchError, match="other.py is not the file that this version"):
+        verify.verify(verify.read_report(changed), changed)
+    (changed / "other.py").unlink()
+    edit_json(changed / "config.json", auto_map={"AutoConfig": "a/b--other.Config"})
+    with pytest.raises(MergeMismatchError, match="names code of somebody else's"):
+        verify.verify(verify.read_report(changed), changed)
+
+
+def test_a_model_without_gates_is_not_one_whose_gates_are_all_used(tiny_base):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base("llama"))
+    assert stock_transformers.unused_gates(model, torch.arange(16)[None])
+
+
 def test_every_family_merges_with_its_own_code(
     family, granularity, tmp_path, tiny_base, in_process
 ):

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
 from stock_transformers import against
-from tiny import NATIVE, tiny_model, tiny_tokenizer
+from tiny import LLAMA3, NATIVE, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
@@ -18,14 +18,6 @@ from retrofit.fingerprint import base_weights
 from retrofit.gates import gate_layers, gates_off
 from retrofit.proof.reference import observe, refer
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,

@@ -1,5 +1,8 @@
 """Tiny random models of every family and a byte-level tokenizer, built in milliseconds."""
 
+import json
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -20,6 +23,14 @@ SHAPE = {
     "bos_token_id": 256,
     "eos_token_id": 257,
     "pad_token_id": 258,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
 }
 OWN = {
     "mistral": {"sliding_window": None},
@@ -51,6 +62,19 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
             else:
                 parameter.normal_(std=0.15)
     return model.eval()
+
+
+def write_tiny(folder: Path, model_type: str, **overrides) -> None:
+    """A tiny model's folder that llama.cpp reads as well: it wants merges in a tokenizer, and tells
+    nothing of tokens that are parts of characters, so bytes above 127 have names."""
+    tiny_model(model_type, **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"].items()
+    named = {token if token.isascii() else f"x{index}": index for token, index in vocab}
+    tokenizer["model"] |= {"vocab": named | {"th": 259}, "merges": [["t", "h"]]}
+    path.write_text(json.dumps(tokenizer))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -15,7 +15,7 @@ from retrofit.export.shards import write_shards
 from retrofit.export.source import Source
 from retrofit.files import write_json
 
-_CLASSES = {
+CLASSES = {
     "AutoConfig": "modeling_gated.GatedConfig",
     "AutoModel": "modeling_gated.GatedModel",  # what vLLM's Transformers backend asks for
     "AutoModelForCausalLM": "modeling_gated.GatedForCausalLM",
@@ -60,7 +60,7 @@ def _config(source: Source, dtype: torch.dtype) -> dict:
     return config | {
         "architectures": ["GatedForCausalLM"],
         "model_type": f"gated_{source.config.model_type}",
-        "auto_map": _CLASSES,
+        "auto_map": CLASSES,
         "gate_granularity": "headwise" if source.granularity == "headwise" else "elementwise",
         "gate_centered": bool(source.centers),
         "gated_layers": sorted(source.gates),

@@ -29,7 +29,7 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) ->
     """The figures, and what loading says of missing and unexpected tensors.
 
     Weights are upcast to float32, so that what differs is what was stored, not how it is computed.
-    `unused_gates` are those whose absence changes no logit.
+    `unused_gates` are those that their attention's output does not depend on.
     """
     trained = Reference.load(reference)
     model, wrong = _load(checkpoint, trust_remote_code)
@@ -80,6 +80,9 @@ def against(trained: Reference, seen: dict[str, torch.Tensor]) -> dict:
 def unused_gates(model, input_ids: torch.Tensor) -> list[str]:
     """Attention modules whose output is the same when their gate is nearly closed."""
     unused: list[str] = []
+    watched = list(gates(model))
+    if not watched:  # nothing was looked at, which must not pass for nothing found
+        return ["all: the model has no gates"]
 
     def watch(name: str, projection: nn.Module, close: Callable):
         def again(attention, args, kwargs, output):
@@ -92,7 +95,7 @@ def unused_gates(model, input_ids: torch.Tensor) -> list[str]:
 
     handles = [
         attention.register_forward_hook(watch(name, projection, close), with_kwargs=True)
-        for name, attention, projection, close in gates(model)
+        for name, attention, projection, close in watched
     ]
     model(input_ids, use_cache=False)
     for handle in handles:

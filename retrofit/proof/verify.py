@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from retrofit.errors import CheckError, UserError
 from retrofit.export.gated_attention import unpack
-from retrofit.export.remote_code import code_of
+from retrofit.export.remote_code import CLASSES, code_of
 from retrofit.files import read_json
 from retrofit.proof import streamed
 from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
@@ -192,13 +192,20 @@ def _check_engine(engine: str, format: str, python: str) -> None:
 
 
 def _check_code(folder: Path, model_type: str) -> None:
-    """What would be run is what a merge writes, and nobody else's."""
-    for name, text in code_of(model_type).items():
-        if not (folder / name).is_file() or (folder / name).read_text() != text:
+    """What would be run is what a merge writes, and nobody else's: other files, and classes that
+    the configs name elsewhere, would be run unseen."""
+    ours = code_of(model_type)
+    for name in ours.keys() | {str(path.relative_to(folder)) for path in folder.rglob("*.py")}:
+        path = folder / name
+        if name not in ours or not path.is_file() or path.read_text() != ours[name]:
             raise MergeMismatchError(
-                f"{folder / name} is not the file that this version of retrofit writes, so it is "
-                "not run; merge again"
+                f"{path} is not the file that this version of retrofit writes, so it is not run; "
+                "merge again"
             )
+    for name, classes in (("config.json", CLASSES), ("tokenizer_config.json", None)):
+        path = folder / name
+        if path.is_file() and read_json(path).get("auto_map") != classes:
+            raise MergeMismatchError(f"{path} names code of somebody else's, which is not run")
 
 
 def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
