@@ -45,6 +45,7 @@ def test_llama_cpp_computes_what_was_trained(family, centered, tmp_path, base, i
         ("qwen3", {"tie_word_embeddings": True}),
         ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
         ("qwen3", {"head_dim": 32}),
+        ("qwen3_moe", {}),
     ],
 )
 def test_other_layouts(family, overrides, tmp_path, base, in_process):
@@ -53,7 +54,7 @@ def test_other_layouts(family, overrides, tmp_path, base, in_process):
     assert figures["kl"] < 1e-9 and figures["greedy_until"] is None
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float32"])
 def test_smaller_weights_cost_about_their_rounding(family, kind, tmp_path, base, in_process):
     run = make_run(tmp_path / "run", base(family), centered=True)
@@ -91,6 +92,8 @@ def without_gates(source, scales):
     [
         ("llama", {"rope_parameters": LLAMA3}, "leaves out the llama3 scaling"),
         ("mistral", WINDOWED, "no sliding window"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "has some without"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "sum to 1"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(family, overrides, reason, tmp_path, base):

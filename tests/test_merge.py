@@ -365,8 +365,7 @@ def assert_nothing_left(folder: Path) -> None:
 
 
 def without_doubling(tensors, exponent, *names, scale=native._scale):
-    if exponent != 1:
-        scale(tensors, exponent, *names)
+    scale(tensors, exponent - ("self_attn.o_proj.weight" in names), *names)
 
 
 def with_shuffled_gate_rows(query, gate, num_heads, interleave=native._interleave):

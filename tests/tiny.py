@@ -34,7 +34,12 @@ LLAMA3 = {
 }
 OWN = {
     "mistral": {"sliding_window": None},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,  # as in the published ones
+    },
     "gemma3_text": {
         "query_pre_attn_scalar": 16,
         "sliding_window": 16,

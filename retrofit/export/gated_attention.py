@@ -84,7 +84,7 @@ def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
     ungated = torch.zeros(config.num_attention_heads * width, config.hidden_size)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layer = native.read_layer(config, weights, prefix, with_bias=_is_biased(source))
+        layer = native.read_layer(config, weights, prefix, dtype, with_bias=_is_biased(source))
         if index in source.centers:
             native.add_center(layer, source.centers[index], dtype)
         _pack_gate(layer, source.gates.get(index, ungated), config.num_key_value_heads)
@@ -95,7 +95,7 @@ def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
 def _pack_gate(layer: native.Tensors, gate: torch.Tensor, kv_heads: int) -> None:
     layer["self_attn.o_proj.weight"] = 2 * layer["self_attn.o_proj.weight"]
     query = layer["self_attn.q_proj.weight"]
-    layer["self_attn.q_proj.weight"] = _pack(query, gate, kv_heads)
+    layer["self_attn.q_proj.weight"] = _pack(query, gate.to(query.dtype), kv_heads)
     if (bias := layer.get("self_attn.q_proj.bias")) is not None:
         layer["self_attn.q_proj.bias"] = _pack(bias, torch.zeros(len(gate)), kv_heads)
 

@@ -1,21 +1,25 @@
-"""Base + gates as a GGUF file for llama.cpp: the native checkpoint under its `qwen35` architecture.
+"""Base + gates as a GGUF file for llama.cpp: the native checkpoint under its `qwen35` architecture,
+or `qwen35moe`, which are its names for the attention of `native`.
 
 What differs from the safetensors form, and why:
 
 - Norms are stored as they multiply, not as `w - 1`.
 - llama.cpp allocates the state of linear attention only where a layer has it, and aborts without:
-  one more layer, whose outputs are all zero, is appended. It costs a feed-forward block of zeros.
+  one more layer, whose outputs are all zero, is appended. It costs a feed-forward block of zeros,
+  which in a mixture of experts is all of a layer's experts.
 - float16 and Q8_0 (whose scales are float16) hold neither large nor tiny numbers: the residual
   stream is scaled by less or by more, so that its weights and those of q and k fit.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from gguf import (
     MODEL_ARCH,
+    MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
@@ -38,6 +42,7 @@ KINDS = {
 }
 # Of a weight; the scale of a block of Q8_0 is a float16, and 127 of it its largest weight.
 _LARGEST = {"float16": 65504.0, "q8_0": 65504.0 * 127}
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _STATE = 128  # width of the appended layer's linear attention; llama.cpp has kernels for no less
 
 
@@ -46,7 +51,10 @@ def refusal(config: PreTrainedConfig) -> str | None:
     if reason := native.refusal(config):
         return reason
     if config.model_type == "qwen3_moe":
-        return "llama.cpp needs a layer of linear attention, and a whole layer of experts with it"
+        if config.mlp_only_layers or config.decoder_sparse_step != 1:
+            return "llama.cpp's qwen35moe has experts in every layer; the base has some without"
+        if not config.norm_topk_prob:
+            return "llama.cpp's qwen35moe makes the weights of a token's experts sum to 1"
     if config.rope_parameters.get("rope_type") == "llama3":
         return "llama.cpp's qwen35 leaves out the llama3 scaling of RoPE, and does not say so"
     return None
@@ -76,7 +84,7 @@ def write_gguf(source: Source, path: Path, kind: str) -> dict[str, int]:
     """
     scales = _scales(source, kind)
     config = native.native_config(source.config, bool(source.centers), scales)
-    writer = GGUFWriter(path, "qwen35", use_temp_file=True)
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[_arch(config)], use_temp_file=True)
     _add_config(writer, config)
     writer.add_file_type(KINDS[kind][1])
     writer.add_name(f"{Path(source.base_name).name} with attention gates")
@@ -109,6 +117,10 @@ def _native(source: Source, scales: native.Scales) -> Iterator[tuple[str, torch.
     return native.native_tensors(*parts, torch.float32, scales=scales)
 
 
+def _arch(config: dict) -> MODEL_ARCH:
+    return MODEL_ARCH.QWEN35MOE if "num_experts" in config else MODEL_ARCH.QWEN35
+
+
 def _add_config(writer: GGUFWriter, config: dict) -> None:
     head_dim, layers = config["head_dim"], config["num_hidden_layers"]
     writer.add_block_count(layers + 1)
@@ -126,7 +138,13 @@ def _add_config(writer: GGUFWriter, config: dict) -> None:
     writer.add_ssm_group_count(1)
     writer.add_ssm_time_step_rank(1)
     writer.add_ssm_inner_size(_STATE)
-    writer.add_array("qwen35.attention.recurrent_layers", [False] * layers + [True])
+    arch = MODEL_ARCH_NAMES[_arch(config)]
+    writer.add_array(f"{arch}.attention.recurrent_layers", [False] * layers + [True])
+    if "num_experts" in config:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
 
 
 def _add_rope(writer: GGUFWriter, rope: dict, head_dim: int) -> None:
@@ -150,20 +168,38 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the file, under llama.cpp's names, in float32."""
     layers = config["num_hidden_layers"]
-    names = get_tensor_name_map(MODEL_ARCH.QWEN35, layers + 1)
-    for name, tensor in _native(source, scales):
+    names = get_tensor_name_map(_arch(config), layers + 1)
+    for name, tensor in _with_stacked_experts(_native(source, scales), config):
         if name.endswith("o_proj.bias"):  # zero: see `native`
             continue
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
+        if name.endswith("shared_expert_gate.weight"):
+            tensor = tensor.squeeze(0)
         yield theirs, tensor + 1 if "norm" in name else tensor
-    yield from _zero_layer(f"blk.{layers}.", config["hidden_size"], config["intermediate_size"])
+    yield from _zero_layer(f"blk.{layers}.", config)
 
 
-def _zero_layer(
-    prefix: str, hidden_size: int, intermediate_size: int
+def _with_stacked_experts(
+    tensors: Iterator[tuple[str, torch.Tensor]], config: dict
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """`mlp.experts.N.up_proj.weight` of all experts as one tensor, those of a layer at a time."""
+    experts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in tensors:
+        one = _EXPERT.search(name)
+        if one is None:
+            yield name, tensor
+            continue
+        together = name.replace(one[0], ".experts.")
+        experts.setdefault(together, []).append(tensor)
+        assert len(experts[together]) == int(one[1]) + 1, name
+        if len(experts[together]) == config["num_experts"]:
+            yield together, torch.stack(experts.pop(together))
+
+
+def _zero_layer(prefix: str, config: dict) -> Iterator[tuple[str, torch.Tensor]]:
     """A layer of linear attention that adds nothing to the residual stream."""
+    hidden_size = config["hidden_size"]
     zeros = {
         "attn_qkv.weight": (3 * _STATE, hidden_size),
         "attn_gate.weight": (_STATE, hidden_size),
@@ -172,9 +208,7 @@ def _zero_layer(
         "ssm_beta.weight": (1, hidden_size),
         "ssm_alpha.weight": (1, hidden_size),
         "ssm_out.weight": (hidden_size, _STATE),
-        "ffn_gate.weight": (intermediate_size, hidden_size),
-        "ffn_up.weight": (intermediate_size, hidden_size),
-        "ffn_down.weight": (hidden_size, intermediate_size),
+        **_feed_forward(config),
     }
     for name, shape in zeros.items():
         yield prefix + name, torch.zeros(shape)
@@ -184,9 +218,31 @@ def _zero_layer(
     yield f"{prefix}ssm_a", -torch.ones(1)
 
 
+def _feed_forward(config: dict) -> dict[str, tuple[int, ...]]:
+    hidden_size = config["hidden_size"]
+
+    def block(suffix: str, width: int, *experts: int) -> dict[str, tuple[int, ...]]:
+        return {
+            f"ffn_gate{suffix}.weight": (*experts, width, hidden_size),
+            f"ffn_up{suffix}.weight": (*experts, width, hidden_size),
+            f"ffn_down{suffix}.weight": (*experts, hidden_size, width),
+        }
+
+    if "num_experts" not in config:
+        return block("", config["intermediate_size"])
+    experts = config["num_experts"]
+    return {
+        "ffn_gate_inp.weight": (experts, hidden_size),
+        "ffn_gate_inp_shexp.weight": (hidden_size,),
+        **block("_exps", config["moe_intermediate_size"], experts),
+        **block("_shexp", config["shared_expert_intermediate_size"]),
+    }
+
+
 def _add_tensor(writer: GGUFWriter, name: str, tensor: torch.Tensor, kind: str) -> None:
-    """Matrices in `kind`; vectors and the small ones of linear attention stay in float32."""
-    stored = KINDS[kind][0] if tensor.ndim == 2 and ".ssm_" not in name else KINDS["float32"][0]
+    """Matrices in `kind`; vectors, routers and what is small in linear attention in float32."""
+    small = tensor.ndim < 2 or any(part in name for part in (".ssm_", "ffn_gate_inp"))
+    stored = KINDS["float32" if small else kind][0]
     if stored == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32:
         stored = GGMLQuantizationType.F16
     data = tensor.numpy()

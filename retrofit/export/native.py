@@ -147,13 +147,14 @@ def native_tensors(
     """
     scales = scales or Scales()
     shift = _residual_shift(config, scales)
-    embeddings = {"embed_tokens": _float(base["model.embed_tokens.weight"])}
-    _scale(embeddings, shift, "embed_tokens")
-    yield "model.embed_tokens.weight", embeddings.pop("embed_tokens").to(dtype)
+    yield (
+        "model.embed_tokens.weight",
+        _copy(base["model.embed_tokens.weight"], dtype).mul_(2.0**shift),
+    )
     constant = _adds_constant(config, bool(centers))
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layer = read_layer(config, base, prefix, with_bias=_has_bias(config) or constant)
+        layer = read_layer(config, base, prefix, dtype, with_bias=_has_bias(config) or constant)
         if index in centers:
             add_center(layer, centers[index], dtype)
         if constant:
@@ -217,27 +218,35 @@ def _stays_tied(config: PreTrainedConfig) -> bool:
 
 
 def read_layer(
-    config: PreTrainedConfig, base: Mapping[str, torch.Tensor], prefix: str, with_bias: bool
+    config: PreTrainedConfig,
+    base: Mapping[str, torch.Tensor],
+    prefix: str,
+    dtype: torch.dtype,
+    with_bias: bool,
 ) -> Tensors:
-    """One layer in float32, where every step below is exact for bfloat16 and float32 bases."""
+    """One layer: matrices in `dtype`, where powers of two scale them exactly and in half of
+    float32's time, and vectors, whose sums and quotients are not exact, in float32."""
     names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
     # The gate, up and down projections, or those of many experts and their router.
     names += [name.removeprefix(prefix) for name in base if name.startswith(f"{prefix}mlp.")]
     names += [f"self_attn.{name}_proj.weight" for name in "qkvo"]
     if _has_qk_norm(config):
         names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-    layer = {name: _float(base[prefix + name]) for name in names}
+    layer = {}
+    for name in names:
+        layer[name] = _copy(base[prefix + name], torch.float32 if "norm" in name else dtype)
     if with_bias:
         for name in (f"self_attn.{name}_proj.bias" for name in "qkvo"):
             # Qwen2 has none on o_proj, Llama none at all, and Qwen3_5 has all four or none.
             zeros = torch.zeros(len(layer[name.replace("bias", "weight")]))
-            layer[name] = _float(base[prefix + name]) if prefix + name in base else zeros
+            stored = base.get(prefix + name, zeros)
+            layer[name] = _copy(stored, torch.float32)
     return layer
 
 
-def _float(stored: torch.Tensor) -> torch.Tensor:
-    """A copy, which the steps below change in place: half of the time goes into new memory."""
-    return stored.to(torch.float32, copy=True)
+def _copy(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Which the steps below change in place: half of the time goes into new memory."""
+    return stored.to(dtype, copy=True)
 
 
 def _map_layer(
@@ -253,9 +262,9 @@ def _map_layer(
     else:
         _add_constant_qk_norms(layer, head_dim_of(config), _eps(config, shift), scales, dtype)
     _pack_gate(config, layer, gate)
-    _scale(layer, 1, "self_attn.o_proj.weight")  # the 2 of `2 * sigmoid`
+    _scale(layer, shift + 1, "self_attn.o_proj.weight")  # with the 2 of `2 * sigmoid`
     down = [name for name in layer if name.endswith("down_proj.weight")]
-    _scale(layer, shift, "self_attn.o_proj.weight", *down)
+    _scale(layer, shift, *down)
     attention = [f"self_attn.{name}_proj.weight" for name in "qkv"]
     mlp = [name for name in layer if name.startswith("mlp.") and name not in down]
     _fold_norm(layer, "input_layernorm.weight", attention)
@@ -280,12 +289,13 @@ def _map_head(
     config: PreTrainedConfig, base: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The final norm and `lm_head`. Tied embeddings leave no consumer to fold the norm into."""
-    head = {"norm": _float(base["model.norm.weight"])}
+    head = {"norm": base["model.norm.weight"].float()}
     if not _stays_tied(config):
         tied = config.tie_word_embeddings
-        head["lm_head"] = _float(base["model.embed_tokens.weight" if tied else "lm_head.weight"])
+        stored = base["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        head["lm_head"] = _copy(stored, dtype)
         _fold_norm(head, "norm", ["lm_head"])
-        yield "lm_head.weight", head["lm_head"].to(dtype)
+        yield "lm_head.weight", head["lm_head"]
     yield "model.norm.weight", (head["norm"] - 1).to(dtype)
 
 
@@ -322,7 +332,7 @@ def add_center(layer: Tensors, center: torch.Tensor, dtype: torch.dtype) -> None
     groups = weight.shape[1] // center.numel()
     layer["self_attn.v_proj.bias"] = (bias - center.flatten()).to(dtype).float()
     taken = (bias - layer["self_attn.v_proj.bias"]).view(center.shape)
-    put_back = weight @ taken.repeat_interleave(groups, 0).flatten()
+    put_back = weight.float() @ taken.repeat_interleave(groups, 0).flatten()
     layer["self_attn.o_proj.bias"] = layer["self_attn.o_proj.bias"] + put_back
 
 
@@ -347,7 +357,7 @@ def _add_constant_head(config: PreTrainedConfig, layer: Tensors, dtype: torch.dt
         columns[:, part] = left.to(dtype)
         left = left - columns[:, part]
     weight = layer["self_attn.o_proj.weight"]
-    layer["self_attn.o_proj.weight"] = torch.cat([weight, columns], dim=1)
+    layer["self_attn.o_proj.weight"] = torch.cat([weight, columns.to(dtype)], dim=1)
     layer["self_attn.o_proj.bias"] = torch.zeros_like(bias)
 
 
@@ -367,8 +377,9 @@ def _fold_norm(tensors: Tensors, norm: str, consumers: list[str]) -> None:
     exact = (weight >= 0.5) | (weight == 0)
     power = torch.where(exact, 1.0, mantissa.sign() * _power_of_two(exponent))
     tensors[norm] = weight / power
-    for name in consumers:
-        tensors[name] *= power
+    if not exact.all():
+        for name in consumers:
+            tensors[name] *= power.to(tensors[name].dtype)
 
 
 def _balance_qk_norms(layer: Tensors) -> None:
@@ -425,7 +436,7 @@ def _largest_qk(layer: Tensors) -> float:
     norm = layer["input_layernorm.weight"]
     bounds = []
     for name in ("self_attn.q_proj", "self_attn.k_proj"):
-        rows = (layer[f"{name}.weight"] * norm).norm(dim=1) * len(norm) ** 0.5
+        rows = (layer[f"{name}.weight"] * norm).norm(dim=1) * len(norm) ** 0.5  # in float32
         if f"{name}.bias" in layer:
             rows = rows + layer[f"{name}.bias"].abs()
         bounds.append(rows.max().item())
