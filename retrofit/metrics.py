@@ -11,6 +11,7 @@ NEAR = 64  # attention to a key less than this far back is honest local attentio
 TAIL = 128  # a key needs some far queries of its own: none of the last positions counts
 SINK_THRESHOLD = 0.3
 GATE_BINS = 20  # of [0, 1]
+_OUTLIER = 6.0  # standard deviations
 _QUERY_BLOCK = 128
 _TOKEN_CHUNK = 128
 
@@ -120,6 +121,11 @@ class AttentionStatistics:
         gate over the head's channels, 1 without a gate (arXiv:2602.01203)."""
         return (self._load.std(correction=0) / self._load.mean()).item()
 
+    @property
+    def head_load(self) -> list[float]:
+        """The importance of each head that `head_load_cv` is of."""
+        return (self._load / self.sequences).tolist()
+
 
 class GateStatistics:
     """The gate scores of one layer: `sigmoid(X W_g)`, half of a retrofit's doubled gate, so that
@@ -167,15 +173,38 @@ class ActivationStatistics:
         self.sequences = 0
         self.largest_of_all = 0.0
         self._largest = self._first_token = 0.0
+        self._kurtosis = self._outliers = 0.0
 
     def add(self, hidden_states: torch.Tensor) -> None:
         """Add a batch `[batch, T, hidden_size]`."""
+        for sequence in hidden_states:
+            self._add_shape(sequence.float())
         by_token = hidden_states.abs().amax(-1).cpu().double() / self.scale
         by_sequence = by_token.amax(-1)
         self.sequences += len(by_sequence)
         self._largest += by_sequence.sum().item()
         self._first_token += by_token[:, 0].sum().item()
         self.largest_of_all = max(self.largest_of_all, by_sequence.max().item())
+
+    def _add_shape(self, hidden_states: torch.Tensor) -> None:
+        centered = hidden_states - hidden_states.mean()
+        squared = centered.square_()  # in place: of a long sequence one copy is enough
+        variance = squared.mean()
+        self._outliers += (squared > _OUTLIER**2 * variance).double().mean().item()
+        self._kurtosis += squared.div_(variance).square_().mean(dtype=torch.float64).item()
+
+    @property
+    def kurtosis(self) -> float:
+        """`mean((x - m)**4) / mean((x - m)**2)**2` over all tokens and channels of a sequence, `m`
+        their mean: 3 where they are normally distributed, and mean over sequences
+        (arXiv:2306.12929, section 5)."""
+        return self._kurtosis / self.sequences
+
+    @property
+    def outlier_share(self) -> float:
+        """Share of the activations of a sequence that lie further than 6 standard deviations from
+        their mean; mean over sequences (arXiv:2306.12929, section 3)."""
+        return self._outliers / self.sequences
 
     @property
     def largest(self) -> float:
@@ -204,27 +233,23 @@ class PredictionStatistics:
         # By batch, `[tokens, hidden_size]` on the CPU: the logits are made again where needed.
         self.hidden_states: list[torch.Tensor] = []
         self.same_vocabulary = base is None or base.head.out_features == head.out_features
-        self._tokens = self._far_tokens = 0
-        self._nll = self._far_nll = 0.0
+        self._nll: list[torch.Tensor] = []  # by batch, `[batch, T - 1]`
         self._kl = 0.0
 
     def add(self, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> None:
         """Add a batch of final hidden states `[batch, T, hidden_size]` and its tokens
         `[batch, T]`, a chunk of tokens at a time: full logits never exist."""
+        rows = len(input_ids)
         hidden_states, labels = hidden_states[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-        positions = torch.arange(1, input_ids.shape[1], device=labels.device)
-        far = (positions >= NEAR).repeat(input_ids.shape[0])
+        batch_nll = []
         for start in range(0, labels.numel(), _TOKEN_CHUNK):
             chunk = slice(start, start + _TOKEN_CHUNK)
             log_p = self.head(hidden_states[chunk]).float().log_softmax(-1)
-            nll = -log_p.gather(-1, labels[chunk, None]).squeeze(-1)
-            self._nll += nll.sum().item()
-            self._far_nll += nll[far[chunk]].sum().item()
+            batch_nll.append(-log_p.gather(-1, labels[chunk, None]).squeeze(-1).cpu())
             if self.base is not None and self.same_vocabulary:
                 log_q = self.base.log_probabilities(len(self.hidden_states), chunk)
                 self._kl += (log_q.exp() * (log_q - log_p)).sum().item()
-        self._tokens += labels.numel()
-        self._far_tokens += int(far.sum())
+        self._nll.append(torch.cat(batch_nll).view(rows, -1))
         self.hidden_states.append(hidden_states.cpu())
 
     def log_probabilities(self, batch: int, chunk: slice) -> torch.Tensor:
@@ -233,25 +258,32 @@ class PredictionStatistics:
         return self.head(hidden_states).float().log_softmax(-1)
 
     @property
+    def nll(self) -> torch.Tensor:
+        """Negative log-likelihood of every token but the first, `[sequences, T - 1]`, in nats."""
+        return torch.cat(self._nll).double()
+
+    @property
+    def nll_by_window(self) -> list[float]:
+        """The mean of each sequence: differences between models, window by window, have the noise
+        of the models and not that of the text."""
+        return self.nll.mean(-1).tolist()
+
+    @property
     def perplexity(self) -> float:
         """`exp` of the mean negative log-likelihood of the next token."""
-        return _exp(self._nll / self._tokens)
+        return self.nll.mean().exp().item()
 
     @property
     def perplexity_far(self) -> float:
         """That of the tokens from position `NEAR` on. A base without a BOS token predicts the first
         few badly, and gates that learn how texts begin gain enough there to hide a loss later."""
-        return _exp(self._far_nll / self._far_tokens)
+        return self.nll[:, NEAR - 1 :].mean().exp().item()
 
     @property
     def kl_to_base(self) -> float | None:
         """Mean over tokens of `KL(base || model)` of the next-token distribution, in nats; `None`
         between different vocabularies."""
-        return self._kl / self._tokens if self.same_vocabulary else None
-
-
-def _exp(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float64).exp().item()  # math.exp raises on a large one
+        return self._kl / self.nll.numel() if self.same_vocabulary else None
 
 
 def _batch_sum(values: torch.Tensor) -> torch.Tensor:

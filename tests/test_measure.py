@@ -4,6 +4,8 @@ import gc
 import hashlib
 import json
 import weakref
+from contextlib import suppress
+from dataclasses import dataclass
 from io import StringIO
 
 import pytest
@@ -16,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
 from retrofit.errors import UserError
-from retrofit.measure import cut_windows, measure
+from retrofit.measure import cut_windows, measure, names
+from retrofit.models import load_model
 from retrofit.report import plot, table
 
 METRICS = {
@@ -28,6 +31,8 @@ METRICS = {
     "max_activation",
     "max_activation_first_token",
     "max_activation_any_window",
+    "kurtosis",
+    "outlier_share",
     "gate_score",
     "gate_below_0.1",
     "head_load_cv",
@@ -42,6 +47,9 @@ PER_LAYER = {
     "gate_score",
     "gate_histogram",
     "head_load_cv",
+    "head_load",
+    "kurtosis",
+    "outlier_share",
     "column_share",
 }
 
@@ -79,11 +87,11 @@ def opening(**models):
 def test_the_result_has_the_documented_shape(result, text):
     assert set(result) == {"models", "settings"}
     for model in result["models"]:
-        assert set(model) == {"name", "metrics", "per_layer"}
+        assert set(model) == {"name", "metrics", "per_layer", "nll_by_window"}
         assert set(model["metrics"]) == METRICS
         assert set(model["per_layer"]) == PER_LAYER
-        for name, values in model["per_layer"].items():
-            assert len(values) == (32 if name == "column_share" else 3)
+        assert all(len(values) == 3 for values in model["per_layer"].values())
+        assert all(len(shares) == 32 for shares in model["per_layer"]["column_share"])
     settings = result["settings"]
     assert settings["text"] == text.name
     assert settings["text_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
@@ -98,6 +106,58 @@ def test_the_base_has_no_gates_and_no_distance_to_itself(result):
     assert base["kl_to_base"] == 0.0
     assert 0 < gated["gate_score"] < 1
     assert gated["kl_to_base"] > 0
+
+
+@dataclass(init=False)
+class Counting:
+    """A part without settings, which notes what it was asked, and fails on one model."""
+
+    name = "counting"
+
+    def __init__(self, fails_on: str = "", asked: list | None = None):
+        self.fails_on, self.asked = fails_on, [] if asked is None else asked
+
+    def measure(self, subject, track):
+        self.asked.append(subject.name)
+        if subject.name == self.fails_on:
+            raise KeyboardInterrupt
+        return {"parameters": sum(1 for _ in track(list(subject.model.parameters()), "counting"))}
+
+
+def test_an_interrupted_measurement_goes_on_where_it_was(sources, text, tmp_path):
+    def go(part, length=256, load=load_model):
+        return measure(
+            sources, text, length=length, windows=2, parts=[part], load=load,
+            resume=tmp_path / "kept", progress=False,
+        )  # fmt: skip
+
+    opened = []
+
+    def load(source, dtype, **options):
+        opened.append(source)
+        return load_model(source, dtype, **options)
+
+    base, gated = names(sources)
+    with pytest.raises(KeyboardInterrupt):
+        go(Counting(fails_on=gated))
+    part = Counting()
+    assert (tmp_path / "kept").is_dir()
+    resumed = go(part, load=load)
+    assert part.asked == [gated] and opened == [sources[1]], "only what was missing is measured"
+    assert not (tmp_path / "kept").exists()
+    part = Counting()
+    assert go(part) == resumed and part.asked == [base, gated]
+
+
+def test_what_was_kept_of_another_measurement_is_not_used(sources, text, tmp_path):
+    base, gated = names(sources)
+    asked = []
+    for length, fails_on in ((256, gated), (192, "")):
+        with suppress(KeyboardInterrupt):
+            part = Counting(fails_on, asked)
+            measure(sources, text, length=length, windows=2, parts=[part],
+                    resume=tmp_path / "kept", progress=False)  # fmt: skip
+    assert asked == [base, gated, base, gated]
 
 
 def test_measuring_twice_gives_the_same_json(result, sources, text):

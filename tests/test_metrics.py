@@ -15,8 +15,8 @@ from retrofit import GateConfig
 from retrofit.adapters.modeling_gated import GatedConfig, GatedForCausalLM
 from retrofit.errors import UserError
 from retrofit.gates import gate_layers
-from retrofit.measure import by_layer, read_model, summarize
-from retrofit.metrics import AttentionStatistics, attention_columns
+from retrofit.measure.sinks import by_layer, read_model, summarize
+from retrofit.metrics import ActivationStatistics, AttentionStatistics, attention_columns
 from retrofit.probe import attention_watched, probe
 
 LENGTH = 256
@@ -81,6 +81,9 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
         load[index] *= by_head.transpose(1, 2)
     importance = load.mean((1, 3))
     activations = torch.stack([hidden[i].abs().amax(-1) for i in range(len(hidden))])
+    states = torch.stack([hidden[i] for i in range(len(hidden))]).double().flatten(2)
+    distance = states - states.mean(-1, keepdim=True)
+    std = distance.square().mean(-1, keepdim=True).sqrt()
     log_p = output.logits.double().log_softmax(-1)[:, :-1]
     nll = -log_p.gather(-1, input_ids[:, 1:, None])
     figures = {
@@ -92,6 +95,8 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
         "max_activation": activations.amax(-1).mean(),
         "max_activation_first_token": activations[..., 0].mean(),
         "max_activation_any_window": activations.amax((1, 2)).mean(),
+        "kurtosis": (distance / std).pow(4).mean(),
+        "outlier_share": (distance.abs() > 6 * std).double().mean(),
         "head_load_cv": (importance.std(1, correction=0) / importance.mean(1)).mean(),
         "perplexity": nll.mean().exp(),
         "perplexity_far": nll[:, 63:].mean().exp(),
@@ -109,7 +114,7 @@ def test_every_metric_equals_its_formula_on_full_matrices(model_type, granularit
     model = gated_model(model_type, granularity, **MODELS[model_type])
     input_ids = tokens()
     expected = naive(model, input_ids)
-    layers, predictions = read_model(model, input_ids.split(2), None, lambda _: None)
+    layers, predictions = read_model(model, input_ids.split(2), None)
     figures = summarize(layers, predictions)
     applicable = {name: value for name, value in figures.items() if value is not None}
     assert applicable == pytest.approx(expected, rel=1e-4)
@@ -119,12 +124,12 @@ def test_every_metric_equals_its_formula_on_full_matrices(model_type, granularit
 
 def test_layers_report_by_their_own_index():
     model = gated_model("llama", "headwise")
-    layers, _ = read_model(model, tokens().split(2), None, lambda _: None)
+    layers, _ = read_model(model, tokens().split(2), None)
     figures = by_layer(layers)
     assert [score is not None for score in figures["gate_score"]] == [True, False, True]
     assert sum(figures["gate_histogram"][2]) == pytest.approx(1)
     assert len(figures["gate_histogram"][2]) == 20
-    assert len(figures["column_share"]) == 32
+    assert [len(shares) for shares in figures["column_share"]] == [32] * 3
     model.set_attn_implementation("eager")
     attentions = model(tokens(), output_attentions=True).attentions
     assert figures["f_attn"] == pytest.approx([a[..., 0].mean().item() for a in attentions])
@@ -135,7 +140,7 @@ def test_stock_checkpoints_show_the_gates_packed_in_q_proj(model_type):
     model = tiny_model(model_type, **FULL_ATTENTION)
     attention = model.model.layers[1].self_attn
     with recorded({0: model.model.layers[1].input_layernorm}) as seen, torch.no_grad():
-        layers, _ = read_model(model, [tokens()], None, lambda _: None)
+        layers, _ = read_model(model, [tokens()], None)
         packed = attention.q_proj(seen[0]).unflatten(-1, (4, 2, 16))
     assert layers[1].gate.score == pytest.approx(packed[..., 1, :].sigmoid().mean().item())
 
@@ -147,17 +152,30 @@ def test_checkpoints_with_code_of_their_own_show_their_gates(granularity):
     model = GatedForCausalLM(config).eval()
     gates = {index: model.model.layers[index].self_attn.g1.g_proj for index in (0, 2)}
     with recorded(gates) as logits:
-        layers, _ = read_model(model, [tokens()], None, lambda _: None)
+        layers, _ = read_model(model, [tokens()], None)
     assert layers[1].gate is None
     for index in gates:
         assert layers[index].gate.score == pytest.approx(logits[index].sigmoid().mean().item())
 
 
 def test_layers_without_softmax_attention_are_left_out():
-    layers, _ = read_model(tiny_model("qwen3_5_text", **HYBRID), [tokens()], None, lambda _: None)
+    layers, _ = read_model(tiny_model("qwen3_5_text", **HYBRID), [tokens()], None)
     figures = by_layer(layers)
     assert [value is not None for value in figures["f_attn"]] == [False, True, False]
     assert all(figures["max_activation"])
+
+
+def test_outliers_are_counted_by_their_formula():
+    torch.manual_seed(0)
+    states = torch.randn(2, 40, 64)
+    states[0, 3, :5] = 60.0  # of 2,560 entries; the other sequence has none
+    statistics = ActivationStatistics()
+    statistics.add(states)
+    assert statistics.outlier_share == pytest.approx(5 / 2560 / 2)
+    pooled = [(x - x.mean()) / (x - x.mean()).square().mean().sqrt() for x in states.double()]
+    expected = sum(x.pow(4).mean() for x in pooled) / 2
+    assert statistics.kurtosis == pytest.approx(expected.item(), rel=1e-5)
+    assert expected > 100, "a few large ones make it"
 
 
 def planted(positions: list[int], length: int = 320) -> AttentionStatistics:
@@ -264,5 +282,5 @@ def test_no_full_attention_matrix_or_logits_ever_exist():
     length, heads = 2048, 4
     model = tiny_model("llama", max_position_embeddings=length, num_hidden_layers=1)
     with LargestTensor() as largest:
-        read_model(model, [tokens(1, length)], None, lambda _: None)
+        read_model(model, [tokens(1, length)], None)
     assert largest.numel <= heads * length * length / 16

@@ -1,0 +1,109 @@
+"""Attention sinks, activations, gates, head loads and predictions: what is always measured."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from retrofit.errors import UserError
+from retrofit.measure.subject import Subject, Track
+from retrofit.metrics import PredictionStatistics
+from retrofit.probe import LayerStatistics, probe
+
+_COLUMNS_SHOWN = 32
+
+
+def measure_sinks(
+    subject: Subject,
+    input_ids: torch.Tensor,
+    batch_size: int,
+    base: PredictionStatistics | None,
+    track: Track,
+) -> tuple[dict[str, Any], PredictionStatistics]:
+    """The `metrics` and `per_layer` of one model over windows `[windows, T]`, and what it predicts.
+
+    Raises:
+        UserError: if what it predicts is not finite.
+    """
+    batches = track(input_ids.split(batch_size), "sinks")
+    layers, predictions = read_model(subject.model, batches, base)
+    if not math.isfinite(predictions.perplexity):
+        raise UserError(f"the predictions of {subject.name} are not finite in {subject.dtype}")
+    return {
+        "metrics": summarize(layers, predictions),
+        "per_layer": by_layer(layers),
+        "nll_by_window": predictions.nll_by_window,
+    }, predictions
+
+
+@torch.inference_mode()
+def read_model(
+    model: PreTrainedModel | PeftModel,
+    batches: Iterable[torch.Tensor],
+    base: PredictionStatistics | None,
+) -> tuple[list[LayerStatistics], PredictionStatistics]:
+    """Run a model over batches of windows `[batch, T]`, and gather what each layer shows and what
+    the model predicts."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    predictions = PredictionStatistics(inner.get_output_embeddings(), base)
+    with probe(inner.eval()) as layers:
+        for batch in batches:
+            input_ids = batch.to(inner.device)
+            output = inner.get_decoder()(input_ids, use_cache=False)
+            predictions.add(output.last_hidden_state, input_ids)
+    return layers, predictions
+
+
+def summarize(
+    layers: list[LayerStatistics], predictions: PredictionStatistics
+) -> dict[str, float | None]:
+    """The figures of one model: means over the layers that have them."""
+    attention = [layer.attention for layer in layers if layer.attention]
+    gates = [layer.gate for layer in layers if layer.gate]
+    activations = [layer.activation for layer in layers]
+    column_share = torch.stack([a.column_share for a in attention]).mean(0)
+    return {
+        "f_attn": _mean(a.f_attn for a in attention),
+        "peak_column_share": column_share.max().item(),
+        "peak_column_position": int(column_share.argmax()),
+        "peak_share_per_head": _mean(a.peak_share_per_head for a in attention),
+        "sink_ratio": _mean(a.sink_ratio for a in attention),
+        "max_activation": _mean(a.largest for a in activations),
+        "max_activation_first_token": _mean(a.largest_first_token for a in activations),
+        "max_activation_any_window": _mean(a.largest_of_all for a in activations),
+        "kurtosis": _mean(a.kurtosis for a in activations),
+        "outlier_share": _mean(a.outlier_share for a in activations),
+        "gate_score": _mean(gate.score for gate in gates),
+        "gate_below_0.1": _mean(gate.below_a_tenth for gate in gates),
+        "head_load_cv": _mean(a.head_load_cv for a in attention),
+        "perplexity": predictions.perplexity,
+        "perplexity_far": predictions.perplexity_far,
+        "kl_to_base": predictions.kl_to_base,
+    }
+
+
+def by_layer(layers: list[LayerStatistics]) -> dict[str, list]:
+    """The same figures by decoder layer, `None` where a layer has no such part, the loads of its
+    heads, and the mean share of each of the first key positions."""
+    attention = [layer.attention for layer in layers]
+    gates = [layer.gate for layer in layers]
+    return {
+        "f_attn": [a and a.f_attn for a in attention],
+        "peak_column_share": [a and a.column_share.max().item() for a in attention],
+        "max_activation": [layer.activation.largest for layer in layers],
+        "kurtosis": [layer.activation.kurtosis for layer in layers],
+        "outlier_share": [layer.activation.outlier_share for layer in layers],
+        "gate_score": [gate and gate.score for gate in gates],
+        "gate_histogram": [gate and gate.histogram for gate in gates],
+        "head_load_cv": [a and a.head_load_cv for a in attention],
+        "head_load": [a and a.head_load for a in attention],
+        "column_share": [a and a.column_share[:_COLUMNS_SHOWN].tolist() for a in attention],
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    figures = list(values)
+    return sum(figures) / len(figures) if figures else None

@@ -1,0 +1,68 @@
+"""What a part of the measurement is given, and what it gives back."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """Goes through a sequence, shown as a progress bar that says what is done."""
+
+    def __call__(self, sequence: Sequence[T], doing: str) -> Iterable[T]: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the models that are measured, open.
+
+    Attributes:
+        name: as it is shown.
+        source: what `load_model` opened.
+        model: in eval mode, perhaps a PEFT model.
+        documents: the text.
+        reload: opens the same source again in another form: `reload(quantization="nf4")`.
+    """
+
+    name: str
+    source: str
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    documents: Sequence[str]
+    reload: Callable[..., tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]
+
+    @property
+    def inner(self) -> Any:
+        """The transformers model, with gates in it but without PEFT around it."""
+        return unwrapped(self.model)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+
+class Part(Protocol):
+    """One thing to measure beyond sinks: a dataclass whose fields are its settings.
+
+    Attributes:
+        name: the key of its figures in the result, and of its settings.
+    """
+
+    name: str
+
+    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+        """The figures of one model, ready for JSON."""
+        ...
+
+
+def unwrapped(model: PreTrainedModel | PeftModel) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

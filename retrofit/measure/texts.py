@@ -1,0 +1,72 @@
+"""The text that models are measured on, as windows of tokens."""
+
+import json
+from collections.abc import Iterable
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from retrofit.errors import UserError
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a .txt file (one) or a .jsonl file (the `text` of each line).
+
+    Raises:
+        UserError: if it is missing, of another kind, or has no text.
+    """
+    if not path.is_file():
+        raise UserError(f"no text file at {path}")
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        try:
+            documents = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'every line of {path} must be {{"text": ...}}') from None
+    elif path.suffix == ".txt":
+        documents = [content]
+    else:
+        raise UserError(f"{path} must be a .txt or .jsonl file")
+    if not any(document.strip() for document in documents):
+        raise UserError(f"{path} is empty")
+    return documents
+
+
+def prepended_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The BOS token where the tokenizer prepends it by default."""
+    prepends = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer.bos_token if prepends else None
+
+
+def cut_windows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, windows: int
+) -> torch.Tensor:
+    """Windows of exactly `length` tokens, `[windows, length]`: the first of every document that is
+    long enough, then the second of each, and so on. If those are too few, the documents are joined.
+
+    Raises:
+        UserError: if there is less than one window of text.
+    """
+    bos = [] if prepended_token(tokenizer) is None else [tokenizer.bos_token_id]
+    size = length - len(bos)
+    joined: list[int] = []
+    long_enough: list[list[list[int]]] = []
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        joined += ids
+        if len(ids) >= size:
+            long_enough.append(_pieces(ids, size))
+        if len(long_enough) == windows:
+            break
+    rows = [row for turn in zip_longest(*long_enough) for row in turn if row is not None]
+    if len(rows) < windows:
+        rows = _pieces(joined, size)
+    if not rows:
+        raise UserError(f"the text has {len(joined)} tokens, less than one window of {length}")
+    return torch.tensor([bos + row for row in rows[:windows]])
+
+
+def _pieces(ids: list[int], size: int) -> list[list[int]]:
+    return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]

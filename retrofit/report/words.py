@@ -1,0 +1,31 @@
+"""Figures and their changes in words."""
+
+from typing import Any
+
+
+def title(settings: dict[str, Any]) -> str:
+    first = settings["first_token"] or "no token"
+    return (
+        f"{settings['text']}: {settings['windows']} windows of {settings['length']} tokens, "
+        f"{first} prepended, {settings['dtype']}"
+    )
+
+
+def change(ratio: float) -> str:
+    """In percent, or as a factor where percents would be hard to read."""
+    if ratio >= 2:
+        return f"{figure(ratio)}x higher"
+    if 0 < ratio <= 0.5:
+        return f"{figure(1 / ratio)}x lower"
+    return f"{100 * (ratio - 1):+.1f}%"
+
+
+def figure(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    if abs(value) >= 1000:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:#.3g}".removesuffix(".")
