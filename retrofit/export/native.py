@@ -147,10 +147,7 @@ def native_tensors(
     """
     scales = scales or Scales()
     shift = _residual_shift(config, scales)
-    yield (
-        "model.embed_tokens.weight",
-        _copy(base["model.embed_tokens.weight"], dtype).mul_(2.0**shift),
-    )
+    yield "model.embed_tokens.weight", base["model.embed_tokens.weight"].to(dtype) * 2.0**shift
     constant = _adds_constant(config, bool(centers))
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
@@ -225,7 +222,10 @@ def read_layer(
     with_bias: bool,
 ) -> Tensors:
     """One layer: matrices in `dtype`, where powers of two scale them exactly and in half of
-    float32's time, and vectors, whose sums and quotients are not exact, in float32."""
+    float32's time, and vectors, whose sums and quotients are not exact, in float32.
+
+    What the base stores in `dtype` is not copied, and must not be changed in place.
+    """
     names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
     # The gate, up and down projections, or those of many experts and their router.
     names += [name.removeprefix(prefix) for name in base if name.startswith(f"{prefix}mlp.")]
@@ -234,19 +234,13 @@ def read_layer(
         names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
     layer = {}
     for name in names:
-        layer[name] = _copy(base[prefix + name], torch.float32 if "norm" in name else dtype)
+        layer[name] = base[prefix + name].to(torch.float32 if "norm" in name else dtype)
     if with_bias:
         for name in (f"self_attn.{name}_proj.bias" for name in "qkvo"):
             # Qwen2 has none on o_proj, Llama none at all, and Qwen3_5 has all four or none.
             zeros = torch.zeros(len(layer[name.replace("bias", "weight")]))
-            stored = base.get(prefix + name, zeros)
-            layer[name] = _copy(stored, torch.float32)
+            layer[name] = base.get(prefix + name, zeros).float()
     return layer
-
-
-def _copy(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Which the steps below change in place: half of the time goes into new memory."""
-    return stored.to(dtype, copy=True)
 
 
 def _map_layer(
@@ -293,7 +287,7 @@ def _map_head(
     if not _stays_tied(config):
         tied = config.tie_word_embeddings
         stored = base["model.embed_tokens.weight" if tied else "lm_head.weight"]
-        head["lm_head"] = _copy(stored, dtype)
+        head["lm_head"] = stored.to(dtype)
         _fold_norm(head, "norm", ["lm_head"])
         yield "lm_head.weight", head["lm_head"]
     yield "model.norm.weight", (head["norm"] - 1).to(dtype)
@@ -302,7 +296,7 @@ def _map_head(
 def _scale(tensors: Tensors, exponent: int, *names: str) -> None:
     for name in names:
         if name in tensors:
-            tensors[name] *= 2.0**exponent
+            tensors[name] = tensors[name] * 2.0**exponent
 
 
 def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | None) -> None:
@@ -379,7 +373,7 @@ def _fold_norm(tensors: Tensors, norm: str, consumers: list[str]) -> None:
     tensors[norm] = weight / power
     if not exact.all():
         for name in consumers:
-            tensors[name] *= power.to(tensors[name].dtype)
+            tensors[name] = tensors[name] * power.to(tensors[name].dtype)
 
 
 def _balance_qk_norms(layer: Tensors) -> None:
