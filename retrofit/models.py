@@ -1,9 +1,12 @@
-"""Open a model, whatever it is: a base, a run of ours, an adapter, or a merged checkpoint."""
+"""Open a model, whatever it is: a base, a run of ours, an adapter, a merged checkpoint, or a model
+that was published with gates."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
@@ -17,11 +20,12 @@ from transformers import (
 )
 
 from retrofit.errors import UserError
+from retrofit.export.gated_attention import unpack
 from retrofit.export.source import check_ungated
 from retrofit.files import read_json
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
-from retrofit.recipe import Dtype, Model, load_recipe
+from retrofit.recipe import Dtype, Model, Quantization, load_recipe
 
 
 def load_base(spec: Model) -> PreTrainedModel:
@@ -81,7 +85,10 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: str, dtype: Dtype = "auto", trust_remote_code: bool = False
+    source: str,
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Open anything `retrofit measure` can be pointed at.
 
@@ -89,6 +96,7 @@ def load_model(
         source: a run folder, an adapter folder, a checkpoint folder or a hub id.
         dtype: of the base weights; `auto` keeps a run's, or the stored one.
         trust_remote_code: run the code that a checkpoint brings.
+        quantization: hold the base weights in this form instead of the one that a run names.
 
     Raises:
         UserError: if there is nothing there, or the adapter does not fit its base.
@@ -98,11 +106,20 @@ def load_model(
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
             raise UserError(f"{source} is an unfinished run; finish it with --resume")
-        spec = Model(base=source, dtype=dtype, trust_remote_code=trust_remote_code)
+        spec = Model(
+            base=source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            quantization=quantization,
+        )
+        if _is_published(load_config(spec)):
+            return _load_published(spec)
         return load_base(spec), load_tokenizer(spec)
     spec = _base_of(folder, adapter)
     if dtype != "auto":
         spec = spec.model_copy(update={"dtype": dtype})
+    if quantization:
+        spec = spec.model_copy(update={"quantization": quantization})
     base = load_base(spec)
     _check_base(base, folder, spec)
     return load_adapter(base, adapter).eval(), load_tokenizer(spec)
@@ -129,6 +146,43 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
             f"the adapter in {adapter} does not fit its base: {min(wrong)} is in one alone"
         )
     return model
+
+
+def _is_published(config: PreTrainedConfig) -> bool:
+    """Whether it has the gates of qiuzh20/gated_attention, which transformers would leave out."""
+    return any(
+        getattr(config, f"{kind}_attn_output_gate", False) for kind in ("headwise", "elementwise")
+    )
+
+
+def _load_published(spec: Model) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Its base and its gates, taken apart on disk for as long as it takes to open them, so that
+    none of the code it brings is run."""
+    # What is still mapped into memory stays readable once the files have lost their names, except
+    # where a system refuses to remove them.
+    with TemporaryDirectory(prefix="retrofit-", ignore_cleanup_errors=True) as temporary:
+        apart = Path(temporary) / "apart"
+        unpack(_folder_of(spec), apart)
+        stock = {"base": str(apart / "base"), "revision": None, "trust_remote_code": False}
+        spec = spec.model_copy(update=stock)
+        return load_adapter(load_base(spec), apart / "adapter").eval(), load_tokenizer(spec)
+
+
+def _folder_of(spec: Model) -> Path:
+    """The checkpoint on this machine; a hub id is downloaded."""
+    folder = Path(_expand(spec.base))
+    if folder.is_dir():
+        return folder
+    try:
+        snapshot = snapshot_download(
+            spec.base,
+            revision=spec.revision,
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"],
+            ignore_patterns=["*/*"],  # other models of the same repository
+        )
+    except (OSError, ValueError) as error:
+        raise _not_found(spec.base, error) from None
+    return Path(snapshot)
 
 
 def _base_of(folder: Path, adapter: Path) -> Model:

@@ -28,7 +28,7 @@ from retrofit.metrics import (
 # transformers refuses a name with "sdpa" in it to the models that SDPA would get wrong.
 _IMPLEMENTATION = "sdpa_probe"
 # Stock attention whose `q_proj` packs `[q ; gate]` for each head.
-_PACKED_GATES = ("Qwen3_5Attention", "Qwen3NextAttention")
+_PACKED_GATES = ("Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen3NextAttention")
 
 AttentionWatcher = Callable[
     [nn.Module, torch.Tensor, torch.Tensor, float, torch.Tensor | None], None
@@ -122,6 +122,17 @@ def attention_watched(model: PreTrainedModel, watch: AttentionWatcher) -> Iterat
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
 
+    with attention_replaced(model, attention):
+        yield
+
+
+@contextmanager
+def attention_replaced(model: PreTrainedModel, attention: Callable) -> Iterator[None]:
+    """Run the model with `attention`, which is called as those of `ALL_ATTENTION_FUNCTIONS` are.
+
+    Raises:
+        UserError: if the model does not go through transformers' attention interface.
+    """
     before = model.config._attn_implementation
     # Without its own mask function an implementation gets no mask at all, and no error.
     ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, attention)

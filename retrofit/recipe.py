@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from retrofit.errors import UserError
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Quantization = Literal["nf4", "fp4", "int8"]
 
 
 class _Section(BaseModel):
@@ -26,7 +27,7 @@ class Model(_Section):
     base: str  # a folder, or a hub id
     revision: str | None = None
     dtype: Dtype = "auto"  # auto: as stored
-    quantization: Literal["nf4", "fp4", "int8"] | None = None  # bitsandbytes; the merge uses none
+    quantization: Quantization | None = None  # bitsandbytes; the merge uses none
     attn_implementation: str | None = None  # sdpa where the model has it
     trust_remote_code: bool = False
 

@@ -26,30 +26,79 @@ def main(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the base weights.")
     ] = "auto",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Perplexity with a cache that evicts.")
+    ] = False,
+    quantization: Annotated[
+        bool, typer.Option("--quantization", help="Perplexity in 8 and 4 bits.")
+    ] = False,
+    long_context: Annotated[
+        bool, typer.Option("--long-context", help="Retrieval and perplexity by length, with YaRN.")
+    ] = False,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="What zeroing the least used heads costs.")
+    ] = False,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Speed and memory beside the base's.")
+    ] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="Attention maps and generations.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All six of them.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="PART.OPTION=VALUE, such as long_context.lengths=[2048,4096]"),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page for the browser here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings.")
     ] = False,
 ) -> None:
-    """Measure sinks, activations, gates, perplexity and KL of several models side by side."""
-    for path in (json, plot):
+    """Measure sinks, activations, gates, perplexity and KL of several models side by side, and what
+    that is good for.
+
+    What is done is kept beside the JSON file or the report until all of it is: after an
+    interruption the same command goes on.
+    """
+    for path in (json, report, plot):
         if path and not path.absolute().parent.is_dir():
             raise UserError(f"no folder to write {path} in")
     prepare_process(keep_freed_memory=True)
     from rich.console import Console
 
     from retrofit.measure import measure
+    from retrofit.measure.parts import chosen_parts
     from retrofit.models import load_model
     from retrofit.report import plot as draw
-    from retrofit.report import table
+    from retrofit.report import table, write_report
 
-    load = partial(load_model, trust_remote_code=trust_remote_code)
-    text = text.expanduser()
-    result = measure(models, text, length=length, windows=windows, dtype=dtype, load=load)
+    asked = {
+        "streaming": streaming,
+        "quantization": quantization,
+        "long_context": long_context,
+        "heads": heads,
+        "cost": cost,
+        "examples": examples,
+    }
+    names = [name for name, wanted in asked.items() if wanted or everything]
+    kept = json or report
+    result = measure(
+        models,
+        text.expanduser(),
+        length=length,
+        windows=windows,
+        dtype=dtype,
+        parts=chosen_parts(names, settings or ()),
+        load=partial(load_model, trust_remote_code=trust_remote_code),
+        resume=kept and kept.with_name(f".{kept.name}.parts"),
+    )
     Console().print(table(result))
     if json:
         write_json(json, result)
+    if report:
+        write_report(result, report)
     if plot:
         draw(result, plot)
 

@@ -61,54 +61,52 @@ def measure(
         models and its settings to the settings, under its name.
 
     Raises:
-        UserError: if the text is missing, empty or too short, the length is too short for the
-            metrics or too long for a model, tokenizers differ, or outputs are not finite.
+        UserError: if a model is named twice, the text is missing, empty or too short, the length is
+            too short for the metrics or too long for a model, tokenizers differ, or outputs are not
+            finite.
     """
     if length < NEAR + TAIL:
         raise UserError(f"length must be at least {NEAR + TAIL} tokens, not {length}")
+    if len(set(sources)) < len(sources):
+        raise UserError(f"{max(sources, key=sources.count)} is named twice")
     documents = read_documents(text)
     asked = {
-        "sources": list(sources),
         "text": text.name,
         "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
         "length": length,
         "windows": windows,
         "asked_dtype": dtype,
-        **{part.name: asdict(part) for part in parts},  # type: ignore[call-overload]
         "versions": {name: version(name) for name in ("torch", "transformers", "gate-retrofit")},
     }
-    done = Done(resume, asked | {"states": [_state(source) for source in sources]})
+    plan = _Plan(sources, parts, Done(resume, asked))
     base: PredictionStatistics | None = None
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        for name, source in zip(names(sources), sources, strict=True):
-            todo = _todo(name, names(sources), parts, done)
-            if not todo:
+        for name, source in plan.named.items():
+            if not (todo := plan.todo(name)):
                 continue
-            settings = done.get("settings") or {}
-            held = settings.get("dtype", dtype)
+            held = plan.settings.get("dtype", dtype)
             model, tokenizer = load(source, held)
-            subject = Subject(
-                name, source, model, tokenizer, documents, partial(load, source, held)
-            )
+            opener, of_base = (partial(load, each, held) for each in (source, sources[0]))
+            compared = None if source == sources[0] else of_base
+            subject = Subject(name, source, model, tokenizer, documents, opener, compared)
             _check_positions(subject, length)
             input_ids = cut_windows(documents, tokenizer, length, windows)
-            _check_same_tokens(subject, input_ids, settings, names(sources)[0])
-            if not settings:
-                done.put("settings", _settings(asked, subject, input_ids))
+            _check_same_tokens(subject, input_ids, plan)
+            if not plan.settings:
+                plan.settings = _settings(asked, subject, input_ids)
+            track = _track(bar, name)
             if _SINKS in todo:
-                track = _track(bar, name)
                 found, predictions = measure_sinks(subject, input_ids, batch_size, base, track)
-                done.put(f"{name}.{_SINKS}", found)
+                plan.put(name, _SINKS, found)
                 base = base or predictions
                 del predictions
             for part in parts:
                 if part.name in todo:
-                    found = part.measure(subject, _track(bar, name))
-                    done.put(f"{name}.{part.name}", {part.name: found})
+                    plan.put(name, part.name, {part.name: part.measure(subject, track)})
             del model, subject  # before the next one is loaded
             gc.collect()
-    result = _result(names(sources), parts, done)
-    done.forget()
+    result = plan.result()
+    plan.done.forget()
     return result
 
 
@@ -122,50 +120,80 @@ def names(sources: Sequence[str]) -> list[str]:
 
 
 class Done:
-    """Figures that were measured already, by name: in memory, and in a folder where one is given.
+    """Figures that were measured already: in memory, and in a folder where one is given.
 
     Args:
         folder: where they are kept for another try.
-        identity: what they depend on; a folder with figures of something else is emptied.
+        identity: what all of them depend on. Those of something else are not found.
     """
 
     def __init__(self, folder: Path | None, identity: dict[str, Any]):
-        self._folder = folder
+        self._folder, self._identity = folder, identity
         self._figures: dict[str, Any] = {}
-        if folder is None:
-            return
-        identity = json.loads(json.dumps(identity))
-        if folder.is_dir():
-            kept = {path.stem: read_json(path) for path in folder.glob("*.json")}
-            if kept.pop("identity", None) == identity:
-                self._figures = {figures["name"]: figures["value"] for figures in kept.values()}
-                return
-        self.forget()
-        folder.mkdir(parents=True)
-        write_json(folder / "identity.json", identity)
+        if folder and folder.is_dir():
+            self._figures = {path.stem: read_json(path) for path in folder.glob("*.json")}
 
-    def get(self, name: str) -> Any:
-        return self._figures.get(name)
+    def get(self, *key: Any) -> Any:
+        return self._figures.get(self._file(key))
 
-    def put(self, name: str, value: Any) -> None:
+    def put(self, value: Any, *key: Any) -> None:
         # A round through JSON, so that what is returned does not depend on whether it was kept.
-        self._figures[name] = json.loads(json.dumps(value))
+        self._figures[self._file(key)] = json.loads(json.dumps(value))
         if self._folder:
-            file = hashlib.sha256(name.encode()).hexdigest()[:16]  # names may be paths
-            write_json(self._folder / f"{file}.json", {"name": name, "value": value})
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._folder / f"{self._file(key)}.json", value)
 
     def forget(self) -> None:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _file(self, key: tuple) -> str:
+        return hashlib.sha256(json.dumps([self._identity, *key]).encode()).hexdigest()[:16]
 
-def _todo(name: str, everybody: list[str], parts: Sequence[Part], done: Done) -> set[str]:
-    """What is missing of one model. What others are compared with is measured again for them."""
-    missing = {part.name for part in parts if done.get(f"{name}.{part.name}") is None}
-    waiting = everybody if name == everybody[0] else [name]
-    if any(done.get(f"{each}.{_SINKS}") is None for each in waiting):
-        missing.add(_SINKS)
-    return missing
+
+class _Plan:
+    """What is measured of whom, and what of it is done."""
+
+    def __init__(self, sources: Sequence[str], parts: Sequence[Part], done: Done):
+        self.named = dict(zip(names(sources), sources, strict=True))
+        self.base = next(iter(self.named))
+        self.done = done
+        self._options = {part.name: asdict(part) for part in parts}  # type: ignore[call-overload]
+        # What is measured of a model depends on the base too, and on what their files are now.
+        self._states = {name: _state(source) for name, source in self.named.items()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.done.get(self._states[self.base]) or {}
+
+    @settings.setter
+    def settings(self, value: dict[str, Any]) -> None:
+        self.done.put(value, self._states[self.base])
+
+    def put(self, name: str, part: str, value: dict[str, Any]) -> None:
+        self.done.put(value, *self._key(name, part))
+
+    def todo(self, name: str) -> set[str]:
+        """What is missing of one model. What others are compared with is measured again for
+        them."""
+        missing = {part for part in self._options if self.done.get(*self._key(name, part)) is None}
+        waiting = self.named if name == self.base else [name]
+        if any(self.done.get(*self._key(each, _SINKS)) is None for each in waiting):
+            missing.add(_SINKS)
+        return missing
+
+    def result(self) -> dict[str, Any]:
+        models = []
+        for name in self.named:
+            parts = [self.done.get(*self._key(name, part)) for part in (_SINKS, *self._options)]
+            models.append(
+                {"name": name} | {key: value for part in parts for key, value in part.items()}
+            )
+        sources = {"sources": list(self.named.values())}
+        return {"models": models, "settings": sources | self.settings | self._options}
+
+    def _key(self, name: str, part: str) -> tuple:
+        return name, part, self._options.get(part), self._states[self.base], self._states[name]
 
 
 def _state(source: str) -> list:
@@ -178,27 +206,15 @@ def _track(bar: Progress, name: str) -> Track:
     return lambda sequence, doing: bar.track(sequence, description=f"{name}: {doing}")
 
 
-def _result(everybody: list[str], parts: Sequence[Part], done: Done) -> dict[str, Any]:
-    models = []
-    for name in everybody:
-        model = {"name": name}
-        for key in (_SINKS, *(part.name for part in parts)):
-            model |= done.get(f"{name}.{key}")
-        models.append(model)
-    return {"models": models, "settings": done.get("settings")}
-
-
 def _check_positions(subject: Subject, length: int) -> None:
     limit = getattr(subject.inner.config, "max_position_embeddings", length)
     if length > limit:
         raise UserError(f"{subject.name} has {limit} positions, fewer than the length of {length}")
 
 
-def _check_same_tokens(
-    subject: Subject, input_ids: torch.Tensor, settings: dict, base: str
-) -> None:
-    if settings and settings["tokens_sha256"] != _sha256(input_ids):
-        raise UserError(f"{subject.name} and {base} tokenize the text differently")
+def _check_same_tokens(subject: Subject, input_ids: torch.Tensor, plan: _Plan) -> None:
+    if plan.settings and plan.settings["tokens_sha256"] != _sha256(input_ids):
+        raise UserError(f"{subject.name} and {plan.base} tokenize the text differently")
 
 
 def _settings(asked: dict, subject: Subject, input_ids: torch.Tensor) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from retrofit.errors import UserError
-from retrofit.measure.subject import Subject, Track
+from retrofit.measure.predictions import predict
+from retrofit.measure.subject import Subject, Track, unwrapped
 from retrofit.metrics import PredictionStatistics
 from retrofit.probe import LayerStatistics, probe
 
@@ -39,7 +40,6 @@ def measure_sinks(
     }, predictions
 
 
-@torch.inference_mode()
 def read_model(
     model: PreTrainedModel | PeftModel,
     batches: Iterable[torch.Tensor],
@@ -47,13 +47,8 @@ def read_model(
 ) -> tuple[list[LayerStatistics], PredictionStatistics]:
     """Run a model over batches of windows `[batch, T]`, and gather what each layer shows and what
     the model predicts."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    predictions = PredictionStatistics(inner.get_output_embeddings(), base)
-    with probe(inner.eval()) as layers:
-        for batch in batches:
-            input_ids = batch.to(inner.device)
-            output = inner.get_decoder()(input_ids, use_cache=False)
-            predictions.add(output.last_hidden_state, input_ids)
+    with probe(unwrapped(model).eval()) as layers:
+        predictions = predict(model, batches, base)
     return layers, predictions
 
 

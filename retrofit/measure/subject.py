@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 from peft import PeftModel
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
+Count = Annotated[int, Field(gt=0)]
+Opener = Callable[..., tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]
 
 
 class Track(Protocol):
@@ -27,6 +30,7 @@ class Subject:
         model: in eval mode, perhaps a PEFT model.
         documents: the text.
         reload: opens the same source again in another form: `reload(quantization="nf4")`.
+        open_base: opens the model that this one is compared with; `None` if this is it.
     """
 
     name: str
@@ -34,7 +38,8 @@ class Subject:
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     documents: Sequence[str]
-    reload: Callable[..., tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]
+    reload: Opener
+    open_base: Opener | None = None
 
     @property
     def inner(self) -> Any:

@@ -1,0 +1,110 @@
+"""What a model costs to run beside its base: time and memory of prefill and decoding, as ratios."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from transformers import DynamicCache
+
+from retrofit.measure.subject import Count, Subject, Track, unwrapped
+from retrofit.measure.texts import cut_windows
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    Attributes:
+        prompt: tokens of the prefill.
+        new_tokens: decoded one by one after it.
+        repeats: of both, in turn with the base's.
+    """
+
+    prompt: Annotated[int, Field(ge=128)] = 1024
+    new_tokens: Count = 32
+    repeats: Annotated[int, Field(gt=1)] = 5
+    name = "cost"
+
+    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+        """This model's seconds over the base's, by pairs of runs one after the other: median and
+        the quarter on either side, with both models in memory. Bytes of all weights, and those
+        that a token takes in the cache.
+        """
+        input_ids = cut_windows(subject.documents, subject.tokenizer, self.prompt, 1)
+        models = [subject.inner]
+        if subject.open_base:
+            models.append(unwrapped(subject.open_base()[0]))
+        seconds: list[list[tuple[float, float]]] = [[] for _ in models]
+        for model in models:
+            self._seconds(model, input_ids)  # what only the first run costs
+        for _ in track(range(self.repeats), "speed"):
+            for model, runs in zip(models, seconds, strict=True):
+                runs.append(self._seconds(model, input_ids))
+        prefill, decode = zip(*seconds[0], strict=True)
+        figures = {
+            "prefill_tokens_per_second": self.prompt / statistics.median(prefill),
+            "decode_tokens_per_second": self.new_tokens / statistics.median(decode),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in subject.inner.parameters()),
+            "cache_bytes_per_token": _cache_bytes(subject.inner, input_ids),
+        }
+        if len(models) == 2:
+            pairs = list(zip(*seconds, strict=True))
+            figures["prefill_ratio"] = _spread([own[0] / base[0] for own, base in pairs])
+            figures["decode_ratio"] = _spread([own[1] / base[1] for own, base in pairs])
+        del models
+        gc.collect()
+        return figures
+
+    @torch.inference_mode()
+    def _seconds(self, model: Any, input_ids: torch.Tensor) -> tuple[float, float]:
+        """Of the prefill, and of decoding after it."""
+        input_ids = input_ids.to(model.device)
+        cache = DynamicCache(config=model.config)
+        prefill = _timed(lambda: _next_token(model, input_ids, cache))
+        token = input_ids[:, -1:]
+
+        def decode() -> None:
+            for _ in range(self.new_tokens):
+                _next_token(model, token, cache)
+
+        return prefill, _timed(decode)
+
+
+def _next_token(model: Any, input_ids: torch.Tensor, cache: DynamicCache) -> None:
+    """One pass, with the logits of the last position alone, as `generate` makes it."""
+    model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _timed(work: Callable[[], None]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def _cache_bytes(model: Any, input_ids: torch.Tensor) -> int:
+    """Those that one more token adds to the keys and values of all layers."""
+    cache = DynamicCache(config=model.config)
+    sizes = []
+    for tokens in (input_ids[:, :64], input_ids[:, 64:128]):
+        _next_token(model, tokens.to(model.device), cache)
+        held = [t for layer in cache.layers for t in (getattr(layer, "keys", None),
+                getattr(layer, "values", None)) if t is not None]  # fmt: skip
+        sizes.append(sum(tensor.nbytes for tensor in held))
+    return (sizes[1] - sizes[0]) // 64
+
+
+def _spread(ratios: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"value": middle, "low": low, "high": high}

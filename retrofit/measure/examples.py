@@ -1,0 +1,84 @@
+"""A look at a model: where four of its layers attend, and how it goes on from a few prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from retrofit.measure.subject import Count, Subject, Track
+from retrofit.measure.texts import cut_windows
+from retrofit.probe import attention_watched
+
+_LAYERS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Examples:
+    """
+    Attributes:
+        tokens: of the attention maps: the first of the text, few enough to be seen.
+        prompt: tokens of a prompt, the first of a window.
+        prompts: how many.
+        new_tokens: of a greedy continuation.
+    """
+
+    tokens: Count = 48
+    prompt: Count = 48
+    prompts: Count = 3
+    new_tokens: Count = 64
+    name = "examples"
+
+    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+        """Attention of four layers over the first tokens, mean over heads, `[queries, keys]`, as in
+        figure 2 of arXiv:2505.06708, and greedy text."""
+        model, tokenizer = subject.inner, subject.tokenizer
+        length = max(self.tokens, self.prompt)
+        input_ids = cut_windows(subject.documents, tokenizer, length, self.prompts)
+        shown = input_ids[0, : self.tokens]
+        generations = []
+        for row in track(input_ids[:, : self.prompt], "examples"):
+            with torch.inference_mode():
+                output = model.generate(
+                    row[None].to(model.device),
+                    attention_mask=torch.ones_like(row[None]).to(model.device),
+                    max_new_tokens=self.new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            text = tokenizer.decode(output[0, self.prompt :], skip_special_tokens=True)
+            generations.append({"prompt": tokenizer.decode(row), "text": text})
+        return {
+            "maps": attention_maps(model, shown),
+            "tokens": [tokenizer.decode([token]) for token in shown],
+            "generations": generations,
+        }
+
+
+@torch.inference_mode()
+def attention_maps(model: Any, input_ids: torch.Tensor) -> dict[str, list]:
+    """`softmax(q k^T)`, mean over heads, of four layers evenly apart among those with softmax
+    attention: `layers` and their `shares`, `[T, T]` each."""
+    seen: dict[int, torch.Tensor] = {}
+    constant = getattr(model.config, "retrofit_constant_heads", 0)
+
+    def watch(module, query_states, key_states, scaling, _mask):
+        if constant:
+            query_states, key_states = query_states[:, :-constant], key_states[:, :-1]
+        queries = query_states.float().unflatten(1, (key_states.shape[1], -1))
+        logits = queries @ key_states.float().unsqueeze(2).mT * scaling
+        future = torch.ones_like(logits[0, 0, 0], dtype=torch.bool).triu(1)
+        weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+        seen[module.layer_idx] = weights.mean((0, 1, 2)).cpu()
+
+    with attention_watched(model, watch):
+        model.get_decoder()(input_ids[None].to(model.device), use_cache=False)
+    layers = _spread(sorted(seen))
+    return {"layers": layers, "shares": [seen[layer].tolist() for layer in layers]}
+
+
+def _spread(layers: Sequence[int]) -> list[int]:
+    """The first, the last, and what lies evenly between."""
+    last = len(layers) - 1
+    places = {round(last * step / (_LAYERS_SHOWN - 1)) for step in range(_LAYERS_SHOWN)}
+    return [layers[place] for place in sorted(places)]

@@ -1,0 +1,242 @@
+"""Long context: RULER's tasks and perplexity by position, up to and beyond the trained length.
+
+Beyond it RoPE is stretched, as a user would stretch it: by YaRN (arXiv:2309.00071) or linearly
+(arXiv:2306.15595), computed by transformers, without any training. Models with gates at their
+attention are said to lose less then (arXiv:2505.06708, section 4.4).
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from retrofit.errors import UserError
+from retrofit.measure.predictions import predict
+from retrofit.measure.ruler import TASKS, Ruler, Sample, recall
+from retrofit.measure.subject import Count, Subject, Track
+from retrofit.measure.texts import cut_windows
+
+Scaling = Literal["yarn", "linear"]
+
+_SHORTEST = 256  # tokens; below, hardly a task has room for its question
+_BINS = 16
+
+
+@dataclass(frozen=True)
+class LongContext:
+    """
+    Attributes:
+        lengths: of prompts with their answers, and of windows of text, in tokens.
+        samples: of each task at each length.
+        tasks: of `retrofit.measure.ruler.TASKS`.
+        documents: windows of each length whose perplexity is taken, at most.
+        scaling: of RoPE beyond the trained length.
+        seed: of the tasks.
+    """
+
+    lengths: tuple[int, ...] = (4096, 8192, 16384)
+    samples: Count = 10
+    tasks: tuple[str, ...] = tuple(TASKS)
+    documents: Count = 2
+    scaling: Scaling = "yarn"
+    seed: int = 0
+    name = "long_context"
+
+    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+        """For each length: what RoPE it was read with, the mean recall of each task with its
+        standard error (`None` for one sample), and the perplexity in 16 equal ranges of positions,
+        with their centers.
+
+        Raises:
+            UserError: if a length is below 256 tokens, too short for a task, longer than the text,
+                or beyond the trained one of a model whose RoPE cannot be stretched.
+        """
+        self._check()
+        config = subject.inner.get_decoder().config
+        rope = {str(length): _label(config, length, self.scaling) for length in self.lengths}
+        windows = {
+            length: cut_windows(subject.documents, subject.tokenizer, length, self.documents)
+            for length in self.lengths
+        }
+        return {
+            "lengths": list(self.lengths),
+            "rope": rope,
+            "tasks": self._tasks(subject, track),
+            "perplexity": self._perplexity(subject.inner, windows, track),
+        }
+
+    def _check(self) -> None:
+        if unknown := set(self.tasks) - set(TASKS):
+            raise UserError(f"long context: no task {min(unknown)!r}; there are {', '.join(TASKS)}")
+        if not self.lengths or min(self.lengths) < _SHORTEST:
+            raise UserError(f"long context: lengths must be at least {_SHORTEST} tokens")
+        for several in (self.lengths, self.tasks):
+            if len(set(several)) < len(several):
+                raise UserError(f"long context: {', '.join(map(str, several))} must all differ")
+
+    def _tasks(self, subject: Subject, track: Track) -> dict[str, dict[str, Any]]:
+        ruler = Ruler(subject.tokenizer, subject.documents, self.seed)
+        wanted = [
+            (length, task, index)
+            for length in self.lengths
+            for task in self.tasks
+            for index in range(self.samples)
+        ]
+        # All prompts first: a length that does not fit shows before hours of reading.
+        made = [
+            (length, task, ruler.sample(task, length, index))
+            for length, task, index in track(wanted, "long context, prompts")
+        ]
+        scores: dict[tuple[str, int], list[float]] = {}
+        for length, task, sample in track(made, "long context, tasks"):
+            with rope_scaled(subject.inner, length, self.scaling):
+                text = answer(subject.inner, subject.tokenizer, sample)
+            scores.setdefault((task, length), []).append(recall(text, sample.answers))
+        return {
+            task: {str(length): _figures(scores[task, length]) for length in self.lengths}
+            for task in self.tasks
+        }
+
+    def _perplexity(
+        self, model: Any, windows: dict[int, torch.Tensor], track: Track
+    ) -> dict[str, Any]:
+        wanted = [(length, row) for length, rows in windows.items() for row in rows]
+        nll: dict[int, list[torch.Tensor]] = {}
+        for length, row in track(wanted, "long context, perplexity"):
+            with rope_scaled(model, length, self.scaling):
+                nll.setdefault(length, []).append(predict(model, [row[None]]).nll)
+        return {str(length): _by_position(torch.cat(found)) for length, found in nll.items()}
+
+
+@contextmanager
+def rope_scaled(model: PreTrainedModel, length: int, kind: Scaling) -> Iterator[None]:
+    """Let a model read `length` tokens: as it is up to the trained length, beyond it with RoPE
+    stretched by `length / trained`. Its config says so too, and both are put back afterwards.
+
+    Raises:
+        UserError: if the model's RoPE cannot be stretched.
+    """
+    decoder: Any = model.get_decoder()
+    config = decoder.config
+    if (scaled := _scaled(config, length, kind)) is None:
+        yield
+        return
+    before = {name: getattr(config, name) for name in scaled}
+    rotary = decoder.rotary_emb
+    try:
+        _update(config, scaled)
+        decoder.rotary_emb = type(rotary)(config).to(rotary.inv_freq.device)
+        yield
+    finally:
+        decoder.rotary_emb = rotary
+        _update(config, before)
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """The length that a model reads as it is. With YaRN in its config that is what it stretches to,
+    which not every config says in `max_position_embeddings`."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn":
+        return config.max_position_embeddings
+    stretched = int((rope.get("factor") or 1) * rope["original_max_position_embeddings"])
+    return max(config.max_position_embeddings, stretched)
+
+
+def _scaled(config: PreTrainedConfig, length: int, kind: Scaling) -> dict[str, Any] | None:
+    """What changes in a config for this length, or `None` if it reads it as it is."""
+    trained = positions_of(config)
+    if length <= trained:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "default":
+        raise UserError(
+            f"long context: {config.model_type} reads {trained} tokens, fewer than {length}, and "
+            f"{_obstacle(rope)}; ask for lengths up to {trained}"
+        )
+    scaled = {**rope, "rope_type": kind, "factor": length / trained}
+    if kind == "yarn":
+        scaled["original_max_position_embeddings"] = trained
+    return {"rope_parameters": scaled, "max_position_embeddings": length}
+
+
+def _obstacle(rope: dict[str, Any]) -> str:
+    if not rope:
+        return "it has no RoPE that could be stretched"
+    if kind := rope.get("rope_type"):
+        return f"its RoPE is stretched already ({kind})"
+    return "its kinds of layers have a RoPE each, which one factor cannot stretch"
+
+
+def _label(config: PreTrainedConfig, length: int, kind: Scaling) -> str:
+    if _scaled(config, length, kind):
+        return f"{kind} x{length / positions_of(config):g}"
+    own = (getattr(config, "rope_parameters", None) or {}).get("rope_type") or "default"
+    return "as trained" if own == "default" else f"as configured ({own})"
+
+
+def _update(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+class _AllFound(StoppingCriteria):
+    """Ends a text when it has every answer: the score cannot change any more."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, answers: Sequence[str]):
+        self._tokenizer, self._start, self._answers = tokenizer, start, answers
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        text = self._tokenizer.decode(input_ids[0, self._start :], skip_special_tokens=True)
+        found = recall(text, self._answers) == 1
+        return torch.full((len(input_ids),), found, device=input_ids.device)
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
+    """How a model goes on, greedily, until it ends or every answer is there. What its generation
+    config says of sampling or penalties does not count; its ends of text do."""
+    inputs = tokenizer(sample.prompt, return_tensors="pt", verbose=False).to(model.device)
+    start = inputs["input_ids"].shape[1]
+    output = model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        generation_config=GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_k=50,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=sample.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        stopping_criteria=StoppingCriteriaList([_AllFound(tokenizer, start, sample.answers)]),
+    )
+    return tokenizer.decode(output[0, start:], skip_special_tokens=True)
+
+
+def _figures(scores: list[float]) -> dict[str, Any]:
+    stderr = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
+    return {"score": statistics.fmean(scores), "stderr": stderr, "samples": len(scores)}
+
+
+def _by_position(nll: torch.Tensor) -> dict[str, Any]:
+    """Of `[windows, T - 1]`, where the first column is of the token at position 1."""
+    positions = torch.arange(1, nll.shape[1] + 1, dtype=torch.float64).tensor_split(_BINS)
+    bins = nll.mean(0).tensor_split(_BINS)
+    return {
+        "windows": len(nll),
+        "positions": [each.mean().item() for each in positions],
+        "perplexity": [each.mean().exp().item() for each in bins],
+    }

@@ -1,0 +1,63 @@
+"""The parts of a measurement by name, with the settings that a user gives them."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from retrofit.errors import UserError
+from retrofit.measure.cost import Cost
+from retrofit.measure.examples import Examples
+from retrofit.measure.heads import Heads
+from retrofit.measure.long_context import LongContext
+from retrofit.measure.quantization import Quantization
+from retrofit.measure.streaming import Streaming
+from retrofit.measure.subject import Part
+
+PARTS: dict[str, Any] = {
+    part.name: part for part in (Streaming, Quantization, LongContext, Heads, Cost, Examples)
+}
+
+
+def chosen_parts(names: Sequence[str], settings: Sequence[str] = ()) -> list[Part]:
+    """These parts, with `PART.OPTION=VALUE` set, the values in YAML.
+
+    Raises:
+        UserError: if there is no such part or option, the part was not asked for, or the value is
+            of another type.
+    """
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for setting in settings:
+        part, option, value = _parsed(setting)
+        if part not in options:
+            raise UserError(f"--set {setting}: add --{part.replace('_', '-')}, or nothing uses it")
+        options[part][option] = value
+    return [_part(name, values) for name, values in options.items()]
+
+
+def _parsed(setting: str) -> tuple[str, str, Any]:
+    key, equals, text = setting.partition("=")
+    part, _, option = key.partition(".")
+    if not equals or not option:
+        raise UserError(f"--set {setting}: write PART.OPTION=VALUE, such as streaming.cache=256")
+    known = [f"{name}.{field.name}" for name, part in PARTS.items() for field in fields(part)]
+    if key not in known:
+        close = get_close_matches(key, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+        raise UserError(f"--set {setting}: no such option{hint}")
+    try:
+        return part, option, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {setting}: {text!r} is not a value") from None
+
+
+def _part(name: str, values: dict[str, Any]) -> Part:
+    try:
+        return TypeAdapter(PARTS[name]).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([name, *(str(place) for place in first["loc"])])
+        raise UserError(f"--set {where}: {first['msg'].lower()}") from None

@@ -1,0 +1,30 @@
+"""What a model predicts of a text, with whatever is done to the model meanwhile."""
+
+from collections.abc import Iterable
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from retrofit.measure.subject import unwrapped
+from retrofit.metrics import PredictionStatistics
+
+
+@torch.inference_mode()
+def predict(
+    model: PreTrainedModel | PeftModel,
+    batches: Iterable[torch.Tensor],
+    base: PredictionStatistics | None = None,
+) -> PredictionStatistics:
+    """Run a model over batches of windows `[batch, T]`.
+
+    Args:
+        base: predictions of the same batches, to tell the distance from.
+    """
+    inner = unwrapped(model)
+    predictions = PredictionStatistics(inner.get_output_embeddings(), base)
+    for batch in batches:
+        input_ids = batch.to(inner.device)
+        output = inner.get_decoder()(input_ids, use_cache=False)
+        predictions.add(output.last_hidden_state, input_ids)
+    return predictions
