@@ -21,7 +21,7 @@ from transformers import (
 
 from retrofit.errors import UserError
 from retrofit.export.gated_attention import unpack
-from retrofit.export.source import check_ungated
+from retrofit.export.source import check_ungated, has_published_gates
 from retrofit.files import read_json
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
@@ -112,7 +112,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             quantization=quantization,
         )
-        if _is_published(load_config(spec)):
+        if has_published_gates(load_config(spec)):
             return _load_published(spec)
         return load_base(spec), load_tokenizer(spec)
     spec = _base_of(folder, adapter)
@@ -146,13 +146,6 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
             f"the adapter in {adapter} does not fit its base: {min(wrong)} is in one alone"
         )
     return model
-
-
-def _is_published(config: PreTrainedConfig) -> bool:
-    """Whether it has the gates of qiuzh20/gated_attention, which transformers would leave out."""
-    return any(
-        getattr(config, f"{kind}_attn_output_gate", False) for kind in ("headwise", "elementwise")
-    )
 
 
 def _load_published(spec: Model) -> tuple[PeftModel, PreTrainedTokenizerBase]:

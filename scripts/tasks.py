@@ -2,48 +2,38 @@
 
     python scripts/tasks.py BASE [RUN|CHECKPOINT ...] [--tasks piqa lambada] [--limit 500]
 
-HellaSwag, ARC-Easy and PIQA: the answer is the choice of the highest log-likelihood a character,
-lm-evaluation-harness's `acc_norm`. LAMBADA: greedy decoding has to write the last word. The
-difference to the base is taken document by document: how hard the documents are, which is most of
-the error of an accuracy, is not in its standard error.
-
-Texts are cut into tokens and scored as in lm-evaluation-harness 0.4.13. The package itself would
-bring forty others, one of which refuses the python-dateutil of our constraints.
+lm-evaluation-harness asks and scores, on documents that are read from this machine. HellaSwag,
+ARC-Easy and PIQA: its `acc_norm`, the answer is the choice of the highest log-likelihood a
+character. LAMBADA: greedy decoding has to write the last word. The difference to the base is taken
+document by document: how hard the documents are, which is most of the error of an accuracy, is not
+in its standard error.
 """
 
 import argparse
 import gc
-import json
+import importlib.util
+import logging
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-from peft import PeftModel
-from rich.console import Console
-from rich.progress import Progress
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+import transformers
 
 import assets
 from retrofit.errors import UserError
 from retrofit.files import write_json
 from retrofit.measure import names
-from retrofit.models import load_model
 from retrofit.process import prepare_process
 
 TASKS = ("hellaswag", "arc_easy", "piqa", "lambada")
 SEED = 0
+PACKAGES = ("torch", "transformers", "lm-eval", "gate-retrofit")
 
-Document = dict[str, Any]  # as `assets.questions` gives them: context, choices, gold
 Outcomes = dict[str, dict[str, list[float]]]  # task, then metric, then one figure a document
 
 
@@ -60,8 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_process(keep_freed_memory=True)
     try:
         check(options)
-        documents = {task: sample(task, options.limit) for task in options.tasks}
-        result = compare(options.models, documents, options.dtype, options.batch_size)
+        result = compare(
+            options.models, options.tasks, options.limit, options.dtype, options.batch_size
+        )
     except (UserError, assets.AssetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,19 +70,14 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--batch-size must be at least 1")
     if options.out and not options.out.absolute().parent.is_dir():
         raise UserError(f"no folder to write {options.out} in")
-
-
-def sample(task: str, limit: int) -> list[Document]:
-    """The first documents of a shuffle that is always the same."""
-    lines = (assets.ensure("tasks") / f"{task}.jsonl").read_text(encoding="utf-8").split("\n")
-    documents = [json.loads(line) for line in lines if line]
-    random.Random(SEED).shuffle(documents)
-    return documents[:limit]
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError('these need lm-evaluation-harness: pip install "gate-retrofit[tasks]"')
 
 
 def compare(
     sources: Sequence[str],
-    documents: dict[str, list[Document]],
+    tasks: Sequence[str],
+    limit: int,
     dtype: Any = "auto",
     batch_size: int = 16,
 ) -> dict[str, Any]:
@@ -100,102 +86,68 @@ def compare(
     Raises:
         UserError: if a model cannot be opened, or what it predicts is not finite.
     """
+    from retrofit.harness import RetrofitLM
+
     models: list[dict[str, Any]] = []
     base: Outcomes | None = None
-    total = sum(len(each["choices"]) for task in documents.values() for each in task)
-    with Progress(console=Console(stderr=True)) as bar:
-        for name, source in zip(names(sources), sources, strict=True):
-            model, tokenizer = load_model(source, dtype)
-            dtype = str(model.dtype).removeprefix("torch.")  # the base's serves for all
-            advance = partial(bar.advance, bar.add_task(name, total=total))
-            outcomes = {
-                task: answer(model, tokenizer, each, batch_size, advance)
-                for task, each in documents.items()
-            }
-            if not all(math.isfinite(sum(outcome["nats"])) for outcome in outcomes.values()):
-                raise UserError(f"the predictions of {name} are not finite in {dtype}")
-            models.append({"name": name, **summarize(outcomes, base)})
-            base = base or outcomes
-            del model  # before the next one is loaded
-            gc.collect()
+    documents = read(tasks)
+    samples = {task: sample(len(each.eval_docs), limit) for task, each in documents.items()}
+    for name, source in zip(names(sources), sources, strict=True):
+        print(name, file=sys.stderr)
+        lm = RetrofitLM(source, dtype, batch_size=batch_size)
+        dtype = str(lm.model.dtype).removeprefix("torch.")  # the base's serves for all
+        outcomes = answer(lm, documents, samples)
+        if not all(math.isfinite(sum(outcome["nats"])) for outcome in outcomes.values()):
+            raise UserError(f"the predictions of {name} are not finite in {dtype}")
+        models.append({"name": name, **summarize(outcomes, base)})
+        base = base or outcomes
+        del lm  # before the next one is loaded
+        gc.collect()
     settings = {
         "sources": list(sources),
-        "documents": {task: len(each) for task, each in documents.items()},
+        "documents": {task: len(each) for task, each in samples.items()},
         "seed": SEED,
         "dtype": dtype,
-        "versions": {name: version(name) for name in ("torch", "transformers", "gate-retrofit")},
+        "versions": {name: version(name) for name in PACKAGES},
     }
     return {"models": models, "settings": settings}
 
 
-def answer(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
-    batch_size: int,
-    advance: Callable[[int], None],
-) -> dict[str, list[float]]:
-    """For each document 1 if the model is right and 0 if not, and the nats of the true answer."""
-    requests = [
-        encode(tokenizer, document["context"], f" {choice}")
-        for document in documents
-        for choice in document["choices"]
+def read(tasks: Sequence[str]) -> dict[str, Any]:
+    """The tasks in lm-evaluation-harness's form, with their documents."""
+    from lm_eval.tasks import TaskManager
+
+    from retrofit.harness import choice_task, last_word_task
+
+    folder = assets.ensure("tasks")
+    configs = [
+        (last_word_task if task == "lambada" else choice_task)(task, folder / f"{task}.jsonl")
+        for task in tasks
     ]
-    scores = iter(loglikelihoods(model, requests, batch_size, advance))
-    outcome: dict[str, list[float]] = {"accuracy": [], "nats": []}
-    for document in documents:
-        own = list(islice(scores, len(document["choices"])))
-        outcome["accuracy"].append(float(is_right(document, own)))
-        outcome["nats"].append(-own[document["gold"]][0])
-    return outcome
+    return TaskManager(include_defaults=False).load(configs)["tasks"]
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
-) -> tuple[list[int], int]:
-    """The tokens of both as one text, and how many of them are the context's."""
-    ids = tokenizer(context + continuation)["input_ids"]
-    return ids, len(tokenizer(context)["input_ids"])
+def sample(total: int, limit: int) -> list[int]:
+    """The numbers of the first documents of a shuffle that is always the same, in order."""
+    numbers = list(range(total))
+    random.Random(SEED).shuffle(numbers)
+    return sorted(numbers[:limit])
 
 
-@torch.inference_mode()
-def loglikelihoods(
-    model: PreTrainedModel | PeftModel,
-    requests: Sequence[tuple[list[int], int]],
-    batch_size: int,
-    advance: Callable[[int], None] = lambda done: None,
-) -> list[tuple[float, bool]]:
-    """For each request, from `encode`, the log-likelihood of the continuation in nats, and whether
-    greedy decoding writes it."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = inner.get_output_embeddings()
-    results: dict[int, tuple[float, bool]] = {}
-    # The longest first: texts of like length share a batch, and too large a batch fails at once.
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index][0]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        # Padding comes last, where causal attention keeps it from the text: any token will do.
-        rows = [torch.tensor(requests[index][0]) for index in batch]
-        input_ids = pad_sequence(rows, batch_first=True).to(inner.device)
-        hidden_states = inner.get_decoder()(input_ids, use_cache=False).last_hidden_state
-        for index, row, hidden in zip(batch, input_ids, hidden_states, strict=True):
-            ids, context = requests[index]
-            targets = row[context : len(ids)]
-            log_probs = head(hidden[context - 1 : len(ids) - 1]).float().log_softmax(-1)
-            chosen = log_probs.gather(-1, targets[:, None])
-            greedy = torch.equal(log_probs.argmax(-1), targets)
-            results[index] = chosen.sum().item(), greedy
-        advance(len(batch))
-    return [results[index] for index in range(len(requests))]
+def answer(lm: Any, tasks: dict[str, Any], samples: dict[str, list[int]]) -> Outcomes:
+    """For each document 1 if the model is right and 0 if not, and the nats of the true answer."""
+    from lm_eval import evaluate
 
-
-def is_right(document: Document, scores: Sequence[tuple[float, bool]]) -> bool:
-    """Whether the true choice wins, or, where there is but one, greedy decoding writes it."""
-    if len(scores) == 1:
-        return scores[0][1]
-    each = zip(scores, document["choices"], strict=True)
-    per_character = [score / len(choice) for (score, _), choice in each]
-    return per_character.index(max(per_character)) == document["gold"]
+    # Standard errors are ours: those of lm-evaluation-harness know of no pairs.
+    found = evaluate(lm=lm, task_dict={"tasks": tasks}, samples=samples, bootstrap_iters=0)
+    outcomes: Outcomes = {}
+    for task, documents in found["samples"].items():
+        documents = sorted(documents, key=lambda document: document["doc_id"])
+        outcomes[task] = {
+            "accuracy": [float(each.get("acc_norm", each["acc"])) for each in documents],
+            "nats": [-each["filtered_resps"][each["doc"]["gold"]][0] for each in documents],
+        }
+    return outcomes
 
 
 def summarize(outcomes: Outcomes, base: Outcomes | None) -> dict[str, Any]:
@@ -266,6 +218,7 @@ def perplexities(figures: Sequence[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     sys.exit(main())

@@ -14,8 +14,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from retrofit.errors import UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.merge import merge
-from retrofit.models import load_model
+from retrofit.models import load_base, load_model
 from retrofit.proof.verify import read_report, verify
+from retrofit.recipe import Model
 
 INPUT_IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -103,10 +104,10 @@ def test_a_run_in_the_published_layout_comes_back(
     assert "modeling_qwen3.py" in (tmp_path / "out/README.md").read_text()
 
 
-def test_what_transformers_would_read_without_its_gates_is_refused(tmp_path):
+def test_gates_are_not_trained_on_a_base_that_has_some(tmp_path):
     published(tmp_path / "published", "qwen3", "headwise")
     with pytest.raises(UserError, match="`retrofit unpack` makes a base and an adapter"):
-        load_model(str(tmp_path / "published"))
+        load_base(Model(base=str(tmp_path / "published")))
 
 
 def test_what_cannot_be_unpacked_says_why(tmp_path, tiny_base):

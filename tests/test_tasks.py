@@ -1,18 +1,27 @@
-"""`scripts/tasks.py`: its likelihoods, what counts as right, and its standard errors."""
+"""`scripts/tasks.py`, and our models in lm-evaluation-harness: likelihoods, what counts as right,
+and standard errors."""
 
 import json
 import math
+import random
+import subprocess
 import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from peft import get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from retrofit import GateConfig
+from retrofit import GateConfig, harness
+from retrofit.harness import RetrofitLM, choice_task
+from retrofit.models import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import assets
@@ -33,7 +42,9 @@ def sets(tmp_path, monkeypatch):
     for task, documents in {"piqa": questions, "lambada": words}.items():
         lines = "".join(json.dumps(document) + "\n" for document in documents)
         (tmp_path / "sets" / f"{task}.jsonl").write_text(lines)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(assets, "ensure", {"tasks": tmp_path / "sets"}.__getitem__)
+    return tmp_path / "sets"
 
 
 @pytest.fixture
@@ -48,55 +59,86 @@ def sources(tiny_base, tmp_path):
 
 
 @torch.no_grad()
-def naive(model, ids: list[int], context: int) -> tuple[float, bool]:
-    """One text by itself, from all its logits, a token at a time."""
+def naive(model, tokenizer, context: str, continuation: str) -> tuple[float, bool]:
+    """The log-likelihood in nats of one text by itself, from all its logits, a token at a time, and
+    whether greedy decoding writes it."""
+    ids = tokenizer(context + continuation)["input_ids"]
     log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    positions = range(context, len(ids))
+    positions = range(len(tokenizer(context)["input_ids"]), len(ids))
     total = sum(log_probs[at - 1, ids[at]].item() for at in positions)
     return total, all(log_probs[at - 1].argmax().item() == ids[at] for at in positions)
 
 
 @torch.no_grad()
-def continue_greedily(model, ids: list[int], count: int) -> list[int]:
-    for _ in range(count):
-        ids = [*ids, model(torch.tensor([ids])).logits[0, -1].argmax().item()]
-    return ids
+def written(model, tokenizer, context: str) -> str:
+    """The next character by greedy decoding, or an empty string where it is half a character."""
+    ids = torch.tensor([tokenizer(context)["input_ids"]])
+    token = model(ids).logits[0, -1].argmax().item()
+    character = tokenizer.decode([token])
+    return character if tokenizer(character)["input_ids"] == [token] else ""
 
 
-@pytest.mark.parametrize("gated", [False, True])
+def read_set(folder: Path, task: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("which", [0, 2])  # the base and the gated one
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_loglikelihoods_are_those_of_each_text_alone(gated, batch_size):
-    model = tiny_model("llama")
-    if gated:
-        model = get_peft_model(model, GateConfig(init_weights=False)).eval()
-    prompt = list(TEXT.encode())
-    written = continue_greedily(model, prompt[:9], 3)
-    requests = [(written, 9), ([*written[:-1], (written[-1] + 1) % 256], 9), (prompt[:2], 1)]
-    requests += [(prompt[: 12 + 5 * i], 4 + 3 * i) for i in range(8)]
-    done = []
-    scores = tasks.loglikelihoods(model, requests, batch_size, done.append)
-    assert [greedy for _, greedy in scores[:2]] == [True, False]
-    for score, request in zip(scores, requests, strict=True):
-        total, greedy = naive(model, *request)
+def test_loglikelihoods_are_those_of_each_text_alone(which, batch_size, sources):
+    model, tokenizer = load_model(sources[which])
+    # A blank between context and continuation belongs to the continuation.
+    prompts = [TEXT[: 12 + 5 * i].rstrip() for i in range(8)]
+    pairs = [(each, TEXT[len(each) : len(each) + 8]) for each in prompts]
+    prompts = [TEXT[i:] for i in range(30)]
+    pairs += [
+        (each, following) for each in prompts if (following := written(model, tokenizer, each))
+    ]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    lm = RetrofitLM(sources[which], batch_size=batch_size)
+    scores = lm.loglikelihood(requests, disable_tqdm=True)
+    assert {greedy for _, greedy in scores} == {True, False}
+    for score, pair in zip(scores, pairs, strict=True):
+        total, greedy = naive(model, tokenizer, *pair)
         assert score == (pytest.approx(total, abs=1e-3), greedy)
-    assert sum(done) == len(requests)
 
 
-def test_context_counts_the_token_that_the_tokenizer_prepends():
+def test_context_counts_the_token_that_the_tokenizer_prepends(tmp_path):
     tokenizer = tiny_tokenizer()
-    assert tasks.encode(tokenizer, "ab", " cd") == (tokenizer("ab cd")["input_ids"], 2)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 256)])
-    ids, context = tasks.encode(tokenizer, "ab", " cd")
-    assert ids[0] == 256 and context == 3
-    assert tokenizer.decode(ids[context:]) == " cd"
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm = RetrofitLM(str(tmp_path))
+    (score,) = lm.loglikelihood([Instance("loglikelihood", {}, ("ab", " cd"), 0)], True)
+    ids = [256, *tiny_tokenizer()("ab cd")["input_ids"]]
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    total = sum(log_probs[at - 1, ids[at]].item() for at in (3, 4, 5))
+    assert score[0] == pytest.approx(total, abs=1e-3)
 
 
-def test_choices_are_judged_by_the_character_and_a_last_word_by_greedy_decoding():
-    question = {"choices": ["ab", "abcdef"], "gold": 1}
-    assert tasks.is_right(question, [(-4.0, True), (-9.0, False)])  # 2.0 a character against 1.5
-    assert not tasks.is_right(question, [(-2.0, False), (-9.0, True)])
-    word = {"choices": ["sign"], "gold": 0}
-    assert tasks.is_right(word, [(-3.0, True)]) and not tasks.is_right(word, [(-0.1, False)])
+def test_choices_are_judged_by_the_character_and_a_last_word_by_greedy_decoding(sets, sources):
+    """Every document of both sets, from its own text."""
+    model, tokenizer = load_model(sources[2])
+    documents = tasks.read(["piqa", "lambada"])
+    outcomes = tasks.answer(
+        RetrofitLM(sources[2]), documents, {task: [*range(8)] for task in documents}
+    )
+    right, nats = [], []
+    for document in read_set(sets, "piqa"):
+        each = document["choices"]
+        scores = [naive(model, tokenizer, document["context"], f" {choice}")[0] for choice in each]
+        by_character = [score / len(choice) for score, choice in zip(scores, each, strict=True)]
+        right.append(float(by_character.index(max(by_character)) == document["gold"]))
+        nats.append(-scores[document["gold"]])
+    assert outcomes["piqa"]["accuracy"] == right and len(set(right)) == 2
+    assert outcomes["piqa"]["nats"] == pytest.approx(nats, abs=1e-3)
+    words = [
+        naive(model, tokenizer, document["context"], f" {document['choices'][0]}")
+        for document in read_set(sets, "lambada")
+    ]
+    assert outcomes["lambada"]["accuracy"] == [float(greedy) for _, greedy in words]
+    assert outcomes["lambada"]["nats"] == pytest.approx([-total for total, _ in words], abs=1e-3)
 
 
 def test_standard_errors_by_hand():
@@ -115,10 +157,13 @@ def test_standard_errors_by_hand():
 
 
 def test_documents_are_a_shuffle_and_a_larger_limit_only_adds_some(sets):
-    whole = tasks.sample("piqa", 100)
-    numbers = [document["context"] for document in whole]
-    assert sorted(numbers) == [f"Q{i}:" for i in range(8)] != numbers
-    assert tasks.sample("piqa", 3) == whole[:3]
+    documents = read_set(sets, "piqa")
+    random.Random(0).shuffle(documents)
+    (task,) = tasks.read(["piqa"]).values()
+    chosen = [task.eval_docs[number]["context"] for number in tasks.sample(8, 3)]
+    assert sorted(chosen) == sorted(document["context"] for document in documents[:3])
+    assert set(tasks.sample(8, 3)) < set(tasks.sample(8, 5)) < set(range(8))
+    assert tasks.sample(8, 100) == [*range(8)] == sorted(tasks.sample(8, 8))
 
 
 def test_models_side_by_side(sets, sources, tmp_path, capsys):
@@ -137,10 +182,11 @@ def test_models_side_by_side(sets, sources, tmp_path, capsys):
 
     base, identity, gated = json.loads(out.read_text())["models"]
     assert identity["tasks"]["piqa"]["accuracy"] == base["tasks"]["piqa"]["accuracy"]
-    model = AutoModelForCausalLM.from_pretrained(sources[0])
+    model, tokenizer = load_model(sources[0])
+    words = read_set(sets, "lambada")
     nats = [
-        -naive(model, *tasks.encode(tiny_tokenizer(), document["context"], " more"))[0]
-        for document in tasks.sample("lambada", 6)
+        -naive(model, tokenizer, words[number]["context"], " more")[0]
+        for number in tasks.sample(8, 6)
     ]
     assert base["tasks"]["lambada"]["nats"]["value"] == pytest.approx(sum(nats) / 6, abs=1e-3)
     assert float(rows[4][2]) == pytest.approx(math.exp(sum(nats) / 6), rel=1e-2)
@@ -164,3 +210,44 @@ def test_bad_input_is_one_line(sets, arguments, named, capsys):
     captured = capsys.readouterr()
     error = captured.err.strip().splitlines()[-1]
     assert error.startswith("error: ") and named in error and captured.out == ""
+
+
+@pytest.fixture
+def configs(sets, tmp_path):
+    """A folder for `--include_path`, with one task in it."""
+    (tmp_path / "configs").mkdir()
+    config = yaml.safe_dump(choice_task("eight", sets / "piqa.jsonl"))
+    (tmp_path / "configs" / "eight.yaml").write_text(config)
+    return tmp_path / "configs"
+
+
+def test_the_harness_knows_our_models_by_name(configs, sources, monkeypatch):
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)  # seconds
+    found = lm_eval.simple_evaluate(
+        model="retrofit",
+        model_args=f"pretrained={sources[2]},dtype=float32",
+        tasks=["eight"],
+        device="cuda:0",  # what it asks for by itself, there or not
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=configs, include_defaults=False),
+    )
+    whole = {"piqa": [*range(8)]}
+    ours = tasks.answer(RetrofitLM(sources[2]), tasks.read(["piqa"]), whole)["piqa"]
+    assert [sample["acc_norm"] for sample in found["samples"]["eight"]] == ours["accuracy"]
+    assert found["results"]["eight"]["acc_norm,none"] == sum(ours["accuracy"]) / 8
+
+
+def test_a_model_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(harness, "cli_evaluate", lambda: RetrofitLM("nowhere"))
+    assert harness.main() == 2
+    assert capsys.readouterr().err.startswith("error: no model at 'nowhere'")
+
+
+@pytest.mark.slow
+def test_the_command_line_of_the_harness(configs, sources, tmp_path):
+    command = [sys.executable, "-m", "retrofit.harness", "--model", "retrofit", "--tasks", "eight"]
+    command += ["--model_args", f"pretrained={sources[2]}", "--include_path", str(configs)]
+    command += ["--output_path", str(tmp_path / "out.json"), "--log_samples"]
+    subprocess.run(command, check=True, capture_output=True)
+    (samples,) = tmp_path.glob("samples_eight_*.jsonl")
+    assert len(samples.read_text().splitlines()) == 8

@@ -153,13 +153,18 @@ def _base_config(folder: Path, name: str, trained_on: str | None) -> PreTrainedC
     return config
 
 
+def has_published_gates(config: PreTrainedConfig) -> bool:
+    """Whether it has those of qiuzh20/gated_attention, which transformers would leave out."""
+    kinds = ("headwise_attn_output_gate", "elementwise_attn_output_gate")
+    return any(getattr(config, kind, False) for kind in kinds)
+
+
 def check_ungated(config: PreTrainedConfig, name: str) -> None:
     """
     Raises:
         UserError: if the model has gates already, in a layout that transformers takes for none.
     """
-    kinds = ("headwise_attn_output_gate", "elementwise_attn_output_gate")
-    if any(getattr(config, kind, False) for kind in kinds):
+    if has_published_gates(config):
         raise UserError(
             f"{name!r} has the gates of qiuzh20/gated_attention, which transformers would leave "
             "out; `retrofit unpack` makes a base and an adapter of it"

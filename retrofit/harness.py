@@ -1,0 +1,124 @@
+"""Our models in lm-evaluation-harness, under the name `retrofit`: bases, runs, adapters and merged
+checkpoints alike.
+
+    python -m retrofit.harness --model retrofit --model_args pretrained=RUN --tasks hellaswag
+
+takes the arguments of `lm_eval`. There is a name for a model in it once this module is imported,
+and no other way to give it one. Needs the extra `tasks`.
+"""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from retrofit.errors import UserError
+from retrofit.models import load_model
+from retrofit.process import prepare_process
+from retrofit.recipe import Dtype, Quantization
+
+
+@register_model("retrofit")
+class RetrofitLM(HFLM):
+    """What `load_model` opens, in one process, on its device.
+
+    Args:
+        pretrained: a run folder, an adapter folder, a checkpoint folder or a hub id.
+        dtype: of the base weights; `auto` keeps a run's, or the stored one.
+        trust_remote_code: run the code that a checkpoint brings.
+        quantization: hold the base weights in this form instead of the one that a run names.
+        device: where to compute; `None` is the GPU if there is one.
+        kwargs: as `HFLM`. Log-likelihoods are computed in float32 unless `softmax_dtype` says
+            otherwise.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: Dtype = "auto",
+        trust_remote_code: bool = False,
+        quantization: Quantization | None = None,
+        device: str | None = None,
+        **kwargs: Any,
+    ):
+        model, tokenizer = load_model(pretrained, dtype, trust_remote_code, quantization)
+        # lm_eval asks for the first GPU, there or not, where nobody names a device.
+        if device and (torch.cuda.is_available() or not device.startswith("cuda")):
+            with suppress(ValueError):  # quantized, and stays where it is
+                model.to(torch.device(device))
+        given = {"backend": "causal", "softmax_dtype": "float32"} | kwargs
+        super().__init__(model, tokenizer=tokenizer, **given)
+
+
+def choice_task(name: str, documents: Path) -> dict[str, Any]:
+    """A task in which one of several continuations is right, as HellaSwag, ARC and PIQA are there.
+
+    Args:
+        documents: a .jsonl file with `context`, `choices` and `gold`, the number of the right one,
+            in each line; a choice follows the context after one blank.
+
+    Returns:
+        A task's config, for `TaskManager.load` or, as YAML, for a folder of `--include_path`.
+    """
+    return _task(name, documents) | {
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [_mean_of("acc"), _mean_of("acc_norm")],
+    }
+
+
+def last_word_task(name: str, documents: Path) -> dict[str, Any]:
+    """A task in which a passage has to be completed by its last word, as LAMBADA is there.
+
+    Args:
+        documents: as for `choice_task`, with one choice.
+
+    Returns:
+        As `choice_task`.
+    """
+    perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+    return _task(name, documents) | {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{' ' + choices[0]}}",
+        "metric_list": [perplexity, _mean_of("acc")],
+    }
+
+
+def _task(name: str, documents: Path) -> dict[str, Any]:
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(documents)}},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "metadata": {"version": 1.0},
+    }
+
+
+def _mean_of(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+
+
+def main() -> int:
+    prepare_process(keep_freed_memory=True)
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
