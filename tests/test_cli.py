@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import yaml
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
-from retrofit import cli
+from retrofit import GateConfig, cli
+from retrofit.measure.parts import PARTS
 from retrofit.recipe import bundled_recipes
 
 COMMAND = [sys.executable, "-c", "from retrofit.cli import main; main()"]
@@ -93,6 +97,46 @@ def test_train_measure_merge_by_hand(recipe_file, tmp_path, tiny_base):
         )
 
 
+def test_all_is_measured_reported_and_compared(tmp_path, tiny_base, capsys, monkeypatch):
+    base = str(tiny_base("llama"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), GateConfig(init_weights=False)
+    )
+    model.save_pretrained(str(tmp_path / "adapter"))
+    text = tmp_path / "text.txt"
+    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 60)
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    settings = [
+        *("--set", "streaming.length=256", "--set", "streaming.cache=64"),
+        *("--set", "quantization.length=128", "--set", "quantization.windows=2"),
+        *("--set", "heads.length=192", "--set", "heads.windows=1"),
+        *("--set", "cost.prompt=128", "--set", "cost.new_tokens=2"),
+        *("--set", "long_context.lengths=[1024]", "--set", "long_context.samples=1"),
+        *("--set", "long_context.tasks=[niah_single]"),
+    ]
+    arguments = ["--length", "192", "--windows", "2", "--text", str(text), "--json", str(out)]
+    command = ["retrofit", "measure", base, str(tmp_path / "adapter"), *arguments]
+    monkeypatch.setattr(sys, "argv", [*command, "--report", str(page), "--all", *settings])
+    with suppress(SystemExit):
+        cli.main()
+    result = json.loads(out.read_text())
+    for model in result["models"]:
+        assert set(PARTS) < set(model)
+    assert result["settings"]["streaming"]["cache"] == 64
+    html = page.read_text()
+    assert html.startswith("<!doctype html>") and "adapter" in html
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter", "out.html", "out.json", "text.txt"
+    ]  # fmt: skip
+    again = tmp_path / "again.html"
+    monkeypatch.setattr(sys, "argv", ["retrofit", "compare", str(out), "--report", str(again)])
+    capsys.readouterr()
+    with suppress(SystemExit):
+        cli.main()
+    assert "perplexity" in capsys.readouterr().out
+    assert again.is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,6 +156,17 @@ def test_train_measure_merge_by_hand(recipe_file, tmp_path, tiny_base):
         (["merge", "{tmp}/gone", "--out", "{tmp}/merged"], "{tmp}/gone"),
         (["measure", "{base}", "--text", "{tmp}/gone.txt"], "no text file at"),
         (["measure", "{base}", "--text", "{recipe}", "--json", "/no/x.json"], "no folder to write"),
+        (
+            ["measure", "{base}", "--text", "{tmp}/text.jsonl", "--set", "heads.seed=1"],
+            "add --heads",
+        ),
+        (
+            [
+                *("measure", "{base}", "{tmp}/gone", "--text", "{tmp}/text.jsonl", "--length"),
+                *("4096", "--json", "{tmp}/out.json"),
+            ],
+            "positions, fewer than the length of 4096",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from retrofit import __version__
-from retrofit.cli import check, measure, merge, recipes, train, unpack, verify
+from retrofit.cli import check, compare, measure, merge, recipes, train, unpack, verify
 from retrofit.errors import CheckError, UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("train")(train.main)
 app.command("measure")(measure.main)
+app.command("compare")(compare.main)
 app.command("merge")(merge.main)
 app.command("verify")(verify.main)
 app.command("unpack")(unpack.main)

@@ -1,82 +1,58 @@
 """What `measure` found, as a table with a verdict under it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
-from retrofit.report.words import change, figure, title
+from retrofit.report.rows import rows
+from retrofit.report.verdict import CRITERIA, HEADLINE, verdict
+from retrofit.report.words import title
 
-_LABELS = {
-    "f_attn": "attention to the first token",
-    "peak_column_share": "peak column share",
-    "peak_column_position": "  at position",
-    "peak_share_per_head": "  of each head by itself",
-    "sink_ratio": "sink heads (share)",
-    "max_activation": "largest activation",
-    "max_activation_first_token": "  of the first token",
-    "max_activation_any_window": "  in any window",
-    "kurtosis": "kurtosis of activations",
-    "outlier_share": "  outliers (share past 6 std)",
-    "gate_score": "gate score",
-    "gate_below_0.1": "  share below 0.1",
-    "head_load_cv": "head-load CV",
-    "perplexity": "perplexity",
-    "perplexity_far": "  past the first 64 tokens",
-    "kl_to_base": "KL to the base (nats)",
-}
-_WITHOUT_CHANGE = ("peak_column_position", "gate_below_0.1", "kl_to_base")
-# What the verdict speaks of, and the relative change below which it says "unchanged".
-_VERDICT = {
-    "peak_column_share": ("sink", 0.05),
-    "max_activation": ("largest activation", 0.05),
-    "perplexity": ("perplexity", 0.01),
-}
+_ITEMS_SHOWN = 3  # of those that came out alike in one part; the report and the JSON have all
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Metrics as rows and models as columns, each with its change against the first model, and one
-    line for each further model that says what moved and what did not.
+    """Metrics as rows and models as columns, each with its change against the first model, and for
+    each further model a line that says what moved and what did not, and one for each other part of
+    the measurement.
 
     Args:
         result: from `measure`.
     """
     base, *others = result["models"]
-    verdicts = [_verdict(base["metrics"], model) for model in others]
-    if verdicts:
-        verdicts.append("unchanged: within 5%, perplexity within 1%")
+    lines = [line for model in others for line in _verdict(base, model)]
+    if lines:
+        lines.append(CRITERIA)
     grid = Table(
-        title=title(result["settings"]),
-        caption="\n".join(verdicts) or None,
+        title=escape(title(result["settings"])),
+        caption=escape("\n".join(lines)) or None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
     grid.add_column("metric", no_wrap=True)
     for model in result["models"]:
-        grid.add_column(model["name"], justify="right", overflow="fold")
-    for metric, label in _LABELS.items():
-        cells = [_compared(metric, base["metrics"], model["metrics"]) for model in others]
-        grid.add_row(label, figure(base["metrics"][metric]), *cells)
+        grid.add_column(escape(model["name"]), justify="right", overflow="fold")
+    for label, cells in rows(result["models"]):
+        grid.add_row(label, *cells)
     return grid
 
 
-def _compared(metric: str, base: dict, metrics: dict) -> str:
-    before, after = base[metric], metrics[metric]
-    if metric in _WITHOUT_CHANGE or not before or after is None:
-        return figure(after)
-    moved = change(after / before)
-    return figure(after) if moved[1:] == "0.0%" else f"{figure(after)} ({moved})"
+def _verdict(base: dict, model: dict) -> list[str]:
+    """`NAME: sink 0.332 -> 0.331 (unchanged); ...`, and below it what the other parts found."""
+    findings = verdict(base, model)
+    headline = [each for each in findings if each.subject in HEADLINE]
+    lines = [f"{model['name']}: {'; '.join(f'{each.subject} {each.text}' for each in headline)}"]
+    return lines + [
+        f"  {each.outcome}: {each.subject}: {_shortened(each.items)}"
+        for each in findings
+        if each.subject not in HEADLINE
+    ]
 
 
-def _verdict(base: dict, model: dict) -> str:
-    """`NAME: sink 0.332 -> 0.331 (unchanged), ...`."""
-    parts = []
-    for metric, (name, unchanged) in _VERDICT.items():
-        before, after = base[metric], model["metrics"][metric]
-        ratio = after / before
-        moved = "unchanged" if abs(ratio - 1) <= unchanged else change(ratio)
-        parts.append(f"{name} {figure(before)} -> {figure(after)} ({moved})")
-    position = model["metrics"]["peak_column_position"]
-    if position != base["peak_column_position"]:
-        parts[0] += f", now at position {position}"
-    return f"{model['name']}: {'; '.join(parts)}"
+def _shortened(items: Sequence[str]) -> str:
+    more = len(items) - _ITEMS_SHOWN
+    shown = items if more <= 0 else (*items[:_ITEMS_SHOWN], f"and {more} more")
+    return "; ".join(shown)

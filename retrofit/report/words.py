@@ -29,3 +29,11 @@ def figure(value: float | None) -> str:
     if abs(value) >= 1000:
         return f"{float(f'{value:.3g}'):,.0f}"
     return f"{value:#.3g}".removesuffix(".")
+
+
+def size(count: float) -> str:
+    """A number of bytes."""
+    for unit, bytes_each in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= bytes_each:
+            return f"{figure(count / bytes_each)} {unit}"
+    return f"{count:g} bytes"

@@ -1,0 +1,202 @@
+"""Results of several measurements as one, where they can be compared."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+
+from retrofit.errors import UserError
+from retrofit.files import read_json
+
+# What must be equal for two figures to be of the same thing.
+_TEXT = {
+    "text_sha256": "the text",
+    "length": "the tokens a window",
+    "windows": "the windows",
+    "tokens_sha256": "the tokens",
+}
+_SAME = 1e-5  # relative: the order of sums depends on the number of threads
+
+
+class _Metrics(BaseModel):
+    peak_column_share: FiniteFloat = Field(gt=0)
+    peak_column_position: int
+    max_activation: FiniteFloat = Field(gt=0)
+    perplexity: FiniteFloat = Field(gt=0)
+
+
+class _PerLayer(BaseModel):
+    max_activation: list[FiniteFloat | None]
+
+
+class _Model(BaseModel):
+    name: str
+    metrics: _Metrics
+    per_layer: _PerLayer
+    nll_by_window: list[FiniteFloat] = Field(min_length=1)
+
+
+class _Settings(BaseModel):
+    text: str
+    text_sha256: str
+    tokens_sha256: str
+    length: int
+    windows: int
+    first_token: str | None
+    dtype: str
+
+
+class _Result(BaseModel):
+    """What every reader of a result relies on; parts that were not measured are not there."""
+
+    models: list[_Model] = Field(min_length=1)
+    settings: _Settings
+
+
+def join(paths: Sequence[Path]) -> dict[str, Any]:
+    """The results of `retrofit measure --json` in these files as one: the first file's first model
+    is the base.
+
+    A base that several files share is there once, with the parts that any of them has. Of models
+    with another base, what was measured against that one is left out.
+
+    Raises:
+        UserError: if a file is not such a result or given twice, or the text or a part's settings
+            differ.
+    """
+    for place, path in enumerate(paths):
+        if path.resolve() in [each.resolve() for each in paths[:place]]:
+            raise UserError(f"{path} is given twice")
+    results = [_read(path) for path in paths]
+    for path, result in zip(paths[1:], results[1:], strict=True):
+        _check_text(paths[0], results[0]["settings"], path, result["settings"])
+    _check_parts(paths, [result["settings"] for result in results])
+    models: list[tuple[str, dict[str, Any]]] = []
+    bases: list[dict[str, Any]] = []
+    for label, result in zip(_labels(paths), results, strict=True):
+        base, *others = result["models"]
+        known = next((each for each in bases if _same(each, base)), None)
+        of_another = bool(bases) and known is not bases[0]
+        if known is None:
+            known = _without_base(base) if of_another else dict(base)
+            bases.append(known)
+            models.append((label, known))
+        else:
+            known |= {part: base[part] for part in base if part not in known}
+        models += [(label, _without_base(each) if of_another else each) for each in others]
+    settings = _together([result["settings"] for result in results])
+    return {"models": _named(models), "settings": settings}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = read_json(path)
+        found = _Result.model_validate(result)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON, or not all of it: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(place) for place in first["loc"]) or "the whole"
+        raise UserError(
+            f"{path} is not what this version of `retrofit measure --json` writes "
+            f"({where}: {first['msg'].lower()}); measure again"
+        ) from error
+    for model in found.models:
+        if len(model.nll_by_window) != found.settings.windows:
+            raise UserError(
+                f"{path} is damaged: {model.name} has {len(model.nll_by_window)} windows, and the "
+                f"settings say {found.settings.windows}"
+            )
+    return result
+
+
+def _check_text(first: Path, settings: dict, path: Path, others: dict) -> None:
+    for key, what in _TEXT.items():
+        if settings[key] != others[key]:
+            raise UserError(
+                f"{what} ({key}) differs, and figures cannot be compared: {settings[key]} in "
+                f"{first}, {others[key]} in {path}"
+            )
+
+
+def _check_parts(paths: Sequence[Path], settings: Sequence[dict[str, Any]]) -> None:
+    """Each part against the first file that has it."""
+    seen: dict[str, tuple[Path, dict]] = {}
+    for path, everything in zip(paths, settings, strict=True):
+        for part, own in everything.items():
+            if part == "versions" or not isinstance(own, dict):
+                continue
+            first, expected = seen.setdefault(part, (path, own))
+            for option in expected | own:
+                before, after = expected.get(option), own.get(option)
+                if before != after:
+                    raise UserError(
+                        f"{part} was measured differently: {option} is {before} in {first}, "
+                        f"{after} in {path}"
+                    )
+
+
+def _same(base: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two first models are one."""
+    before, after = base["metrics"], other["metrics"]
+    names = (before.keys() | after.keys()) - {"kl_to_base"}
+    return base["name"] == other["name"] and all(
+        _close(before.get(name), after.get(name)) for name in names
+    )
+
+
+def _close(before: float | None, after: float | None) -> bool:
+    if before is None or after is None:
+        return before is after
+    return math.isclose(before, after, rel_tol=_SAME, abs_tol=1e-9)
+
+
+def _without_base(model: dict[str, Any]) -> dict[str, Any]:
+    """Without what was measured against a base that is not this comparison's."""
+    model = model | {"metrics": model["metrics"] | {"kl_to_base": None}}
+    for part, endings in (("cost", "_ratio"), ("tasks", "_difference")):
+        if part in model:
+            model[part] = _pruned(model[part], endings)
+    return model
+
+
+def _pruned(figures: Any, ending: str) -> Any:
+    if not isinstance(figures, dict):
+        return figures
+    return {k: _pruned(v, ending) for k, v in figures.items() if not k.endswith(ending)}
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """What tells the files apart: the stem, or the path where stems are equal."""
+    stems = [path.stem for path in paths]
+    return [
+        path.stem if stems.count(path.stem) == 1 else str(path.with_suffix("")) for path in paths
+    ]
+
+
+def _named(models: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    names = [model["name"] for _, model in models]
+    return [
+        model if names.count(model["name"]) == 1 else model | {"name": f"{label}/{model['name']}"}
+        for label, model in models
+    ]
+
+
+def _together(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All settings; where they differ without harm, such as versions, each one of them."""
+    joined: dict[str, Any] = {}
+    for key in dict.fromkeys(key for each in settings for key in each):
+        values = [each[key] for each in settings if key in each]
+        if key == "sources":
+            joined[key] = list(dict.fromkeys(source for value in values for source in value))
+        elif key == "versions":
+            joined[key] = _together(values)
+        else:
+            different = [v for place, v in enumerate(values) if v not in values[:place]]
+            joined[key] = " or ".join(map(str, different)) if len(different) > 1 else values[0]
+    return joined

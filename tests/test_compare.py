@@ -1,0 +1,156 @@
+"""`retrofit compare`: what is joined, and what is refused."""
+
+import copy
+import json
+
+import pytest
+from results import synthetic_result
+from typer.testing import CliRunner
+
+from retrofit import cli
+from retrofit.errors import UserError
+from retrofit.report.join import join
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, result):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(result if isinstance(result, str) else json.dumps(result))
+        return path
+
+    return write
+
+
+def names(result):
+    return [model["name"] for model in result["models"]]
+
+
+def test_one_base_that_files_share_is_there_once(write):
+    first, second = synthetic_result("a"), synthetic_result("b")
+    del first["models"][0]["heads"]
+    result = join([write("A.json", first), write("B.json", second)])
+    assert names(result) == ["base", "a", "b"]
+    assert result["models"][2] == second["models"][1]
+    assert result["models"][0]["heads"] == second["models"][0]["heads"], "a part of either file"
+    assert result["settings"]["sources"] == ["base", "a", "b"]
+
+
+def test_a_base_is_the_same_up_to_rounding(write):
+    first, second = synthetic_result("a"), synthetic_result("b")
+    second["models"][0]["metrics"]["perplexity"] *= 1 + 1e-7
+    assert names(join([write("A.json", first), write("B.json", second)])) == ["base", "a", "b"]
+
+
+def test_another_base_under_the_same_name_is_told_apart(write):
+    first, second = synthetic_result("a"), synthetic_result("b")
+    second["models"][0]["metrics"]["perplexity"] *= 1.01
+    result = join([write("A.json", first), write("B.json", second)])
+    assert names(result) == ["A/base", "a", "B/base", "b"]
+    other, model = result["models"][2:]
+    assert other["metrics"]["kl_to_base"] is None and model["metrics"]["kl_to_base"] is None
+    assert "prefill_ratio" not in model["cost"] and "weight_bytes" in model["cost"]
+    assert set(model["tasks"]["hellaswag"]) == {"accuracy"}
+    assert result["models"][1] == first["models"][1], "what is the first base's stays"
+
+
+def test_models_of_one_name_have_the_file_in_front(write):
+    paths = [write("A.json", synthetic_result("gates")), write("B.json", synthetic_result("gates"))]
+    assert names(join(paths)) == ["base", "A/gates", "B/gates"]
+    paths = [write(f"{f}/measure.json", synthetic_result("gates")) for f in ("x", "y")]
+    assert names(join(paths)) == ["base", *(f"{path.with_suffix('')}/gates" for path in paths)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("text_sha256", "ef" * 32), ("tokens_sha256", "ef" * 32), ("length", 256), ("windows", 4)],
+)
+def test_another_text_is_refused_by_both_values(write, setting, value):
+    first, second = synthetic_result("a"), synthetic_result("b")
+    second["settings"][setting] = value
+    if setting == "windows":
+        for model in second["models"]:
+            model["nll_by_window"] = model["nll_by_window"][:value]
+    with pytest.raises(UserError) as error:
+        join([write("A.json", first), write("B.json", second)])
+    message = str(error.value)
+    assert f"({setting})" in message and "\n" not in message
+    assert f"{first['settings'][setting]} in " in message and f"{value} in " in message
+
+
+def test_a_part_measured_differently_is_refused(write):
+    first, second, third = (synthetic_result(name) for name in "abc")
+    del first["settings"]["streaming"]
+    third["settings"]["streaming"] = third["settings"]["streaming"] | {"cache": 256}
+    paths = [write(f"{f}.json", r) for f, r in zip("ABC", (first, second, third), strict=True)]
+    join(paths[:2])
+    with pytest.raises(UserError, match="streaming was measured differently: cache is 512 in .*B"):
+        join(paths)
+
+
+def test_versions_may_differ_and_are_told(write):
+    first, second = synthetic_result("a"), synthetic_result("b")
+    second["settings"]["versions"]["torch"] = "2.14.0"
+    second["settings"]["dtype"] = "bfloat16"
+    settings = join([write("A.json", first), write("B.json", second)])["settings"]
+    assert settings["versions"]["torch"] == "2.13.0 or 2.14.0"
+    assert settings["dtype"] == "float32 or bfloat16"
+
+
+def damaged(change):
+    result = synthetic_result("a")
+    change(result)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"models": [', "is not JSON"),
+        ("[1, 2]", "is not what this version of `retrofit measure --json` writes"),
+        ({"models": [], "settings": {}}, "is not what this version"),
+        ({"lm_eval": 1}, r"\(models: field required\)"),
+        (damaged(lambda r: r["models"][1].pop("nll_by_window")), r"models.1.nll_by_window: field"),
+        (damaged(lambda r: r["models"][0]["metrics"].pop("perplexity")), "metrics.perplexity"),
+        (damaged(lambda r: r["models"][0]["nll_by_window"].pop()), "base has 7 windows"),
+        (damaged(lambda r: r["settings"].pop("text_sha256")), "settings.text_sha256"),
+    ],
+)
+def test_what_is_no_result_is_refused(write, content, message):
+    with pytest.raises(UserError, match=message) as error:
+        join([write("A.json", synthetic_result("a")), write("B.json", content)])
+    assert "\n" not in str(error.value) and "B.json" in str(error.value)
+
+
+def test_a_file_that_is_missing_or_given_twice_is_refused(write, tmp_path):
+    path = write("A.json", synthetic_result("a"))
+    with pytest.raises(UserError, match="nowhere.json cannot be read"):
+        join([path, tmp_path / "nowhere.json"])
+    with pytest.raises(UserError, match="A.json is given twice"):
+        join([path, path])
+
+
+def test_the_command_prints_and_writes(write, tmp_path):
+    first, second = synthetic_result("a"), synthetic_result("b")
+    for model in (*first["models"], *second["models"]):
+        del model["examples"], model["long_context"]
+    del second["models"][1]["streaming"]
+    before = copy.deepcopy(first)
+    paths = [str(write("A.json", first)), str(write("B.json", second))]
+    page, figures = tmp_path / "page.html", tmp_path / "joined.json"
+    done = CliRunner().invoke(
+        cli.app, ["compare", *paths, "--report", str(page), "--json", str(figures)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "a: sink" in done.output and "b: sink" in done.output
+    assert json.loads(figures.read_text()) == join([tmp_path / "A.json", tmp_path / "B.json"])
+    assert json.loads((tmp_path / "A.json").read_text()) == before
+    assert "2 models against base" in page.read_text()
+
+
+def test_the_command_refuses_a_folder_that_is_not_there(write, tmp_path):
+    path = write("A.json", synthetic_result("a"))
+    missing = str(tmp_path / "none" / "page.html")
+    done = CliRunner().invoke(cli.app, ["compare", str(path), "--report", missing])
+    assert isinstance(done.exception, UserError) and "no folder" in str(done.exception)
