@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from retrofit import cli
 from retrofit.errors import UserError
 from retrofit.report.join import join
+from retrofit.report.verdict import verdict
 
 
 @pytest.fixture
@@ -56,10 +57,72 @@ def test_another_base_under_the_same_name_is_told_apart(write):
 
 
 def test_models_of_one_name_have_the_file_in_front(write):
-    paths = [write("A.json", synthetic_result("gates")), write("B.json", synthetic_result("gates"))]
+    first, second = synthetic_result("gates"), synthetic_result("gates")
+    second["models"][1]["metrics"]["peak_column_share"] *= 1.5
+    paths = [write("A.json", first), write("B.json", second)]
     assert names(join(paths)) == ["base", "A/gates", "B/gates"]
-    paths = [write(f"{f}/measure.json", synthetic_result("gates")) for f in ("x", "y")]
-    assert names(join(paths)) == ["base", *(f"{path.with_suffix('')}/gates" for path in paths)]
+
+
+def test_parts_of_one_model_may_come_from_several_files(write):
+    first, second = synthetic_result("gates"), synthetic_result("gates")
+    for model in first["models"]:
+        del model["long_context"]
+    for model in second["models"]:
+        del model["streaming"], model["heads"]
+    result = join([write("A.json", first), write("B.json", second)])
+    assert result["models"] == synthetic_result("gates")["models"]
+
+
+@pytest.fixture
+def answers():
+    """As `scripts/tasks.py --out` writes it."""
+    accuracy = {"value": 0.5, "stderr": 0.02}
+    difference = {"value": -0.1, "stderr": 0.01}
+    return {
+        "models": [
+            {"name": "base", "tasks": {"lambada": {"accuracy": accuracy}}, "average": {}},
+            {
+                "name": "gates",
+                "tasks": {
+                    "lambada": {
+                        "accuracy": accuracy,
+                        "accuracy_difference": difference,
+                        "nats_difference": {"value": 0.2, "stderr": 0.05},
+                    }
+                },
+                "average": {},
+            },
+        ],
+        "settings": {"documents": {"lambada": 500}, "seed": 0, "dtype": "float32"},
+    }
+
+
+def test_tasks_are_added_to_the_models_that_they_are_of(write, answers):
+    measured = synthetic_result("gates")
+    paths = [write("A.json", measured), write("tasks.json", answers)]
+    result = join(paths)
+    assert names(result) == ["base", "gates"]
+    assert result["models"][1]["tasks"] == answers["models"][1]["tasks"]
+    assert result["settings"]["tasks"] == answers["settings"]
+    told = {f.outcome: f.items for f in verdict(*result["models"]) if f.subject == "accuracy"}
+    assert told == {
+        "worse": (
+            "lambada -0.100 ± 0.010",
+            "lambada, perplexity of the last word +22.1%, log +0.200 ± 0.050",
+        )
+    }
+
+
+def test_tasks_of_other_models_or_alone_are_refused(write, answers):
+    measured, alone = write("A.json", synthetic_result("gates")), write("tasks.json", answers)
+    with pytest.raises(UserError, match="holds tasks alone"):
+        join([alone])
+    answers["models"][1]["name"] = "other"
+    with pytest.raises(UserError, match="has tasks of 'other'.*the models base, gates"):
+        join([measured, write("other.json", answers)])
+    answers["models"].reverse()
+    with pytest.raises(UserError, match="has tasks of 'other'"):
+        join([measured, write("reversed.json", answers)])
 
 
 @pytest.mark.parametrize(

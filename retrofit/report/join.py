@@ -49,6 +49,17 @@ class _Settings(BaseModel):
     dtype: str
 
 
+class _TaskModel(BaseModel):
+    name: str
+    tasks: dict[str, dict[str, dict[str, FiniteFloat]]]
+
+
+class _TaskResult(BaseModel):
+    """What `scripts/tasks.py --out` writes."""
+
+    models: list[_TaskModel] = Field(min_length=1)
+
+
 class _Result(BaseModel):
     """What every reader of a result relies on; parts that were not measured are not there."""
 
@@ -60,8 +71,9 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
     """The results of `retrofit measure --json` in these files as one: the first file's first model
     is the base.
 
-    A base that several files share is there once, with the parts that any of them has. Of models
-    with another base, what was measured against that one is left out.
+    A model that several files share is there once, with the parts that any of them has. Of models
+    with another base, what was measured against that one is left out. Files of `scripts/tasks.py`
+    after the first add what their models are right in to the models of the same names.
 
     Raises:
         UserError: if a file is not such a result or given twice, or the text or a part's settings
@@ -70,7 +82,20 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
     for place, path in enumerate(paths):
         if path.resolve() in [each.resolve() for each in paths[:place]]:
             raise UserError(f"{path} is given twice")
-    results = [_read(path) for path in paths]
+    read = {path: _read(path) for path in paths}
+    answers = {
+        path: result for path, result in read.items() if "per_layer" not in result["models"][0]
+    }
+    paths = [path for path in paths if path not in answers]
+    if not paths:
+        raise UserError(f"{next(iter(answers))} holds tasks alone; name a measurement too")
+    joined = _join(paths, [read[path] for path in paths])
+    for path, result in answers.items():
+        _add_tasks(joined, path, result)
+    return joined
+
+
+def _join(paths: Sequence[Path], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for path, result in zip(paths[1:], results[1:], strict=True):
         _check_text(paths[0], results[0]["settings"], path, result["settings"])
     _check_parts(paths, [result["settings"] for result in results])
@@ -86,14 +111,37 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
             models.append((label, known))
         else:
             known |= {part: base[part] for part in base if part not in known}
-        models += [(label, _without_base(each) if of_another else each) for each in others]
+        for each in others:
+            each = _without_base(each) if of_another else dict(each)
+            twin = next((other for _, other in models if _same(other, each)), None)
+            if twin is None:
+                models.append((label, each))
+            else:
+                twin |= {part: each[part] for part in each if part not in twin}
     settings = _together([result["settings"] for result in results])
     return {"models": _named(models), "settings": settings}
+
+
+def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> None:
+    by_name = {model["name"]: model for model in joined["models"]}
+    base = joined["models"][0]["name"]
+    for number, model in enumerate(result["models"]):
+        if model["name"] not in by_name or (number == 0 and model["name"] != base):
+            raise UserError(
+                f"{path} has tasks of {model['name']!r} beside {base!r}, the first of what was "
+                f"measured; give it the models {', '.join(by_name)} in this order"
+            )
+        by_name[model["name"]]["tasks"] = model["tasks"]
+    settings = result["settings"]
+    joined["settings"]["tasks"] = {key: settings[key] for key in ("documents", "seed", "dtype")}
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         result = read_json(path)
+        if isinstance(result, dict) and "documents" in result.get("settings", {}):
+            _TaskResult.model_validate(result)
+            return result
         found = _Result.model_validate(result)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -142,7 +190,7 @@ def _check_parts(paths: Sequence[Path], settings: Sequence[dict[str, Any]]) -> N
 
 
 def _same(base: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two first models are one."""
+    """Whether two models are one, whatever they were compared with."""
     before, after = base["metrics"], other["metrics"]
     names = (before.keys() | after.keys()) - {"kl_to_base"}
     return base["name"] == other["name"] and all(

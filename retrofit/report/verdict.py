@@ -230,6 +230,13 @@ def _tasks(_base: dict, model: dict) -> Iterator[_Item]:
         if paired_difference := figures.get("accuracy_difference"):
             difference = Difference(paired_difference["value"], paired_difference["stderr"])
             yield _higher(task, difference, decimals=3)
+        # Of choices the likelihood of the true one says little without that of the others.
+        if (nats := figures.get("nats_difference")) and task.startswith("lambada"):
+            less_likely = Difference(nats["value"], nats["stderr"])
+            ratio = math.exp(less_likely.value)
+            outcome = _outcome(ratio, less_likely, _PERPLEXITY_UNCHANGED)
+            told = f"{task}, perplexity of the last word {change(ratio)}"
+            yield _Item(outcome, f"{told}, log {less_likely.told(3)}")
 
 
 _PARTS = {
