@@ -22,10 +22,10 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow and not engines"
 
-# vLLM has an environment of its own, of 3.5 GB.
+# vLLM has an environment of its own, of 3.5 GB. `make engines ONLY="-k smollm2"` takes one model.
 engines: $(VENV)/installed
 	$(BIN)/python scripts/vllm_env.py $(VENV)/vllm
-	RETROFIT_VLLM=$(VENV)/vllm/bin/python $(BIN)/python -m pytest -m engines -s
+	RETROFIT_VLLM=$(VENV)/vllm/bin/python $(BIN)/python -m pytest -m engines -s $(ONLY)
 
 assets: $(VENV)/installed
 	$(BIN)/python scripts/assets.py
