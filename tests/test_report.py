@@ -131,7 +131,7 @@ def test_the_sink_and_the_largest_activation(result):
     assert [each.subject for each in findings[:3]] == ["sink", "largest activation", "perplexity"]
 
 
-def test_streaming_is_paired_by_window_where_windows_are_known(result):
+def test_streaming_is_paired_by_window(result):
     base, model = (copied(each) for each in result["models"][:2])
     found = of(verdict(base, model), "streaming")["better"]
     nll = [each["streaming"]["nll_by_window"] for each in (base, model)]
@@ -142,14 +142,19 @@ def test_streaming_is_paired_by_window_where_windows_are_known(result):
     assert f"last 512 tokens only 33.8x higher -> +2.9%, log {mean:+.3f} ± {stderr:.3f}" in found
 
 
-def test_streaming_without_windows_adds_the_errors_of_all_four(result):
+def test_a_long_text_is_compared_as_it_is(result):
     base, model = (copied(each) for each in result["models"][:2])
-    for each in (base, model):
-        del each["streaming"]["nll_by_window"]
-        each["streaming"]["stderr"] = {"full": 0.3, "window": 0.4, "kept_sinks": 0.4}
+    for each, nll, added in ((base, [3.0, 3.2], 0.5), (model, [3.1, 3.32], 0.5)):
+        by_window = {"full": nll, "window": [x + added for x in nll], "kept_sinks": nll}
+        each["streaming"]["nll_by_window"] = by_window
+        means = {kind: sum(values) / 2 for kind, values in by_window.items()}
+        each["streaming"]["perplexity"] = {kind: math.exp(x) for kind, x in means.items()}
     found = of(verdict(base, model), "streaming")
-    assert f"± {math.sqrt(2 * 0.3**2 + 2 * 0.4**2):.3f}" in found["better"]
-    assert "with the first 4 kept" in found["same"] and "within noise" in found["same"]
+    assert (
+        found["worse"]
+        == "all of a long text in the cache 22.2 -> 24.8 (+11.6%), log +0.1100 ± 0.0100"
+    )
+    assert "last 512 tokens only +64.9% -> +64.9%, log +0.000 ± 0.000" in found["same"]
 
 
 def test_quantization_compares_what_it_costs_each(result):

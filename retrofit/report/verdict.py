@@ -119,25 +119,21 @@ def _perplexity(base: dict, model: dict) -> Finding:
 
 
 def _streaming(base: dict, model: dict) -> Iterator[_Item]:
-    """What a cache that forgets costs each of them over its own full cache."""
+    """The long text as it is, and what a cache that forgets costs each over its own full cache."""
+    nll, found = ([each[key] for each in (base, model)] for key in ("nll_by_window", "perplexity"))
+    before, after = (each["full"] for each in found)
+    whole = paired(*(each["full"] for each in nll))
+    moved = f"{figure(before)} -> {figure(after)} ({change(after / before)})"
+    text = f"all of a long text in the cache {moved}, log {whole.told(4)}"
+    yield _Item(_outcome(after / before, whole, _PERPLEXITY_UNCHANGED), text)
     labels = {
         "window": f"perplexity with the last {model['cache']} tokens only",
         "kept_sinks": f"with the first {model['sinks']} kept",
     }
     for kind, label in labels.items():
-        before, after = (
-            each["perplexity"][kind] / each["perplexity"]["full"] for each in (base, model)
-        )
-        difference = _streaming_difference(base, model, kind, math.log(after / before))
-        yield _costs_item(label, before, after, difference)
-
-
-def _streaming_difference(base: dict, model: dict, kind: str, value: float) -> Difference:
-    if "nll_by_window" in base and "nll_by_window" in model:
-        costs = [_added(each["nll_by_window"], kind) for each in (base, model)]
-        return paired(*costs)
-    stderrs = [each.get("stderr", {}).get(k) for each in (base, model) for k in ("full", kind)]
-    return _independent(value, *stderrs)
+        lost, still_lost = (each[kind] / each["full"] for each in found)
+        difference = paired(*(_added(each, kind) for each in nll))
+        yield _costs_item(label, lost, still_lost, difference)
 
 
 def _added(nll: dict[str, list[float]], kind: str) -> list[float]:
