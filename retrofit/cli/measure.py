@@ -1,5 +1,6 @@
 """`retrofit measure`"""
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -83,7 +84,8 @@ def main(
         "examples": examples,
     }
     names = [name for name, wanted in asked.items() if wanted or everything]
-    kept = json or report
+    named = json or report
+    kept = named and named.with_name(f".{named.name}.parts")
     result = measure(
         models,
         text.expanduser(),
@@ -92,7 +94,7 @@ def main(
         dtype=dtype,
         parts=chosen_parts(names, settings or ()),
         load=partial(load_model, trust_remote_code=trust_remote_code),
-        resume=kept and kept.with_name(f".{kept.name}.parts"),
+        resume=kept,
     )
     Console().print(table(result))
     if json:
@@ -101,6 +103,8 @@ def main(
         write_report(result, report)
     if plot:
         draw(result, plot)
+    if kept:
+        shutil.rmtree(kept, ignore_errors=True)
 
 
 def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:

@@ -53,16 +53,24 @@ class LongContext:
     seed: int = 0
     name = "long_context"
 
+    def __post_init__(self):
+        if unknown := set(self.tasks) - set(TASKS):
+            raise UserError(f"long context: no task {min(unknown)!r}; there are {', '.join(TASKS)}")
+        if not self.lengths or min(self.lengths) < _SHORTEST:
+            raise UserError(f"long context: lengths must be at least {_SHORTEST} tokens")
+        for several in (self.lengths, self.tasks):
+            if len(set(several)) < len(several):
+                raise UserError(f"long context: {', '.join(map(str, several))} must all differ")
+
     def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
         """For each length: what RoPE it was read with, the mean recall of each task with its
         standard error (`None` for one sample), and the perplexity in 16 equal ranges of positions,
         with their centers.
 
         Raises:
-            UserError: if a length is below 256 tokens, too short for a task, longer than the text,
-                or beyond the trained one of a model whose RoPE cannot be stretched.
+            UserError: if a length is too short for a task, longer than the text, or beyond the
+                trained one of a model whose RoPE cannot be stretched.
         """
-        self._check()
         config = subject.inner.get_decoder().config
         rope = {str(length): _label(config, length, self.scaling) for length in self.lengths}
         windows = {
@@ -75,15 +83,6 @@ class LongContext:
             "tasks": self._tasks(subject, track),
             "perplexity": self._perplexity(subject.inner, windows, track),
         }
-
-    def _check(self) -> None:
-        if unknown := set(self.tasks) - set(TASKS):
-            raise UserError(f"long context: no task {min(unknown)!r}; there are {', '.join(TASKS)}")
-        if not self.lengths or min(self.lengths) < _SHORTEST:
-            raise UserError(f"long context: lengths must be at least {_SHORTEST} tokens")
-        for several in (self.lengths, self.tasks):
-            if len(set(several)) < len(several):
-                raise UserError(f"long context: {', '.join(map(str, several))} must all differ")
 
     def _tasks(self, subject: Subject, track: Track) -> dict[str, dict[str, Any]]:
         ruler = Ruler(subject.tokenizer, subject.documents, self.seed)

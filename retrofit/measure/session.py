@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -51,8 +50,8 @@ def measure(
         parts: what to measure besides.
         load: opens a source in a dtype, as a model and its tokenizer.
         progress: show a progress bar on stderr.
-        resume: a folder that keeps what is done until all of it is. The same call goes on from
-            there; another one starts over.
+        resume: a folder for what is done, so that the same call goes on from there. It is the
+            caller's to remove, once the result is safe.
 
     Returns:
         `{"models": [{"name", "metrics", "per_layer", "nll_by_window"}], "settings"}`, ready for
@@ -105,9 +104,7 @@ def measure(
                     plan.put(name, part.name, {part.name: part.measure(subject, track)})
             del model, subject  # before the next one is loaded
             gc.collect()
-    result = plan.result()
-    plan.done.forget()
-    return result
+    return plan.result()
 
 
 def names(sources: Sequence[str]) -> list[str]:
@@ -143,10 +140,6 @@ class Done:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_json(self._folder / f"{self._file(key)}.json", value)
 
-    def forget(self) -> None:
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
     def _file(self, key: tuple) -> str:
         return hashlib.sha256(json.dumps([self._identity, *key]).encode()).hexdigest()[:16]
 
@@ -158,7 +151,8 @@ class _Plan:
         self.named = dict(zip(names(sources), sources, strict=True))
         self.base = next(iter(self.named))
         self.done = done
-        self._options = {part.name: asdict(part) for part in parts}  # type: ignore[call-overload]
+        options = {part.name: asdict(part) for part in parts}  # type: ignore[call-overload]
+        self._options = json.loads(json.dumps(options))
         # What is measured of a model depends on the base too, and on what their files are now.
         self._states = {name: _state(source) for name, source in self.named.items()}
 

@@ -44,6 +44,13 @@ class Streaming:
     windows: Count = 4
     name = "streaming"
 
+    def __post_init__(self):
+        if not self.sinks < self.cache < self.length:
+            raise UserError(
+                f"streaming: {self.sinks} kept tokens, a cache of {self.cache} and a text of "
+                f"{self.length} must grow in this order"
+            )
+
     def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
         """Perplexity from position `cache` on, where tokens have gone, with the whole text in the
         cache (`full`), the last tokens alone, and with the first ones kept.
@@ -70,11 +77,6 @@ class Streaming:
         }
 
     def _check(self, subject: Subject) -> None:
-        if not 0 < self.sinks < self.cache < self.length:
-            raise UserError(
-                f"streaming: {self.sinks} kept tokens, a cache of {self.cache} and a text of "
-                f"{self.length} must grow in this order"
-            )
         config = subject.inner.config
         if sliding_window_of(config) is not None:
             raise UserError(f"streaming: the attention of {subject.name} slides by itself")
