@@ -35,7 +35,7 @@ def main(overrides: list[str]) -> None:
         subprocess.run([sys.executable, "scripts/answer.py", str(folder), PROMPT], check=True)
     step("what moved, and what did not")
     print(verdict(json.loads((RUN / "measure.json").read_text())))
-    print(f"\nplot: {RUN}/measure.png   figures: {RUN}/measure.json   checkpoint: {MERGED}")
+    print(f"\nreport: {RUN}/report.html   figures: {RUN}/measure.json   checkpoint: {MERGED}")
 
 
 def step(title: str) -> None:

@@ -77,6 +77,7 @@ def test_train_measure_merge_by_hand(recipe_file, tmp_path, tiny_base):
     assert trained.returncode == 0, trained.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 3
     assert (tmp_path / "run" / "measure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "report.html").read_text().startswith("<!doctype html>")
     (tmp_path / "run" / "measure.json").unlink()
     again = run("train", str(recipe_file), "train.max_steps=3", "--resume")
     assert again.returncode == 0, again.stderr

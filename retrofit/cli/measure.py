@@ -108,11 +108,11 @@ def main(
 
 
 def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
-    """Compare a finished run with its base as its recipe says: `measure.json` and `measure.png` in
-    the run folder."""
+    """Compare a finished run with its base as its recipe says: `measure.json`, `measure.png` and
+    `report.html` in the run folder."""
     from retrofit.measure import measure
     from retrofit.report import plot as draw
-    from retrofit.report import table
+    from retrofit.report import table, write_report
 
     if recipe.measure is None:
         return
@@ -124,4 +124,5 @@ def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
     )
     write_json(run / "measure.json", result)
     draw(result, run / "measure.png")
+    write_report(result, run / "report.html")
     console.print(table(result))
