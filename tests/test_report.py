@@ -194,6 +194,19 @@ def test_scores_of_long_context_are_better_when_higher(result):
     assert "c at 2048" in found["same"] and "d at 2048" in found["same"]
 
 
+def test_a_task_is_told_once_for_all_its_lengths(result):
+    base, model = (copied(each) for each in result["models"][:2])
+    for each, scores in ((base, (1.0, 0.8)), (model, (0.7, 0.3))):
+        lengths = {
+            length: {"score": score, "stderr": 0.1, "samples": 9}
+            for length, score in zip(("1024", "2048"), scores, strict=True)
+        }
+        each["long_context"] = {"tasks": {"a": lengths}, "perplexity": {}}
+    expected = f"difference -0.40 ± {math.sqrt(4 * 0.1**2) / 2:.2f}"
+    told = of(verdict(base, model), "long context")["worse"]
+    assert told == f"a at 1024, 2048 1.00, 0.80 -> 0.70, 0.30, {expected}"
+
+
 @pytest.mark.parametrize(
     ("after", "outcome"),
     [([0.5, 0.9], "better"), ([0.05, 0.1], "worse"), ([0.5, 0.1], "same"), ([0.3, 0.6], "same")],

@@ -157,10 +157,10 @@ def _quantization(base: dict, model: dict) -> Iterator[_Item]:
 
 def _long_context(base: dict, model: dict) -> Iterator[_Item]:
     for task, lengths in model.get("tasks", {}).items():
-        for length, after in lengths.items():
-            before = base.get("tasks", {}).get(task, {}).get(length)
-            if before:
-                yield _score(f"{task} at {length}", before, after)
+        known = base.get("tasks", {}).get(task, {})
+        pairs = {at: (known[at], after) for at, after in lengths.items() if at in known}
+        if pairs:
+            yield _scores(task, pairs)
     for length, after in model.get("perplexity", {}).items():
         before = base.get("perplexity", {}).get(length)
         if before:
@@ -168,11 +168,15 @@ def _long_context(base: dict, model: dict) -> Iterator[_Item]:
             yield _lower(label, before["perplexity"][-1], after["perplexity"][-1])
 
 
-def _score(label: str, before: dict, after: dict) -> _Item:
-    stderrs = (each.get("stderr") for each in (before, after))
-    difference = _independent(after["score"] - before["score"], *stderrs)
-    scores = f"{before['score']:.2f} -> {after['score']:.2f}"
-    return _higher(f"{label} {scores}, difference", difference, decimals=2)
+def _scores(task: str, pairs: dict[str, tuple[dict, dict]]) -> _Item:
+    """Those of all lengths, and their mean difference."""
+    found = list(zip(*pairs.values(), strict=True))
+    before, after = (", ".join(f"{each['score']:.2f}" for each in scores) for scores in found)
+    mean = fmean(own["score"] - other["score"] for other, own in pairs.values())
+    summed = _independent(mean, *(each.get("stderr") for scores in found for each in scores))
+    stderr = None if summed.stderr is None else summed.stderr / len(pairs)
+    label = f"{task} at {', '.join(pairs)} {before} -> {after}, difference"
+    return _higher(label, Difference(mean, stderr), decimals=2)
 
 
 def _heads(base: dict, model: dict) -> Iterator[_Item]:
