@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 
 import pytest
@@ -18,6 +19,7 @@ from retrofit.measure.cost import Cost
 from retrofit.measure.examples import Examples, attention_maps
 from retrofit.measure.heads import Heads, ranked, zeroed
 from retrofit.measure.parts import PARTS, chosen_parts
+from retrofit.measure.predictions import predict
 from retrofit.measure.quantization import Quantization, quantized, rounded, rounded_in_groups
 
 LENGTH = 192
@@ -126,7 +128,7 @@ def test_an_outlier_ruins_one_scale_a_tensor_and_not_one_a_token():
 
 
 def test_zeroed_heads_are_those_with_the_least_load(text):
-    part = Heads(shares=(0.25, 0.5), length=LENGTH, windows=2, batch_size=2)
+    part = Heads(shares=(0.25, 0.5), length=LENGTH, windows=2, batch_size=2, draws=2)
     model = gated()
     result = measure(["m"], text, length=LENGTH, windows=2, parts=[part],
                      load=lambda source, dtype: (model, tiny_tokenizer()),
@@ -143,7 +145,20 @@ def test_zeroed_heads_are_those_with_the_least_load(text):
         expected = loss(reference, input_ids).mean().exp().item()
         found = result["heads"]["least_used"]["perplexity"][number]
         assert found == pytest.approx(expected, rel=1e-5)
-    assert result["heads"]["least_used"] != result["heads"]["random"]
+    drawn = result["heads"]["random"]
+    for kl, (low, high) in zip(drawn["kl"], drawn["kl_range"], strict=True):
+        assert 0 < low < high and kl == pytest.approx((low + high) / 2), "two draws"
+    base = measured(tiny_model("llama"), text, part)
+    rng = random.Random(part.seed)
+    for _ in range(part.draws):
+        heads = rng.sample([(layer, head) for layer in range(3) for head in range(4)], 12)
+    bare = tiny_model("llama")
+    whole = predict(bare, [input_ids])
+    with zeroed(bare, heads[:3]):
+        last = predict(bare, [input_ids], whole).kl_to_base
+    assert any(last == pytest.approx(each, rel=1e-4) for each in base["random"]["kl_range"][0]), (
+        "every model loses the same random heads"
+    )
 
 
 def test_every_layer_and_head_can_be_zeroed():

@@ -2,14 +2,16 @@
 
 The sink makes attention a mixture of experts: heads that look at the first token add nothing, and a
 few do the work (arXiv:2602.01203). Heads are ranked by their load; the least loaded are set to zero
-before `o_proj`, beside as many drawn at random: the smaller the first loss against the second, the
-more of the work is left to few.
+before `o_proj`, beside as many drawn at random, the same ones in every model: the smaller the first
+loss against the second, the more of the work is left to few.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -20,6 +22,7 @@ from retrofit.measure.predictions import predict
 from retrofit.measure.sinks import read_model
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
+from retrofit.metrics import PredictionStatistics
 
 Head = tuple[int, int]  # its layer, and its number there
 
@@ -32,35 +35,67 @@ class Heads:
         length: tokens of a window.
         windows: how many, at most.
         batch_size: windows in a forward pass.
-        seed: of the random heads.
+        draws: of random heads.
+        seed: of the draws.
     """
 
     shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.25, 0.5)
     length: Count = 512
     windows: Count = 8
     batch_size: Count = 4
+    draws: Count = 3
     seed: int = 0
     name = "heads"
 
     def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
-        """Perplexity, and KL from the whole model, by share of the heads that are zeroed."""
+        """Perplexity, and KL from the whole model, by share of the heads that are zeroed; of
+        random ones the means over the draws, and the range of the KL."""
         model = subject.inner
         input_ids = cut_windows(subject.documents, subject.tokenizer, self.length, self.windows)
         batches = input_ids.split(self.batch_size)
         layers, whole = read_model(model, track(batches, "loads of heads"), None)
         loads = [layer.attention.head_load if layer.attention else None for layer in layers]
         by_load = ranked(loads)
-        shuffled = random.Random(self.seed).sample(by_load, len(by_load))
-        figures: dict[str, Any] = {"shares": list(self.shares), "perplexity": whole.perplexity}
-        for kind, order in (("least_used", by_load), ("random", shuffled)):
-            figures[kind] = {"perplexity": [], "kl": []}
-            for share in self.shares:
-                chosen = order[: round(share * len(order))]
-                with zeroed(model, chosen):
-                    left = predict(model, track(batches, f"{share:.0%} of heads, {kind}"), whole)
-                figures[kind]["perplexity"].append(left.perplexity)
-                figures[kind]["kl"].append(left.kl_to_base)
-        return figures
+        lost = partial(self._lost, model, batches, whole, track)
+        rng = random.Random(self.seed)
+        shuffled = [rng.sample(sorted(by_load), len(by_load)) for _ in range(self.draws)]
+        drawn = [lost(order, "random") for order in shuffled]
+        kl = [[each[1] for each in by_share] for by_share in zip(*drawn, strict=True)]
+        least = lost(by_load, "least used")
+        return {
+            "shares": list(self.shares),
+            "perplexity": whole.perplexity,
+            "least_used": {
+                "perplexity": [each[0] for each in least],
+                "kl": [each[1] for each in least],
+            },
+            "random": {
+                "perplexity": [
+                    fmean(each[0] for each in by_share) for by_share in zip(*drawn, strict=True)
+                ],
+                "kl": [fmean(each) for each in kl],
+                "kl_range": [[min(each), max(each)] for each in kl],
+            },
+        }
+
+    def _lost(
+        self,
+        model: Any,
+        batches: Sequence[torch.Tensor],
+        whole: PredictionStatistics,
+        track: Track,
+        order: Sequence[Head],
+        kind: str,
+    ) -> list[tuple[float, float]]:
+        """Perplexity and KL without the first heads of an order, by share."""
+        found = []
+        for share in self.shares:
+            with zeroed(model, order[: round(share * len(order))]):
+                left = predict(
+                    model, track(batches, f"without {share:.0%} of heads, {kind}"), whole
+                )
+            found.append((left.perplexity, left.kl_to_base or 0.0))
+        return found
 
 
 def ranked(loads: Sequence[Sequence[float] | None]) -> list[Head]:

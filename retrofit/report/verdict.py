@@ -181,7 +181,7 @@ def _scores(task: str, pairs: dict[str, tuple[dict, dict]]) -> _Item:
 
 def _heads(base: dict, model: dict) -> Iterator[_Item]:
     """How much less the least used heads are missed than others: the less, the more of the work is
-    left to few (arXiv:2602.01203). The random heads are one draw, and its noise is not known: only
+    left to few (arXiv:2602.01203). The random heads are a few draws, and their noise is large: only
     a large change that all shares agree on counts."""
     if base["shares"] != model["shares"]:
         return
