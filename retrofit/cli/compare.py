@@ -11,7 +11,10 @@ from retrofit.files import write_json
 
 def main(
     files: Annotated[
-        list[Path], typer.Argument(help="From `retrofit measure --json`; the base is in the first.")
+        list[Path],
+        typer.Argument(
+            help="From `retrofit measure --json`, the base in the first; and of scripts/tasks.py."
+        ),
     ],
     report: Annotated[Path | None, typer.Option(help="Write a page for the browser here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the joined figures here.")] = None,
