@@ -138,6 +138,23 @@ def test_all_is_measured_reported_and_compared(tmp_path, tiny_base, capsys, monk
     assert again.is_file()
 
 
+def test_an_interrupted_measurement_says_how_to_go_on(tmp_path, tiny_base, capsys, monkeypatch):
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("Call me Ishmael. " * 60)
+
+    def interrupt(self, subject, track):
+        raise KeyboardInterrupt
+
+    command = ["retrofit", "measure", str(tiny_base("llama")), "--text", str(text), "--cost"]
+    monkeypatch.setattr(sys, "argv", [*command, "--length", "192", "--json", str(out)])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr("retrofit.measure.cost.Cost.measure", interrupt)
+        cli.main()
+    assert exit.value.code == 130
+    assert "interrupted; the same command goes on from here" in capsys.readouterr().err
+    assert (tmp_path / ".out.json.parts").is_dir() and not out.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

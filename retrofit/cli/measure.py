@@ -86,16 +86,21 @@ def main(
     names = [name for name, wanted in asked.items() if wanted or everything]
     named = json or report
     kept = named and named.with_name(f".{named.name}.parts")
-    result = measure(
-        models,
-        text.expanduser(),
-        length=length,
-        windows=windows,
-        dtype=dtype,
-        parts=chosen_parts(names, settings or ()),
-        load=partial(load_model, trust_remote_code=trust_remote_code),
-        resume=kept,
-    )
+    try:
+        result = measure(
+            models,
+            text.expanduser(),
+            length=length,
+            windows=windows,
+            dtype=dtype,
+            parts=chosen_parts(names, settings or ()),
+            load=partial(load_model, trust_remote_code=trust_remote_code),
+            resume=kept,
+        )
+    except KeyboardInterrupt:
+        more = "; the same command goes on from here" if kept else ""
+        typer.echo(f"interrupted{more}", err=True)
+        raise typer.Exit(130) from None
     Console().print(table(result))
     if json:
         write_json(json, result)
