@@ -123,6 +123,8 @@ def test_all_is_measured_reported_and_compared(tmp_path, tiny_base, capsys, monk
     result = json.loads(out.read_text())
     for model in result["models"]:
         assert set(PARTS) < set(model)
+        for scheme in ("int8", "nf4"):
+            assert model["quantization"]["schemes"][scheme]["kl"] > 0, "bitsandbytes rounded it"
     assert result["settings"]["streaming"]["cache"] == 64
     html = page.read_text()
     assert html.startswith("<!doctype html>") and "adapter" in html
