@@ -82,15 +82,12 @@ def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
     """
     decoder_layers = model.get_decoder().layers
     # Merging scales the residual stream of families without query and key norms, which nothing in
-    # the model can tell: activations are given in the base's units. And it may add heads that hold
-    # a constant: they are none of the base's, and attend evenly.
-    constant = getattr(model.config, "retrofit_constant_heads", 0)
+    # the model can tell: activations are given in the base's units.
+    constant = _constant_heads(model)
     residual_scale = getattr(model.config, "retrofit_residual_scale", 1.0)
     statistics = [LayerStatistics(residual_scale) for _ in decoder_layers]
 
     def watch(module, query_states, key_states, scaling, attention_mask):
-        if constant:
-            query_states, key_states = query_states[:, :-constant], key_states[:, :-1]
         columns = attention_columns(query_states, key_states, scaling, attention_mask)
         statistics[module.layer_idx].see_attention(columns)
 
@@ -109,15 +106,18 @@ def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
 @contextmanager
 def attention_watched(model: PreTrainedModel, watch: AttentionWatcher) -> Iterator[None]:
     """Run the model on SDPA and show `watch` the inputs of every attention call: the module,
-    query and key states after RoPE, the scaling, and the mask (bool, or `None` if causal).
+    query and key states after RoPE, the scaling, and the mask (bool, or `None` if causal). Heads
+    that a merge added are not shown.
 
     Raises:
         UserError: if the model does not go through transformers' attention interface.
     """
+    constant = _constant_heads(model)
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        watch(module, query, key, scaling, attention_mask)
+        own = (query[:, :-constant], key[:, :-1]) if constant else (query, key)
+        watch(module, *own, scaling, attention_mask)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -144,6 +144,12 @@ def attention_replaced(model: PreTrainedModel, attention: Callable) -> Iterator[
         model.set_attn_implementation(before)
         del ALL_ATTENTION_FUNCTIONS._global_mapping[_IMPLEMENTATION]
         del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_IMPLEMENTATION]
+
+
+def _constant_heads(model: PreTrainedModel) -> int:
+    """The last heads of each layer that a merge added to hold a constant: they are none of the
+    base's, and attend evenly."""
+    return getattr(model.config, "retrofit_constant_heads", 0)
 
 
 def _set_implementation(model: PreTrainedModel) -> None:

@@ -30,8 +30,8 @@ class Examples:
     name = "examples"
 
     def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
-        """Attention of four layers over the first tokens, mean over heads, `[queries, keys]`, as in
-        figure 2 of arXiv:2505.06708, and greedy text."""
+        """Attention of four layers over the first tokens, mean over heads, `[queries, keys]`, as
+        arXiv:2505.06708 shows it, and greedy text."""
         model, tokenizer = subject.inner, subject.tokenizer
         length = max(self.tokens, self.prompt)
         input_ids = cut_windows(subject.documents, tokenizer, length, self.prompts)
@@ -60,11 +60,8 @@ def attention_maps(model: Any, input_ids: torch.Tensor) -> dict[str, list]:
     """`softmax(q k^T)`, mean over heads, of four layers evenly apart among those with softmax
     attention: `layers` and their `shares`, `[T, T]` each."""
     seen: dict[int, torch.Tensor] = {}
-    constant = getattr(model.config, "retrofit_constant_heads", 0)
 
     def watch(module, query_states, key_states, scaling, _mask):
-        if constant:
-            query_states, key_states = query_states[:, :-constant], key_states[:, :-1]
         queries = query_states.float().unflatten(1, (key_states.shape[1], -1))
         logits = queries @ key_states.float().unsqueeze(2).mT * scaling
         future = torch.ones_like(logits[0, 0, 0], dtype=torch.bool).triu(1)

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from retrofit.export.native import head_dim_of
 from retrofit.measure.predictions import predict
 from retrofit.measure.sinks import read_model
 from retrofit.measure.subject import Count, Subject, Track
@@ -117,7 +118,7 @@ def zeroed(model: Any, heads: Sequence[Head]) -> Iterator[None]:
     with ExitStack() as stack:
         for layer, own in by_layer.items():
             o_proj = _o_proj(model.get_decoder().layers[layer])
-            head_dim = _head_dim(model.config)
+            head_dim = head_dim_of(model.config)
             stack.enter_context(o_proj.register_forward_pre_hook(_zeroing(own, head_dim)))
         yield
 
@@ -133,7 +134,3 @@ def _zeroing(heads: Sequence[int], head_dim: int):
 
 def _o_proj(layer: nn.Module) -> nn.Module:
     return next(module for name, module in layer.named_modules() if name.endswith("o_proj"))
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -51,7 +51,8 @@ class Quantization:
         - `w4`: weights rounded to 4 bits with a scale and a zero for each `group` input channels.
         - `int8`, `nf4`: bitsandbytes, as users run it; left out where it is not installed.
 
-        The output head stays as it is, and so do gates that are not merged.
+        The output head stays as it is, and so do gates that are not merged, and the experts of a
+        mixture, which are no `nn.Linear`: of one, only attention is rounded here.
         """
         input_ids = cut_windows(subject.documents, subject.tokenizer, self.length, self.windows)
         batches = input_ids.split(self.batch_size)

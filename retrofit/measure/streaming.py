@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import rotate_half
 
 from retrofit.adapters._family import sliding_window_of
 from retrofit.errors import UserError
@@ -159,9 +160,8 @@ def _rotated(model: PreTrainedModel, states: torch.Tensor, positions: torch.Tens
     rotary: Any = model.get_decoder().rotary_emb
     cos, sin = (part / rotary.attention_scaling for part in rotary(states, positions[None]))
     turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], -1)
-    left, right = turned.chunk(2, -1)
-    half = torch.cat([-right, left], -1)
-    return torch.cat([turned * cos[:, None] + half * sin[:, None], rest], -1)
+    turned = turned * cos[:, None] + rotate_half(turned) * sin[:, None]
+    return torch.cat([turned, rest], -1)
 
 
 def _perplexity(nll: torch.Tensor) -> float:
