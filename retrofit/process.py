@@ -22,6 +22,8 @@ def prepare_process(keep_freed_memory: bool = False) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quieten()
     if keep_freed_memory and sys.platform == "linux":
+        # Large tensors on huge pages: 512 times fewer pages to clear, and less lost between them.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         _keep_freed_memory()
 
 

@@ -8,12 +8,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from retrofit.gates.config import GateConfig, Position
+from retrofit.gates.functional import double_sigmoid, scale
 
 _SILU_IS_ONE = 1.278464542761074  # the x of silu(x) = 1
 
 # Each is exactly 1 at 0, in every float format.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "sigmoid": lambda logits: 2 * torch.sigmoid(logits),
+    "sigmoid": double_sigmoid,
     "ns_sigmoid": lambda logits: (1 + torch.sigmoid(logits)) / 1.5,
     "silu": lambda logits: F.silu(logits + _SILU_IS_ONE) / F.silu(logits.new_tensor(_SILU_IS_ONE)),
     "linear": lambda logits: 1 + logits,
@@ -87,13 +88,11 @@ class GateProjection(nn.Module):
 
     def scale(self, states: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`center + g * (states - center)`, `states` `[..., num_heads, head_dim]`."""
-        gate = self(hidden_states)
-        if self.center is None:
-            return states * gate
-        groups = self.num_heads // self.center.shape[0]
-        center = self.center.repeat_interleave(groups, 0).to(states.dtype)
-        # In this order a gate of 1 changes no bit.
-        return states + (gate - 1) * (states - center)
+        center = self.center
+        if center is not None:
+            groups = self.num_heads // center.shape[0]
+            center = center.repeat_interleave(groups, 0).to(states.dtype)
+        return scale(states, self(hidden_states), center)
 
     def matrix(self) -> torch.Tensor:
         """`W_g` as the paper has it, `[num_heads, hidden_size]` if headwise, else `[num_heads *
