@@ -5,7 +5,6 @@ line answers at once: the registration runs when PEFT is first imported.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import wrapt
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
     from retrofit.gates import GateConfig
 
 __all__ = ["GateConfig", "__version__"]
-
-__version__ = version("gate-retrofit")
 
 
 @wrapt.when_imported("peft")
@@ -26,4 +23,6 @@ def _register_peft_method(_peft):
 def __getattr__(name: str):
     if name == "GateConfig":
         return import_module("retrofit.gates").GateConfig
+    if name == "__version__":  # read off the installed package, which takes a while
+        return import_module("importlib.metadata").version("gate-retrofit")
     raise AttributeError(f"module 'retrofit' has no attribute {name!r}")

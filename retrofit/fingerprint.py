@@ -1,19 +1,32 @@
 """A hash of the base weights: written before and after training, checked when gates meet a base."""
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import nn
 
+_THREADS = min(8, os.cpu_count() or 1)
+
 
 def weights_sha256(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """One sha256 over names, dtypes and bytes, independent of the order of the tensors."""
-    lines = sorted(
-        f"{name} {tensor.dtype} {tuple(tensor.shape)} {_sha256(tensor)}"
-        for name, tensor in named_tensors
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    """One sha256 over names, dtypes and bytes, independent of the order of the tensors.
+
+    Tensors are hashed on several threads, few of them in memory at a time.
+    """
+    lines: list[str] = []
+    waiting: deque[Future[str]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for name, tensor in named_tensors:
+            # Gathered here, not on the threads: all ranks gather in the same order.
+            waiting.append(pool.submit(_line, name, _whole(tensor)))
+            if len(waiting) > _THREADS:
+                lines.append(waiting.popleft().result())
+        lines += [future.result() for future in waiting]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -32,9 +45,12 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield from revert_weight_conversion(base, {name: parameter.detach()}).items()
 
 
-def _sha256(tensor: torch.Tensor) -> str:
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, and all of it where it is a DTensor of FSDP2."""
     tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):  # a DTensor of FSDP2
-        tensor = tensor.full_tensor()
-    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
+
+
+def _line(name: str, tensor: torch.Tensor) -> str:
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"

@@ -50,3 +50,38 @@ def test_built_wheel(tmp_path):
     assert Path(found["adapters"]) == site / "retrofit" / "adapters" / "__init__.py"
     assert found["recipes"] == facts(tmp_path)["recipes"]
     assert found["family"] == "GatedQwen3Attention"
+
+
+def python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+REGISTERED = """
+import peft
+assert "G1_GATE" in peft.PEFT_TYPE_TO_TUNER_MAPPING
+"""
+
+
+def test_to_look_for_peft_is_not_to_import_it():
+    """transformers looks before it imports; the gates are registered all the same."""
+    python(
+        "import retrofit, sys, importlib.util\n"
+        "assert importlib.util.find_spec('peft').origin\n"
+        "assert 'peft' not in sys.modules and 'retrofit.gates' not in sys.modules\n" + REGISTERED
+    )
+
+
+def test_peft_may_be_there_first():
+    python("import peft\nimport retrofit\n" + REGISTERED)
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    import retrofit
+
+    assert retrofit.__version__ == version("gate-retrofit")
+    with pytest.raises(AttributeError, match="no attribute 'versions'"):
+        _ = retrofit.versions

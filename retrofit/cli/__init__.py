@@ -1,10 +1,11 @@
-"""The command line: one file a verb, each importing torch only when it runs."""
+"""The command line: one file a verb, which imports what it works with when it runs, so that
+`--help` waits for none of it."""
 
+import os
 import sys
 
 import typer
 
-from retrofit import __version__
 from retrofit.cli import check, compare, measure, merge, recipes, train, unpack, verify
 from retrofit.errors import CheckError, UserError
 
@@ -28,6 +29,8 @@ app.add_typer(recipes.app, name="recipes")
 @app.callback(invoke_without_command=True)
 def _version(version: bool = typer.Option(False, "--version", help="Print the version.")):
     if version:
+        from retrofit import __version__
+
         typer.echo(__version__)
         raise typer.Exit
 
@@ -37,5 +40,6 @@ def main() -> None:
     try:
         app()
     except (UserError, CheckError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the ranks of one run all say the same
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

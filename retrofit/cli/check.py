@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 from retrofit.process import prepare_process
-from retrofit.recipe import load_recipe
 
 
 def main(
@@ -15,6 +14,8 @@ def main(
     ] = None,
 ) -> None:
     """Preflight: say what a recipe would do, or what is wrong with it. Nothing is trained."""
+    from retrofit.recipe import load_recipe
+
     resolved = load_recipe(recipe, overrides or ())
     prepare_process()
     from retrofit.check import check

@@ -7,7 +7,6 @@ import typer
 
 from retrofit.errors import UserError
 from retrofit.files import write_text
-from retrofit.recipe import bundled_recipes, recipe_file
 
 app = typer.Typer(help="List, show or copy the bundled recipes.", invoke_without_command=True)
 
@@ -21,6 +20,8 @@ def _default(context: typer.Context) -> None:
 @app.command()
 def ls() -> None:
     """Name and first comment line of each recipe."""
+    from retrofit.recipe import bundled_recipes
+
     for name, path in bundled_recipes():
         title = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         typer.echo(f"{name:28} {title}")
@@ -29,12 +30,16 @@ def ls() -> None:
 @app.command()
 def show(name: str) -> None:
     """Print a recipe."""
+    from retrofit.recipe import recipe_file
+
     typer.echo(recipe_file(name).read_text(encoding="utf-8"), nl=False)
 
 
 @app.command()
 def copy(name: str, to: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
     """Copy a recipe to change it."""
+    from retrofit.recipe import recipe_file
+
     if to.exists():
         raise UserError(f"{to} exists")
     write_text(to, recipe_file(name).read_text(encoding="utf-8"))
