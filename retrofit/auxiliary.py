@@ -8,6 +8,12 @@
 `hidden` asks of every layer what `kl` asks of the last, so that a gate learns from its own layer
 what to make up for: `mean |X - X_base|**2 / |X_base|**2` over tokens, with `X` the normalized
 hidden states. The first token of a document is left out: its state is what carries the sink.
+
+Each loss is the mean over the rows of a batch of the row's own value, and a row that has nothing to
+say counts as 0. So any way to deal the rows of a step to devices and accumulated micro-batches, as
+many to each, gives the same gradients, and no device has to ask another how many documents or
+tokens it holds. Only the queries that `pressure` and `balance` sample are drawn anew. Where an
+attention kernel wants rows laid end to end, a micro-batch is one row.
 """
 
 import math
@@ -163,11 +169,11 @@ class Auxiliary:
         return effective_load(left, scores)
 
     def means(self) -> dict[str, torch.Tensor]:
-        """The losses of the last batch, unweighted, each the mean over layers."""
+        """The losses of the last batch, unweighted, each the mean over layers; 0 where no row has
+        anything to say."""
         return {
-            name: torch.stack(list(by_layer.values())).mean()
+            name: torch.stack(list(by_layer.values())).mean() if by_layer else torch.tensor(0.0)
             for name, by_layer in self.values.items()
-            if by_layer
         }
 
 
@@ -191,7 +197,7 @@ def add_auxiliary(model: nn.Module, objective: Objective) -> Auxiliary:
 def relative_distance(
     hidden_states: torch.Tensor, base: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """`mean |X - X_base|**2 / |X_base|**2` over the tokens that count.
+    """`mean |X - X_base|**2 / |X_base|**2` over the tokens of a row that count, mean over rows.
 
     Args:
         hidden_states: `[batch, T, hidden_size]`.
@@ -204,4 +210,4 @@ def relative_distance(
     base = base.float()
     # A norm squared takes fewer passes over the states than the sum of their squares.
     distance = ((hidden_states.float() - base).norm(dim=-1) / base.norm(dim=-1)).square()
-    return distance.masked_fill(~tokens, 0).sum() / tokens.sum().clamp(min=1)
+    return (distance.masked_fill(~tokens, 0).sum(-1) / tokens.sum(-1).clamp(min=1)).mean()

@@ -6,12 +6,18 @@ balance (arXiv:2602.01203). The loss of a layer with `N` heads is
 
     L = N * CV(importance)**2,   CV = standard deviation / mean over heads,
 
-the importance of a head being its mean load over tokens and batch. It balances; it does not remove
-a sink. Summing over layers and the factor lambda are left to the caller.
+the importance of a head being its mean load over the tokens of a sequence, and the loss of a batch
+the mean over its sequences. In the paper importance is over tokens and batch. But `CV**2` is not
+linear, so that loss is another one on every number of devices and of accumulated micro-batches; by
+sequence it is the same on all. It is the stricter of the two: heads that take turns from one text
+to the next are balanced over a batch, and not here.
 
-Loads are read from sampled query rows, so no T x T matrix is needed. Their mean is an unbiased
-estimate of the importance where every sequence gives the same share of its tokens. `CV**2` is not
-linear: it comes out larger, by up to the sampling variance of an importance over its squared mean.
+It balances; it does not remove a sink. Summing over layers and the factor lambda are left to the
+caller.
+
+Loads are read from sampled query rows, so no T x T matrix is needed, and their mean is an unbiased
+estimate of the importance. `CV**2` comes out larger, by up to the sampling variance of an
+importance over its squared mean.
 """
 
 import torch
@@ -78,21 +84,22 @@ def effective_load(left: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 def head_importance(load: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean load of each head over the rows that count; 0 where none does.
+    """Mean load of each head over the rows of a sequence that count; 0 where none does.
 
     Args:
         load: `[batch, heads, rows]`.
         counts: bool `[batch, rows]`; False for padding and for rows too early to have a choice.
 
     Returns:
-        `[heads]` in float32.
+        `[batch, heads]` in float32.
     """
     load = load.float().masked_fill(~counts.unsqueeze(1), 0)
-    return load.sum((0, 2)) / counts.sum().clamp(min=1)
+    return load.sum(-1) / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
 def balance_loss(load: torch.Tensor, counts: torch.Tensor, shared_heads: int = 0) -> torch.Tensor:
-    """`N * CV(importance)**2` of one layer, or of its heads but the `m` most important ones.
+    """`N * CV(importance)**2` of one layer, or of its heads but the `m` most important ones, mean
+    over sequences.
 
     Leaving those out is the paper's form for fine-tuning, `(N - m) * CV**2`: in a trained model
     they hold on to their load, and all others would be pulled up to them.
@@ -103,10 +110,11 @@ def balance_loss(load: torch.Tensor, counts: torch.Tensor, shared_heads: int = 0
     Args:
         load: `[batch, heads, rows]`, one of the loads above.
         counts: bool `[batch, rows]`, the rows to average over.
-        shared_heads: `m`, by their importance in this batch.
+        shared_heads: `m`, by their importance in each sequence.
 
     Returns:
-        A float32 scalar with the gradient of attention and gates; 0 where no row counts.
+        A float32 scalar with the gradient of attention and gates; a sequence of which no row counts
+        adds 0.
 
     Raises:
         ValueError: if fewer than two heads are left to balance, or `shared_heads` is negative.
@@ -119,5 +127,5 @@ def balance_loss(load: torch.Tensor, counts: torch.Tensor, shared_heads: int = 0
             f"it must be from 0 to {heads - 2}, so that two or more are left to balance"
         )
     routed = head_importance(load, counts).topk(routed_heads, largest=False).values
-    variance = routed.var(correction=0)
-    return routed_heads * variance / (routed.mean().square() + EPSILON)
+    variance = routed.var(-1, correction=0)
+    return (routed_heads * variance / (routed.mean(-1).square() + EPSILON)).mean()

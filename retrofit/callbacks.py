@@ -4,6 +4,8 @@ import signal
 import time
 from typing import Any
 
+import torch
+from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -45,7 +47,7 @@ class GradientCheck(TrainerCallback):
 
 class Interrupt(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; the
-    second ends it at once."""
+    second ends it at once. Of several ranks, all end after the same step."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -57,6 +59,9 @@ class Interrupt(TrainerCallback):
             self.previous[number] = signal.signal(number, self._request)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            asked = torch.tensor(int(self.requested), device=args.device)
+            self.requested = bool(reduce(asked, "sum"))
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

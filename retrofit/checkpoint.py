@@ -10,13 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Trainer
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+
+from retrofit.errors import UserError
+from retrofit.files import read_json
 
 _STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
+_STEP = "step.json"
 
 
 class SafetensorsCheckpoints(Trainer):
@@ -31,6 +37,9 @@ class SafetensorsCheckpoints(Trainer):
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir):
+        if self.args.should_save:
+            rows = {"rows": _rows_per_step(self.args)}
+            (Path(output_dir) / _STEP).write_text(json.dumps(rows))
         if self._sharded():
             return super()._save_optimizer_and_scheduler(output_dir)
         if not self.args.should_save:
@@ -96,6 +105,38 @@ class SafetensorsCheckpoints(Trainer):
             torch.set_rng_state(file.get_tensor("torch"))
             if torch.cuda.is_available() and "cuda" in file.keys():  # noqa: SIM118
                 torch.cuda.set_rng_state(file.get_tensor("cuda"))
+
+
+def accumulation_steps(checkpoint: Path, batch_size: int, ranks: int) -> int:
+    """With how many accumulated micro-batches a run goes on from a checkpoint, so that its steps
+    stay what they are on any number of ranks: as many rows, and the same ones.
+
+    Raises:
+        UserError: if so many ranks with such batches cannot share the rows of a step.
+    """
+    rows = read_json(checkpoint / _STEP)["rows"]
+    if rows % (batch_size * ranks):
+        raise UserError(
+            f"a step of this run takes {rows} rows, which {ranks} ranks cannot share in batches of "
+            f"{batch_size}; resume it on a number of ranks that divides {rows // batch_size}"
+        )
+    return rows // (batch_size * ranks)
+
+
+def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The gates' weights, gathered where FSDP2 shards them; all ranks must call this."""
+    state = model.state_dict()
+    gates = (name for name in state if model.base_model.prefix in name)
+    return {name: _whole(state[name]) for name in gates}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _rows_per_step(args: TrainingArguments) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -10,6 +10,8 @@ class PackedRows(DataCollatorForLanguageModeling):
 
     TRL lays rows end to end, `[1, batch * T]`, for kernels that take the documents' lengths. With a
     mask instead, attention would cost `(batch * T)**2`, and the pressure would read as many keys.
+    Where rows do lie end to end, the losses inside the layers, which are means over rows, take all
+    of a micro-batch for one row.
 
     Args:
         pad_token_id: the tokenizer's.
@@ -28,9 +30,10 @@ class PackedRows(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         if not self.padding_free:
             # transformers tells documents apart by their positions only where there is no mask.
-            # Padding, all at position 0, then falls into documents of one token without a label.
-            del batch["attention_mask"]
-            batch["labels"][batch["position_ids"] == 0] = -100
+            # Padding, before the first position, is no document to the losses of a row.
+            padding = batch.pop("attention_mask") == 0
+            batch["position_ids"].masked_fill_(padding, -1)
+            batch["labels"][batch["position_ids"] <= 0] = -100
         return batch
 
     def _split_end(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ MARGIN = 20.0  # times the median token's largest activation: what any token may
 
 
 def excess_activation(hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """`sum_t max(0, log(a_t / (20 * median a)))` by document, `a_t` the largest `|activation|` of
-    token `t` in one layer: 0 unless a token stands out. The logarithm has the same gradient for a
-    spike of any height.
+    """`sum_t max(0, log(a_t / (20 * median a)))` of a row over its number of documents, mean over
+    rows; `a_t` is the largest `|activation|` of token `t` in one layer. It is 0 unless a token
+    stands out from its row, and the logarithm has the same gradient for a spike of any height.
 
     Args:
         hidden_states: of the residual stream, before the norm, `[batch, T, hidden_size]`.
@@ -28,6 +28,6 @@ def excess_activation(hidden_states: torch.Tensor, position_ids: torch.Tensor) -
     # Found first and then picked out: the gradient of a maximum reads every channel again.
     _, channel = hidden_states.detach().abs().max(-1, keepdim=True)
     largest = hidden_states.gather(-1, channel).squeeze(-1).abs().float()
-    usual = largest.detach()[real].median()
+    usual = largest.detach().masked_fill(~real, torch.nan).nanmedian(-1, keepdim=True).values
     excess = (largest / (MARGIN * usual)).log().clamp(min=0).masked_fill(~real, 0)
-    return excess.sum() / (position_ids == 0).sum().clamp(min=1)
+    return (excess.sum(-1) / (position_ids == 0).sum(-1).clamp(min=1)).mean()

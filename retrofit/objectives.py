@@ -6,6 +6,7 @@ those rows are at hand, and nothing of vocabulary size outlives its chunk.
 """
 
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,11 @@ from transformers.utils import ModelOutput
 from retrofit.errors import UserError
 from retrofit.gates import gates_off
 from retrofit.recipe import Objective
+from retrofit.shared_layers import SharedLayers
+from retrofit.teacher_cache import TeacherCache
 
-# Logits of one chunk in float32; three such buffers stand at once.
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 64 * 2**20  # logits of one product with the head, in float32
+_BLOCK_BYTES = 3 * 2**20  # of them what is worked on at a time
 
 
 @dataclass
@@ -49,23 +52,17 @@ class _ChunkedObjectives(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, teacher, weight, bias, labels, lm, kl):
-        nll_sum = hidden.new_zeros((), dtype=torch.float32)
-        kl_sum = torch.zeros_like(nll_sum)
+        sums = hidden.new_zeros(2, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        rows = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
-        for start in range(0, hidden.shape[0], rows):
-            chunk = slice(start, start + rows)
-            log_p = F.linear(hidden[chunk], weight, bias).float().log_softmax(-1)
-            target = labels[chunk].unsqueeze(-1)
-            nll_sum -= log_p.gather(-1, target).sum()
-            grad = (lm + kl) * log_p.exp()
-            grad.scatter_add_(-1, target, grad.new_full(target.shape, -lm))
-            if kl:
-                log_q = F.linear(teacher[chunk], weight, bias).float().log_softmax(-1)
-                q = log_q.exp()
-                kl_sum += torch.sum(q * log_q.sub_(log_p))
-                grad -= q.mul_(kl)
-            grad_hidden[chunk] = grad.to(weight.dtype) @ weight
+        for chunk in _slices(len(hidden), _CHUNK_BYTES // (4 * len(weight))):
+            logits = F.linear(hidden[chunk], weight, bias)
+            base = F.linear(teacher[chunk], weight, bias) if kl else logits
+            # On a CPU, a few rows at a time stay in its cache for all that is done to them.
+            rows = _BLOCK_BYTES // (4 * len(weight)) if logits.is_cpu else len(logits)
+            for block in _slices(len(logits), rows):
+                sums += _to_gradient(logits[block], base[block], labels[chunk][block], lm, kl)
+            grad_hidden[chunk] = logits @ weight
+        nll_sum, kl_sum = sums.unbind()
         ctx.save_for_backward(grad_hidden)
         ctx.mark_non_differentiable(nll_sum, kl_sum)
         return lm * nll_sum + kl * kl_sum, nll_sum, kl_sum
@@ -74,6 +71,28 @@ class _ChunkedObjectives(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * grad_loss.to(grad_hidden.dtype), *[None] * 6
+
+
+def _to_gradient(logits, base, labels, lm: float, kl: float) -> torch.Tensor:
+    """NLL and KL of some rows, whose logits become their own gradient."""
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    labels = labels.unsqueeze(-1)
+    nll, divergence = -log_p.gather(-1, labels).sum(), log_p.new_zeros(())
+    if not kl:
+        grad = log_p.exp_().mul_(lm)
+    else:
+        log_q = base.log_softmax(-1, dtype=torch.float32)
+        q = log_q.exp()
+        divergence = torch.dot(q.view(-1), log_q.sub_(log_p).view(-1))
+        grad = log_p.exp_().mul_(lm + kl).sub_(q, alpha=kl)
+    grad.scatter_add_(-1, labels, grad.new_full(labels.shape, -lm))
+    logits.copy_(grad)
+    return torch.stack([nll, divergence])
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    step = max(1, size)
+    return (slice(start, start + step) for start in range(0, length, step))
 
 
 # Inductor compiles the in-place steps above to wrong gradients, with the right loss (torch 2.13).
@@ -88,38 +107,51 @@ def chunked_objectives(
     """The objectives of one batch.
 
     Args:
-        hidden: final hidden states of the gated model `[batch, seq_len, hidden_size]`.
+        hidden: final hidden states of the gated model, `predicting` the labels
+            `[labelled tokens, hidden_size]`.
         teacher: those of the base, same shape; only read if `objective.kl` is not 0.
         lm_head: the output head, frozen.
         labels: token ids `[batch, seq_len]`, -100 where nothing is to be predicted; position `t`
             is predicted from position `t - 1`.
         objective: the weights.
     """
-    # Only labelled rows cost a matrix product.
-    labels = labels[:, 1:]
-    mask = labels != -100
+    targets = labels[:, 1:]
+    targets = targets[targets != -100]
     weight, bias = lm_head.weight, lm_head.bias
     if isinstance(weight, DTensor):  # FSDP2 shards the head, which is read here as a plain matrix
         weight = weight.full_tensor()
         bias = None if bias is None else bias.full_tensor()
     loss, nll, kl = _ChunkedObjectives.apply(
-        hidden[:, :-1][mask],
-        None if teacher is None else teacher[:, :-1][mask],
+        hidden,
+        teacher,
         weight,
         bias,
-        labels[mask],
+        targets,
         objective.lm,
         objective.kl,
     )
-    return ObjectiveOutput(loss=loss, lm=nll, kl=kl, num_tokens=mask.sum())
+    return ObjectiveOutput(loss=loss, lm=nll, kl=kl, num_tokens=labels.new_tensor(len(targets)))
 
 
-def add_objectives(model: PreTrainedModel, objective: Objective) -> None:
+def predicting(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of `[batch, seq_len, hidden_size]` the states from which a label is predicted; no others cost
+    a product with the head."""
+    return hidden[:, :-1][labels[:, 1:] != -100]
+
+
+def add_objectives(
+    model: PreTrainedModel, objective: Objective, cache: TeacherCache | None = None
+) -> None:
     """Let `model(..., labels=labels, objectives=True)` return an `ObjectiveOutput`.
 
     Both passes, base and gated, run inside the model's own forward, so that what wraps it (DDP,
     FSDP2, DeepSpeed) has gathered the head's weight and counts one forward. Without the flag the
     forward is the original one.
+
+    Args:
+        model: base and gates.
+        objective: the weights.
+        cache: keeps what the base says of each row, where it is asked for the last layer alone.
 
     Raises:
         UserError: if the output head is trained: its gradient would be silently missing.
@@ -127,16 +159,23 @@ def add_objectives(model: PreTrainedModel, objective: Objective) -> None:
     if any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters()):
         raise UserError("the output head must stay frozen: leave it out of modules_to_save")
     original_forward = model.forward
+    shared = SharedLayers(model)
 
     def forward(self, *args, objectives: bool = False, labels=None, **kwargs):
         if not objectives:
             return original_forward(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False
+
+        def run_base() -> torch.Tensor:
+            with torch.no_grad(), gates_off(self), shared.kept():
+                return predicting(self.base_model(*args, **kwargs).last_hidden_state, labels)
+
         teacher = None
         if objective.kl or objective.hidden:
-            with torch.no_grad(), gates_off(self):
-                teacher = self.base_model(*args, **kwargs).last_hidden_state
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+            teacher = cache(kwargs, labels, run_base) if cache else run_base()
+        with shared.reused():
+            hidden = self.base_model(*args, **kwargs).last_hidden_state
+        hidden = predicting(hidden, labels)
         return chunked_objectives(hidden, teacher, self.get_output_embeddings(), labels, objective)
 
     model.forward = types.MethodType(forward, model)

@@ -10,27 +10,28 @@ text by itself, so moving the sink does not satisfy it.
 """
 
 import torch
+from torch.linalg import vector_norm
 
-from retrofit.metrics import NEAR
 from retrofit.sampling import SampledRows
 
 
 def collision_probability(weights: torch.Tensor, sampled: SampledRows) -> torch.Tensor:
-    """`P` of one layer, mean over its heads: an unbiased estimate, the mean over pairs of rows.
+    """`P` of one layer, mean over its heads: of each sequence an unbiased estimate, the mean over
+    pairs of sampled rows, and of those the mean over sequences.
 
     Args:
         weights: from `sampled_attention`, `[batch, heads, num_rows, T]`.
         sampled: the rows that they are of.
 
     Returns:
-        A float32 scalar with the gradient of `weights`; 0 where no document has two rows.
+        A float32 scalar with the gradient of `weights`; a sequence none of whose documents has two
+        rows adds 0.
     """
     same = sampled.starts.unsqueeze(-1) == sampled.starts.unsqueeze(-2)
     same &= sampled.counts.unsqueeze(-1) & sampled.counts.unsqueeze(-2)
-    pairs = same.sum() - sampled.counts.sum()
-    keys = torch.arange(weights.shape[-1], device=weights.device)
-    weights = weights.masked_fill(keys > sampled.rows[:, None, :, None] - NEAR, 0)
+    pairs = same.sum((1, 2)) - sampled.counts.sum(-1)
+    weights = weights * sampled.far(weights.shape[-1])
     # A key belongs to one document, so rows of different documents never meet in a column. What a
     # row shares with itself is taken off: that makes the estimate unbiased.
-    shared = weights.sum(2).square().sum() - weights.norm().square()
-    return shared / (pairs.clamp(min=1) * weights.shape[1])
+    shared = weights.sum(2).square().sum((1, 2)) - vector_norm(weights, dim=(1, 2, 3)).square()
+    return (shared / (pairs.clamp(min=1) * weights.shape[1])).mean()

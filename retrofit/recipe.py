@@ -76,6 +76,7 @@ class Data(_Section):
 class Objective(_Section):
     lm: Annotated[float, Field(ge=0)] = 1.0  # next-token cross-entropy
     kl: Annotated[float, Field(ge=0)] = 0.0  # KL(base || gated) of the next-token distribution
+    cache_teacher: bool = False  # what kl asks of the base stays on disk; pays from epoch 2 on
     pressure: Annotated[float, Field(ge=0)] = 0.0  # two random queries should not share a key
     pressure_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
     hidden: Annotated[float, Field(ge=0)] = 0.0  # distance to the base of what each layer reads
@@ -95,6 +96,15 @@ class Objective(_Section):
                 "without lm some zero-initialized gates get no gradient: kl gives none where the "
                 "gated model equals its base, and pressure none to the last layer; set "
                 "objective.lm above 0, if only a little"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_holds_one_layer(self):
+        if self.cache_teacher and (self.hidden or not self.kl):
+            raise ValueError(
+                "cache_teacher keeps the last layer of the base, for kl: it needs kl above 0, and "
+                "hidden, which compares every layer, at 0"
             )
         return self
 
@@ -158,6 +168,8 @@ class Recipe(_Section):
     def _streams_have_no_length(self):
         if self.data.streaming and self.train.max_steps is None:
             raise ValueError("a stream has no end: set train.max_steps")
+        if self.data.streaming and self.objective.cache_teacher:
+            raise ValueError("objective.cache_teacher: a stream comes by once; set it to false")
         return self
 
     @model_validator(mode="after")

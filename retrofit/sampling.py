@@ -3,7 +3,8 @@
 `O(rows * T)` instead of `T x T`, beside any attention kernel, with exact gradients.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -24,6 +25,28 @@ class SampledRows:
     rows: torch.Tensor
     starts: torch.Tensor
     counts: torch.Tensor
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def bias(self, length: int, sliding_window: int | None = None) -> torch.Tensor:
+        """0 for keys that a row sees and -inf for others, `[batch, 1, num_rows, length]`; made once
+        for all layers. To add it takes a third of the time of a fill, forward and backward."""
+        if sliding_window not in self.masks:
+            keys = torch.arange(length, device=self.rows.device)
+            rows, starts = self.rows[:, None, :, None], self.starts[:, None, :, None]
+            hidden = (keys < starts) | (keys > rows)
+            if sliding_window is not None:
+                hidden |= keys <= rows - sliding_window
+            self.masks[sliding_window] = torch.zeros(
+                hidden.shape, device=hidden.device
+            ).masked_fill_(hidden, -torch.inf)
+        return self.masks[sliding_window]
+
+    def far(self, length: int) -> torch.Tensor:
+        """1 for keys at least `NEAR` tokens before a row, 0 for others, as `bias` is made."""
+        if "far" not in self.masks:
+            keys = torch.arange(length, device=self.rows.device)
+            self.masks["far"] = (keys <= self.rows[:, None, :, None] - NEAR).float()
+        return self.masks["far"]
 
 
 def sample_rows(
@@ -32,7 +55,8 @@ def sample_rows(
     """Draw rows, without replacement, first among those that have far keys at all.
 
     A sequence with fewer of those than another fills up with rows that see nothing and count
-    nothing, so that one short text does not take the losses off the whole batch.
+    nothing, so that one short text does not take the losses off the whole batch. One that has a
+    single such row has no pair of them, and counts as it would alone: not at all.
 
     Args:
         position_ids: `[batch, T]`, from 0 at the start of each document; negative for padding.
@@ -43,6 +67,7 @@ def sample_rows(
         `None` where no document is long enough to have two such rows.
     """
     far = position_ids >= NEAR
+    far &= far.sum(-1, keepdim=True) > 1
     num_rows = min(num_rows, int(far.sum(-1).max()))
     if num_rows < 2:
         return None
@@ -81,13 +106,8 @@ def sampled_attention(
     index = sampled.rows.view(batch, 1, num_rows, 1).expand(-1, heads, -1, head_dim)
     # Groups are folded into the rows, so that keys are not repeated for every query head.
     queries = query_states.gather(2, index).reshape(batch, kv_heads, -1, head_dim) * scaling
-    logits = (queries @ key_states.mT).view(batch, heads, num_rows, length).float()
-    keys = torch.arange(length, device=logits.device)
-    rows, starts = sampled.rows[:, None, :, None], sampled.starts[:, None, :, None]
-    hidden = (keys < starts) | (keys > rows)
-    if sliding_window is not None:
-        hidden |= keys <= rows - sliding_window
-    logits = logits.masked_fill(hidden, -torch.inf)
+    logits = (queries @ key_states.mT).view(batch, heads, num_rows, length)
+    logits = logits + sampled.bias(length, sliding_window)  # in float32
     if sinks is None:
         return logits.softmax(-1)
     beside = sinks.float().view(1, -1, 1, 1).expand(batch, -1, num_rows, 1)

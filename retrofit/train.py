@@ -13,13 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedConfig, PrinterCallback
 from trl import SFTConfig
 
 from retrofit.adapters import family_of
 from retrofit.callbacks import GradientCheck, Interrupt, ProgressBar
-from retrofit.checkpoint import last_checkpoint
+from retrofit.checkpoint import accumulation_steps, last_checkpoint, whole_adapter
 from retrofit.data import load_sources
 from retrofit.errors import CheckError, UserError
 from retrofit.files import write_json, write_text
@@ -55,17 +56,20 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         DeadGateError: if a gate got no gradient at the first step.
         BaseChangedError: if a base weight changed.
     """
-    console = console or Console()
+    # Each rank on its own device, before anything is loaded.
+    ranks = PartialState(cpu=not torch.accelerator.is_available())
+    console = console or Console(quiet=not ranks.is_main_process)
     run = Path(recipe.output_dir).expanduser()
     checkpoint = _check_folder(run, recipe, resume)
     preflight(recipe)
+    ranks.wait_for_everyone()  # all have looked before one writes
     sources = load_sources(recipe.data)
     base = load_base(recipe.model)
     frozen = _fingerprint(base, recipe)
     interrupt, bar = Interrupt(console), ProgressBar(console)
     trainer = GateTrainer(
         model=base,
-        args=_training_arguments(recipe, run),
+        args=training_arguments(recipe, run, checkpoint),
         sources=sources,
         processing_class=load_tokenizer(recipe.model),
         gates=gate_config(recipe),
@@ -74,8 +78,10 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         first_tokens=recipe.data.first_tokens,
     )
     trainer.remove_callback(PrinterCallback)
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
+    if ranks.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
+    ranks.wait_for_everyone()
     _calibrate(trainer, recipe, resumed=checkpoint is not None)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -87,9 +93,11 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     after = _fingerprint(trainer.model, recipe)
     if after != frozen:
         raise BaseChangedError("a weight of the frozen base changed during training")
-    if trainer.is_world_process_zero():
-        _save_adapter(trainer, run)
+    gates = whole_adapter(trainer.model)
+    if ranks.is_main_process:
+        _save_adapter(trainer, gates, run)
         write_json(run / "run.json", _summary(trainer, recipe, frozen, after))
+        shutil.rmtree(run / "teacher", ignore_errors=True)
     return run
 
 
@@ -170,15 +178,21 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool) -> Path | None:
     return checkpoint
 
 
-def _training_arguments(recipe: Recipe, run: Path) -> SFTConfig:
+def training_arguments(recipe: Recipe, run: Path, checkpoint: Path | None = None) -> SFTConfig:
+    """TRL's settings for a recipe, or to go on from a checkpoint of it on as many ranks as there
+    are now."""
     train, data = recipe.train, recipe.data
+    accumulated = train.gradient_accumulation_steps
+    if checkpoint:
+        ranks = PartialState().num_processes
+        accumulated = accumulation_steps(checkpoint, train.batch_size, ranks)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard"))
     return SFTConfig(
         output_dir=str(run / "checkpoints"),
         max_steps=train.max_steps or -1,
         num_train_epochs=train.epochs,
         per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulated,
         learning_rate=1.0 if train.learning_rate == "auto" else train.learning_rate,
         weight_decay=train.weight_decay,
         warmup_steps=train.warmup_steps,
@@ -189,6 +203,7 @@ def _training_arguments(recipe: Recipe, run: Path) -> SFTConfig:
             "use_reentrant": train.gradient_checkpointing == "reentrant"
         },
         torch_compile=train.torch_compile,
+        use_cpu=not torch.accelerator.is_available(),
         # The base computes in the dtype it was loaded in and the gates follow it.
         bf16=False,
         seed=train.seed,
@@ -223,10 +238,10 @@ def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:
     }
 
 
-def _save_adapter(trainer: GateTrainer, run: Path) -> None:
+def _save_adapter(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Path) -> None:
     partial = run / ".adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    trainer.model.save_pretrained(str(partial))
+    trainer.model.save_pretrained(str(partial), state_dict=gates)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card template
     partial.replace(run / "adapter")
 

@@ -3,9 +3,13 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list
+from datasets import IterableDataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -17,7 +21,9 @@ from retrofit.data import LoadedSource, mix
 from retrofit.errors import UserError
 from retrofit.gates import GateConfig, GateLayer, gate_layers
 from retrofit.objectives import add_objectives
+from retrofit.packed_attention import attend_by_document
 from retrofit.recipe import Objective
+from retrofit.teacher_cache import TeacherCache
 
 
 class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
@@ -53,6 +59,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         first_tokens: int = 0,
     ):
         self.sources = sources
+        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            # PEFT, TRL and transformers each let gradients flow to the embeddings, through layers
+            # without gates; the reentrant kind of checkpointing alone needs that.
+            model.enable_input_require_grads = lambda: None
         super().__init__(
             model=model,
             args=args,
@@ -65,9 +75,13 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             self.data_collator = PackedRows(
                 processing_class.pad_token_id, _takes_lengths(self.model), first_tokens
             )
+            attend_by_document(self.model.get_base_model())
         for layer in gate_layers(self.model).values():
             layer.float()  # TRL casts trainable weights to bf16 on a quantized base
-        add_objectives(self.model.get_base_model(), objective)
+        # Beside the checkpoints, for `train` to remove when it is done.
+        cache = TeacherCache(Path(args.output_dir).parent / "teacher")
+        kept = cache if objective.cache_teacher else None
+        add_objectives(self.model.get_base_model(), objective, kept)
         self.objective = objective
         needed = objective.reads_layers
         self.auxiliary = add_auxiliary(self.model, objective) if needed else None
@@ -75,27 +89,48 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         self._clock: tuple[float, int] | None = None
 
     def calibrate(self, documents: int = 64) -> Calibration:
-        """What the base shows of the first `documents` of the data, the same on every rank."""
-        batches, seen = [], 0
-        for batch in self.get_train_dataloader():
+        """What the base shows of the first `documents` of the data. The main rank reads it and
+        tells the others, so that it does not depend on how many there are."""
+        found: list[Calibration | None] = [None]
+        if self.accelerator.is_main_process:
+            # On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights into a
+            # form that has no backward.
+            self.model.train()
+            seen = calibrate(self.model, self._first_batches(documents))
+            values = {index: value.cpu() for index, value in seen.values.items()}
+            found = [Calibration(values, seen.input_sizes)]
+        (calibration,) = broadcast_object_list(found)
+        return calibration
+
+    def _first_batches(self, documents: int) -> Iterator[dict[str, torch.Tensor]]:
+        """What a single rank would train on first."""
+        loader = prepare_data_loader(
+            DataLoader(
+                self.train_dataset,
+                self.args.train_batch_size,
+                sampler=self._get_train_sampler(),
+                collate_fn=self._get_collator_with_removed_columns(self.data_collator),
+            ),
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+            use_seedable_sampler=True,
+            data_seed=self.args.data_seed,
+        )
+        seen = 0
+        for batch in loader:
             position_ids = _position_ids(batch)
-            batches.append({"input_ids": batch["input_ids"], "position_ids": position_ids})
+            yield {"input_ids": batch["input_ids"], "position_ids": position_ids}
             seen += int((position_ids[:, 1:] == 1).sum())
             if seen >= documents:
                 break
-        # On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights into a form
-        # that has no backward.
-        self.model.train()
-        mine = calibrate(self.model, batches)
-        mean = partial(self.accelerator.reduce, reduction="mean")
-        device = self.accelerator.device
-        return Calibration(
-            {index: mean(value) for index, value in mine.values.items()},
-            {
-                index: mean(torch.tensor(size, device=device)).item()
-                for index, size in mine.input_sizes.items()
-            },
-        )
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if isinstance(dataset, IterableDataset):
+            dataset = _OneStream(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
 
     def center_gates(self, values: dict[int, torch.Tensor]) -> None:
         """Let the gates of each layer close on these, from `calibrate`."""
@@ -160,10 +195,11 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
     def _record(self, outputs, movements: list[torch.Tensor]) -> None:
         metrics = self._metrics["train"]
         tokens = outputs.num_tokens.clamp(min=1)
-        metrics["lm"].append((outputs.lm / tokens).item())
-        metrics["kl"].append((outputs.kl / tokens).item())
+        # Read when they are logged: until then nothing waits for the device.
+        metrics["lm"].append(outputs.lm / tokens)
+        metrics["kl"].append(outputs.kl / tokens)
         if movements:
-            metrics["gate_movement"].append(torch.stack(movements).mean().item())
+            metrics["gate_movement"].append(torch.stack(movements).mean())
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -171,12 +207,39 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             then, self._clock = self._clock, now
             if then:
                 logs["tokens_per_second"] = (now[1] - then[1]) / (now[0] - then[0])
-            if self.auxiliary:
-                logs |= {name: value.item() for name, value in self.auxiliary.means().items()}
+            logs |= self._figures()
         super().log(logs, start_time)
+
+    def _figures(self) -> dict[str, float]:
+        """What was recorded since the last line of the log, and the last batch's losses inside the
+        layers, mean over ranks."""
+        recorded = self._metrics["train"]
+        means = {name: sum(values) / len(values) for name, values in recorded.items()}
+        recorded.clear()
+        if self.auxiliary:
+            means |= self.auxiliary.means()
+        device = self.accelerator.device
+        mine = torch.stack(
+            [torch.as_tensor(value, device=device).float() for value in means.values()]
+        )
+        return dict(zip(means, self.accelerator.reduce(mine, "mean").tolist(), strict=True))
 
     def create_model_card(self, *args, **kwargs):
         """TRL writes a draft card beside every checkpoint; the merge writes the real one."""
+
+
+class _OneStream(torch.utils.data.IterableDataset):
+    """A stream that every rank reads whole to take its rows from. accelerate would deal out its
+    files instead, and then no other number of ranks would see the same rows."""
+
+    def __init__(self, rows: IterableDataset):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def set_epoch(self, epoch: int):
+        self.rows.set_epoch(epoch)
 
 
 def _takes_lengths(model: PreTrainedModel) -> bool:

@@ -105,7 +105,7 @@ def test_micro_batches_each_give_their_part():
 
 def test_the_base_pass_has_no_losses():
     model = get_peft_model(tiny_model("llama"), GateConfig())
-    assert press(model).means() == {}
+    assert not any(press(model).means().values())
 
 
 def test_zero_gates_have_no_distance_and_others_have():

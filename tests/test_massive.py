@@ -28,9 +28,9 @@ def test_only_what_stands_out_costs_by_the_logarithm_of_its_height():
     assert excess_activation(hidden_states(), POSITION_IDS) == 0
     assert excess_activation(hidden_states(r0_c2=MARGIN), POSITION_IDS) == 0
     high = excess_activation(hidden_states(r0_c2=-MARGIN * math.e**3), POSITION_IDS)
-    torch.testing.assert_close(high, torch.tensor(3 / 3))  # three documents
+    torch.testing.assert_close(high, torch.tensor(3 / 2 / 2))  # documents, rows
     both = hidden_states(r0_c0=MARGIN * math.e**3, r1_c4=MARGIN * math.e**6)
-    torch.testing.assert_close(excess_activation(both, POSITION_IDS), torch.tensor(9 / 3))
+    torch.testing.assert_close(excess_activation(both, POSITION_IDS), torch.tensor((3 / 2 + 6) / 2))
 
 
 def test_padding_costs_nothing_and_scale_does_not_matter():
@@ -45,7 +45,7 @@ def test_padding_costs_nothing_and_scale_does_not_matter():
 def test_the_pull_is_one_part_of_the_height_however_high(height):
     states = hidden_states(r0_c0=height).requires_grad_()
     excess_activation(states, POSITION_IDS).backward()
-    torch.testing.assert_close(states.grad[0, 0, 3] * height, torch.tensor(1 / 3))
+    torch.testing.assert_close(states.grad[0, 0, 3] * height, torch.tensor(1 / 2 / 2))
     assert states.grad.count_nonzero() == 1
 
 

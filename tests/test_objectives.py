@@ -88,8 +88,9 @@ def test_no_tensor_of_full_logits_is_made(monkeypatch):
     head = torch.nn.Linear(16, 5000, bias=False).requires_grad_(False)
     labels = torch.randint(0, 5000, (1, 400))
     with Largest() as largest:
+        states = objectives.predicting(hidden, labels)
         outputs = objectives.chunked_objectives(
-            hidden, hidden.detach(), head, labels, Objective(lm=1, kl=1)
+            states, states.detach(), head, labels, Objective(lm=1, kl=1)
         )
         outputs.loss.backward()
     assert largest.numel == 5000 * 16  # the head itself

@@ -22,7 +22,7 @@ from retrofit.errors import UserError
 from retrofit.gates import GateLayer, gate_layers
 from retrofit.models import load_base, load_tokenizer
 from retrofit.recipe import Recipe
-from retrofit.train import _training_arguments, gate_config, train
+from retrofit.train import gate_config, train, training_arguments
 from retrofit.trainer import GateTrainer
 
 WORDS = "the sink token head gate layer draws all attention to first last union people".split()
@@ -67,7 +67,7 @@ def make_trainer(recipe: Recipe, callbacks=()) -> GateTrainer:
 
     return GateTrainer(
         model=load_base(recipe.model),
-        args=_training_arguments(recipe, Path(recipe.output_dir)),
+        args=training_arguments(recipe, Path(recipe.output_dir)),
         sources=load_sources(recipe.data),
         processing_class=load_tokenizer(recipe.model),
         gates=gate_config(recipe),
@@ -444,3 +444,17 @@ def test_resume_refuses_what_it_cannot_continue(make_recipe):
         train(recipe, resume=True)
     with pytest.raises(UserError, match="started with another recipe.*train"):
         train(make_recipe(train={"seed": 3}), resume=True)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+def test_no_gradient_goes_below_the_lowest_gate(make_recipe, checkpointing):
+    recipe = make_recipe(
+        gate={"layers": [1, 2]}, train={"gradient_checkpointing": checkpointing, "max_steps": 1}
+    )
+    trainer = make_trainer(recipe)
+    reached = []
+    layers = trainer.model.get_base_model().model.layers
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(lambda _m, _a, out, i=index: reached.append((i, out)))
+    trainer.train()
+    assert {i for i, out in reached if out.requires_grad} == {1, 2}

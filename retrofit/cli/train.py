@@ -1,5 +1,6 @@
 """`retrofit train`"""
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,6 @@ from typing import Annotated
 import typer
 
 from retrofit.process import prepare_process
-from retrofit.recipe import load_recipe
 
 
 def main(
@@ -18,13 +18,16 @@ def main(
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Train the gates of a recipe into its output_dir."""
+    from retrofit.recipe import load_recipe
+
     resolved = load_recipe(recipe, overrides or ())
     prepare_process(keep_freed_memory=True)
     from rich.console import Console
 
     from retrofit.train import Interrupted, train
 
-    console = Console()
+    is_main = os.environ.get("RANK", "0") == "0"  # of the ranks that a launcher has started
+    console = Console(quiet=not is_main)
     run = Path(resolved.output_dir).expanduser()
     try:
         # A run stopped while it was measured has nothing left to train.
@@ -32,9 +35,10 @@ def main(
             run = train(resolved, resume=resume, console=console)
     except Interrupted as stop:
         again = shlex.join(["retrofit", "train", recipe, *(overrides or ()), "--resume"])
-        typer.echo(f"{stop}; go on with: {again}", err=True)
+        if is_main:
+            typer.echo(f"{stop}; go on with: {again}", err=True)
         raise typer.Exit(130) from None
-    if resolved.measure:
+    if resolved.measure and is_main:
         from retrofit.cli.measure import measure_run
 
         measure_run(resolved, run, console)
