@@ -97,6 +97,7 @@ class Auxiliary:
         if "pressure" in self.weights or "balance" in self.weights:
             self.sampled = sample_rows(position_ids, objective.sampled_rows)
 
+    @torch.compiler.disable  # what is kept by layer would make a graph of each
     def __call__(
         self,
         attention: nn.Module,
@@ -122,6 +123,7 @@ class Auxiliary:
             )
         return self._inject(attn_output, index, losses)
 
+    @torch.compiler.disable
     def before_layer(self, layer: nn.Module, args: tuple) -> tuple | None:
         """Forward pre-hook of a decoder layer, whose first argument is the residual stream."""
         attention = layer.self_attn

@@ -7,7 +7,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from retrofit.data import load_sources
+from retrofit.errors import UserError
 from retrofit.export.native import native_config, refusal
+from retrofit.memory import Device, NotTracedError, estimate, remedy, this_device
 from retrofit.models import load_tokenizer
 from retrofit.recipe import Recipe
 from retrofit.train import gate_config, preflight
@@ -23,12 +25,16 @@ class Check:
     finding: str
 
 
-def check(recipe: Recipe) -> list[Check]:
-    """Open the config, the tokenizer and the data of a recipe, and build the gated model on the
-    meta device.
+def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
+    """Open the config, the tokenizer and the data of a recipe, and trace a step without weights.
+
+    Args:
+        recipe: what would be trained.
+        gpu_gigabytes: plan for a GPU with so much memory, instead of for this machine.
 
     Raises:
-        UserError: for anything that would stop `retrofit train` before its first step.
+        UserError: for anything that would stop `retrofit train` before its first step, or if that
+            step takes more memory than there is.
     """
     config = preflight(recipe)
     base, gates = _count_weights(config, recipe)
@@ -42,6 +48,7 @@ def check(recipe: Recipe) -> list[Check]:
             for source, loaded in zip(recipe.data.sources, sources, strict=True)
         ),
         Check("step", _describe_step(recipe)),
+        Check("memory", _describe_memory(config, recipe, this_device(gpu_gigabytes))),
         Check("merge", _describe_merge(config, recipe)),
     ]
 
@@ -70,6 +77,20 @@ def _describe_gates(config: PreTrainedConfig, recipe: Recipe, gates: int, base: 
         f"{recipe.gate.granularity} on {layers} layers: {gates:,} weights, "
         f"{gates / base:.2%} of the model"
     )
+
+
+def _describe_memory(config: PreTrainedConfig, recipe: Recipe, device: Device) -> str:
+    try:
+        found = estimate(recipe, config, device)
+    except NotTracedError as error:
+        if recipe.train.gradient_checkpointing == "auto":
+            raise
+        return f"not known; {error}"
+    if not found.fits(device):
+        mended = remedy(recipe, config, device)
+        mend = f"it would fit with {mended}" if mended else "no shorter or smaller recipe would fit"
+        raise UserError(f"memory: this needs {found}, more than {device.name} has room for; {mend}")
+    return f"{found} on {device.name}; gradient checkpointing {found.checkpointing}"
 
 
 def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:

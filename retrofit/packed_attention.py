@@ -28,6 +28,7 @@ def attend_by_document(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
 
 
+@torch.compiler.disable  # each row has documents of its own
 def sdpa_by_document(
     module: nn.Module,
     query: torch.Tensor,

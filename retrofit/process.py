@@ -1,5 +1,6 @@
 """Settings of the process that must be made before torch is imported."""
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -37,16 +38,24 @@ def _quieten() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def return_large_blocks() -> None:
+    """Where memory is short and not time: layers that are computed twice leave holes of all sizes,
+    and on glibc none that is kept fits the next large tensor."""
+    if sys.platform == "linux":
+        _mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
+
+
 def _keep_freed_memory() -> None:
     """glibc gives the memory of every large tensor back to the kernel, which then clears the same
     pages again at the next step: a third to a half of the time of a CPU training step."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # not glibc
-        return
     for option, value in (
         (_M_MMAP_THRESHOLD, 2**31 - 1),
         (_M_TRIM_THRESHOLD, 2**31 - 1),
         (_M_TOP_PAD, 64 * 2**20),
     ):
-        mallopt(option, value)
+        _mallopt(option, value)
+
+
+def _mallopt(option: int, value: int) -> None:
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(option, value)

@@ -141,7 +141,8 @@ class Train(_Section):
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05  # below 1: a share of all steps
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    gradient_checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"
+    # auto: the first of none, selective (attention is kept) and full that fits, see memory.py.
+    gradient_checkpointing: Literal["auto", "none", "selective", "full", "reentrant"] = "auto"
     torch_compile: bool = False
     seed: int = 0
     logging_steps: Annotated[int, Field(gt=0)] = 1

@@ -27,6 +27,7 @@ from retrofit.files import write_json, write_text
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
 from retrofit.models import load_base, load_config, load_tokenizer
+from retrofit.process import return_large_blocks
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.trainer import GateTrainer
 
@@ -63,13 +64,16 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     checkpoint = _check_folder(run, recipe, resume)
     preflight(recipe)
     ranks.wait_for_everyone()  # all have looked before one writes
+    args = training_arguments(recipe, run, checkpoint)
+    if args.gradient_checkpointing:
+        return_large_blocks()
     sources = load_sources(recipe.data)
     base = load_base(recipe.model)
     frozen = _fingerprint(base, recipe)
     interrupt, bar = Interrupt(console), ProgressBar(console)
     trainer = GateTrainer(
         model=base,
-        args=training_arguments(recipe, run, checkpoint),
+        args=args,
         sources=sources,
         processing_class=load_tokenizer(recipe.model),
         gates=gate_config(recipe),
@@ -83,6 +87,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
     ranks.wait_for_everyone()
     _calibrate(trainer, recipe, resumed=checkpoint is not None)
+    if recipe.train.torch_compile:
+        trainer.compile_layers()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -182,6 +188,9 @@ def training_arguments(recipe: Recipe, run: Path, checkpoint: Path | None = None
     """TRL's settings for a recipe, or to go on from a checkpoint of it on as many ranks as there
     are now."""
     train, data = recipe.train, recipe.data
+    from retrofit.memory import choose_checkpointing  # which traces what this file sets up
+
+    checkpointing = choose_checkpointing(recipe)
     accumulated = train.gradient_accumulation_steps
     if checkpoint:
         ranks = PartialState().num_processes
@@ -198,11 +207,11 @@ def training_arguments(recipe: Recipe, run: Path, checkpoint: Path | None = None
         warmup_steps=train.warmup_steps,
         lr_scheduler_type=train.schedule,
         max_grad_norm=train.max_grad_norm,
-        gradient_checkpointing=train.gradient_checkpointing != "none",
+        gradient_checkpointing=checkpointing != "none",
         gradient_checkpointing_kwargs={
-            "use_reentrant": train.gradient_checkpointing == "reentrant"
+            "use_reentrant": checkpointing == "reentrant",
+            "selective": checkpointing == "selective",
         },
-        torch_compile=train.torch_compile,
         use_cpu=not torch.accelerator.is_available(),
         # The base computes in the dtype it was loaded in and the gates follow it.
         bf16=False,

@@ -86,7 +86,15 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         needed = objective.reads_layers
         self.auxiliary = add_auxiliary(self.model, objective) if needed else None
         self.learning_rates: dict[int, float] = {}  # by layer, instead of `args.learning_rate`
+        self._compiled = False
         self._clock: tuple[float, int] | None = None
+
+    def compile_layers(self) -> None:
+        """Each layer by itself: one graph serves all of a kind, where that of a whole model takes
+        minutes."""
+        self._compiled = True
+        for layer in self.model.get_base_model().base_model.layers:
+            layer.compile()
 
     def calibrate(self, documents: int = 64) -> Calibration:
         """What the base shows of the first `documents` of the data. The main rank reads it and
@@ -182,7 +190,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             scale = 1 / self.current_gradient_accumulation_steps
             self.auxiliary.prepare(_position_ids(inputs), progress, scale)
         # A hook is traced into a compiled graph, and another one at the next step is a new graph.
-        watched = {} if self.args.torch_compile else gate_layers(self.model)
+        watched = {} if self._compiled else gate_layers(self.model)
         with gate_movement(watched.values()) as movements:
             outputs = model(**inputs, objectives=True)
         num_tokens = outputs.num_tokens if num_items_in_batch is None else num_items_in_batch

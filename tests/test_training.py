@@ -338,7 +338,7 @@ def test_streaming_trains(make_recipe):
     assert json.loads((train(recipe) / "run.json").read_text())["steps"] == 3
 
 
-@pytest.mark.parametrize("mode", ["non_reentrant", "reentrant"])
+@pytest.mark.parametrize("mode", ["selective", "full", "reentrant"])
 def test_gradient_checkpointing_trains_the_same(make_recipe, mode, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": " ".join(sentences(60))}) + "\n")
@@ -446,7 +446,7 @@ def test_resume_refuses_what_it_cannot_continue(make_recipe):
         train(make_recipe(train={"seed": 3}), resume=True)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_no_gradient_goes_below_the_lowest_gate(make_recipe, checkpointing):
     recipe = make_recipe(
         gate={"layers": [1, 2]}, train={"gradient_checkpointing": checkpointing, "max_steps": 1}

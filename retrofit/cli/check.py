@@ -12,6 +12,12 @@ def main(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.max_steps=40.")
     ] = None,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB", min=1, help="Plan for a GPU with so much, not for this machine."
+        ),
+    ] = None,
 ) -> None:
     """Preflight: say what a recipe would do, or what is wrong with it. Nothing is trained."""
     from retrofit.recipe import load_recipe
@@ -20,6 +26,6 @@ def main(
     prepare_process()
     from retrofit.check import check
 
-    for line in check(resolved):
+    for line in check(resolved, device_memory):
         typer.echo(f"{line.name:6} {line.finding}")
     typer.echo("ok")
