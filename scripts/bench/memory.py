@@ -1,0 +1,90 @@
+"""What `retrofit check` says that a run needs, beside what the run then takes.
+
+    python scripts/bench/memory.py [--recipes ...] [--json F]
+
+Each estimate and each run has a process of its own. What a run takes is the peak of its steps, with
+all that is held meanwhile: of a GPU's memory, or where there is none of all memory. (Before that, a
+file of weights is mapped into memory to be read, which the system takes back when it has to.)
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from paired import Ratio, forget_peak, fresh, held_gb, parser, report
+from retrofit.process import prepare_process
+from retrofit.recipe import load_recipe
+
+QWEN = "~/.cache/retrofit/models/qwen2.5-coder-0.5b-instruct"
+RECIPES = {
+    "SmolLM2-135M, elementwise, all losses, float32, 2 x 512": (),
+    "SmolLM2-135M, headwise, float32, 4 x 1024, checkpointed": (
+        *("gate.granularity=headwise", "train.batch_size=4", "data.sequence_length=1024"),
+        *("train.gradient_checkpointing=full", "objective.hidden=0"),
+    ),
+    "Qwen2.5-Coder-0.5B, headwise, bfloat16, 1 x 1024": (
+        *(f"model.base={QWEN}", "model.dtype=bfloat16", "gate.granularity=headwise"),
+        *("train.batch_size=1", "data.sequence_length=1024", "objective.hidden=0"),
+    ),
+}
+
+
+def main() -> None:
+    options_of = parser(__doc__.splitlines()[0])
+    options_of.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    options_of.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)  # recipe, said or taken
+    options = options_of.parse_args()
+    if options.alone:
+        name, what = options.alone
+        print(json.dumps(said(name) if what == "said" else taken(name)))
+        return
+    report([compared(name) for name in options.recipes], options)
+
+
+def compared(name: str) -> Ratio:
+    own, other = (json.loads(fresh(__file__, "--alone", name, what)) for what in ("said", "taken"))
+    value = own["gb"] / other["gb"]
+    return Ratio(
+        f"memory, estimated / measured: {name}",
+        None,
+        value,
+        value,
+        value,
+        f"{own['gb']:.2f} GB / {other['gb']:.2f} GB, checkpointing {own['checkpointing']}",
+    )
+
+
+def said(name: str) -> dict:
+    prepare_process()
+    from retrofit.memory import estimate, this_device
+    from retrofit.train import preflight
+
+    recipe = load_recipe("smollm2-135m-cpu", RECIPES[name])
+    found = estimate(recipe, preflight(recipe), this_device())
+    return {"gb": found.total / 1e9, "checkpointing": found.checkpointing}
+
+
+def taken(name: str) -> dict:
+    prepare_process(keep_freed_memory=True)
+    from rich.console import Console
+
+    from retrofit.train import train
+    from retrofit.trainer import GateTrainer
+
+    def first_step(*arguments, **keywords):
+        forget_peak()
+        GateTrainer.training_step = step
+        return step(*arguments, **keywords)
+
+    step, GateTrainer.training_step = GateTrainer.training_step, first_step
+    with tempfile.TemporaryDirectory() as folder:
+        short = (f"output_dir={Path(folder) / 'run'}", "train.max_steps=3", "measure=null")
+        train(
+            load_recipe("smollm2-135m-cpu", [*RECIPES[name], *short]), console=Console(quiet=True)
+        )
+    return {"gb": held_gb(peak=True)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What packing gains on short chats: tokens with a label a second, with and without.
+
+    python scripts/assets.py smollm2 tasks
+    python scripts/bench/packing.py [BASE] [--batch-size 4] [--chats FILE]
+
+Two trainings, as `retrofit train` sets them up, take turns: the same chats, the same
+`sequence_length` and rows a step, and only `data.packing` differs. Without it a row is one chat,
+and TRL pads the rows of a batch to the longest of them. A token counts if a loss is taken on it:
+padding does not, nor the first token of a chat, which nothing predicts. Steps are timed from the
+first one's beginning to the last one's end, loading, tokenizing and saving left out.
+
+A GPU is idle for most of a step on a short row. A CPU works as long as there is to work: there
+packing saves no more than the padding and what a step costs whatever its size.
+
+The chats are questions and right answers of ARC-Easy and PIQA, 60 to 70 tokens each, unless
+`--chats` names a file with `messages`.
+"""
+
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+
+from paired import Ratio, collected, parser, quartiles, report
+from retrofit.data import load_sources
+from retrofit.models import load_base, load_tokenizer
+from retrofit.process import prepare_process
+from retrofit.recipe import Recipe
+from retrofit.train import gate_config, training_arguments
+from retrofit.trainer import GateTrainer
+
+TASKS = ("arc_easy", "piqa")
+ARMS = {"packed": True, "padded": False}
+GOAL = 3.0
+
+
+class Clock(TrainerCallback):
+    """When the first step began and the last one ended, in seconds."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = self.ended = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun = self.begun or time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ended = time.perf_counter()
+
+
+class CountingTrainer(GateTrainer):
+    """A `GateTrainer` that counts the tokens it takes a loss on."""
+
+    labelled = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # A label is predicted by the token before it.
+        self.labelled += int((inputs["labels"][:, 1:] != -100).sum())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+@dataclass
+class Arm:
+    """One training, run from its start each time."""
+
+    trainer: CountingTrainer
+    clock: Clock
+
+    def rate(self) -> float:
+        """Tokens that count a second."""
+        self.trainer.labelled = 0
+        self.trainer.train()
+        return self.trainer.labelled / (self.clock.ended - self.clock.begun)
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--chats", type=Path, help="a .jsonl file with messages")
+    options.add_argument("--length", type=int, default=1024, help="data.sequence_length")
+    options.add_argument("--batch-size", type=int, default=4, help="rows a step")
+    options.add_argument("--tokens", type=int, default=8192, help="a run, about")
+    given = options.parse_args()
+    with TemporaryDirectory() as folder:
+        chats = given.chats or write_chats(Path(folder) / "chats.jsonl")
+        arms = {
+            name: arm_of(recipe(given, chats, packing, Path(folder) / name), given.tokens)
+            for name, packing in ARMS.items()
+        }
+        rates = collected({name: arm.rate for name, arm in arms.items()}, given.repeats)
+    report([gain(rates, arms)], given)
+
+
+def write_chats(path: Path, each: int = 1500) -> Path:
+    """One question and answer a line, of each task in turn."""
+    cache = Path(os.environ.get("RETROFIT_CACHE") or "~/.cache/retrofit").expanduser()
+    files = [(cache / "tasks" / f"{task}.jsonl").read_text().splitlines() for task in TASKS]
+    rows = [json.loads(line) for pair in zip(*files, strict=False) for line in pair]
+    lines = (json.dumps({"messages": messages(row)}) for row in rows[: 2 * each])
+    path.write_text("\n".join(lines))
+    return path
+
+
+def messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    """A document of `scripts/assets.py tasks` as a chat of two turns."""
+    question = row["context"].removesuffix("\nAnswer:").partition(": ")[2]
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": row["choices"][row["gold"]]},
+    ]
+
+
+def recipe(options, chats: Path, packing: bool, folder: Path) -> Recipe:
+    """Gates and losses at their defaults: headwise, next-token loss."""
+    return Recipe.model_validate(
+        {
+            "output_dir": str(folder),
+            "model": {"base": options.base, "dtype": options.dtype},
+            "data": {
+                "sources": [{"path": str(chats)}],
+                "sequence_length": options.length,
+                "packing": packing,
+            },
+            "train": {
+                "batch_size": options.batch_size,
+                "learning_rate": 1e-3,
+                "save_steps": 10**6,
+                "report_to": [],
+            },
+        }
+    )
+
+
+def arm_of(recipe: Recipe, tokens: int) -> Arm:
+    """As `retrofit train` builds it, for as many steps as take about so many tokens."""
+    clock = Clock()
+    trainer = CountingTrainer(
+        model=load_base(recipe.model),
+        args=training_arguments(recipe, Path(recipe.output_dir)),
+        sources=load_sources(recipe.data),
+        processing_class=load_tokenizer(recipe.model),
+        gates=gate_config(recipe),
+        objective=recipe.objective,
+        callbacks=[clock],
+    )
+    trainer.remove_callback(PrinterCallback)
+    rows = trainer.train_dataset
+    a_row = statistics.fmean(len(ids) for ids in rows[: min(len(rows), 200)]["input_ids"])
+    trainer.args.max_steps = max(1, round(tokens / a_row / recipe.train.batch_size))
+    return Arm(trainer, clock)
+
+
+def gain(rates: dict[str, list[float]], arms: dict[str, Arm]) -> Ratio:
+    pairs = zip(rates["packed"], rates["padded"], strict=True)
+    low, median, high = quartiles(packed / padded for packed, padded in pairs)
+    detail = "; ".join(
+        f"{name} {statistics.median(rates[name]):.0f} tokens/s, "
+        f"{arm.trainer.labelled / arm.trainer.state.global_step:.0f} a step"
+        for name, arm in arms.items()
+    )
+    return Ratio("packed / padded, tokens/s", GOAL, median, low, high, detail, at_least=True)
+
+
+if __name__ == "__main__":
+    prepare_process(keep_freed_memory=True)
+    main()

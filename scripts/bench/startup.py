@@ -1,0 +1,149 @@
+"""What starting costs: the command line's help, and a model with gates up to its first step.
+
+    python scripts/bench/startup.py [BASE] [--length 1024]
+
+`retrofit --help` and a bare interpreter take turns; told is their difference in seconds.
+
+Then fresh processes take turns, each with all modules imported and the files in memory before its
+clock runs:
+
+- `gated`, as `retrofit train`: load the base, insert headwise gates, hash the base's weights, and
+  one forward and backward of next-token loss on a row of the recipes' default length;
+- `plain`: transformers' `from_pretrained`, and the same step down to the embeddings, nothing of
+  the base to train.
+
+A load alone is no measure. Weights are mapped, not read, so that it takes the same instant for a
+model of any size, and whoever comes first pays for the reading: here the hash, there the step. So
+the goal is for load and first step together; the parts are told besides.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from paired import Ratio, collected, fresh, in_turns, parser, quartiles, ratio, report
+from retrofit import GateConfig
+from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.models import load_base
+from retrofit.objectives import add_objectives
+from retrofit.process import prepare_process
+from retrofit.recipe import Model, Objective
+
+HELP = {
+    "help": [sys.executable, "-c", "from retrofit.cli import main; main()", "--help"],
+    "bare": [sys.executable, "-c", "pass"],
+}
+HELP_GOAL, START_GOAL = 0.3, 1.1
+
+
+def main() -> None:
+    given = parser(__doc__.splitlines()[0])
+    given.add_argument("--length", type=int, default=1024, help="tokens of the first step")
+    given.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    options = given.parse_args()
+    if options.arm:
+        print(json.dumps(started(options.arm, options)))
+        return
+    report([help_difference(options.repeats), *start_ratios(options)], options)
+
+
+def help_difference(repeats: int) -> Ratio:
+    """Seconds of `retrofit --help` less those of an interpreter that does nothing."""
+    run = partial(subprocess.run, stdout=subprocess.DEVNULL, check=True)
+    seconds = in_turns({name: partial(run, command) for name, command in HELP.items()}, repeats)
+    pairs = zip(seconds["help"], seconds["bare"], strict=True)
+    low, median, high = quartiles(own - bare for own, bare in pairs)
+    detail = " - ".join(f"{statistics.median(seconds[name]):.3f} s" for name in HELP)
+    return Ratio("--help less a bare interpreter, s", HELP_GOAL, median, low, high, detail)
+
+
+def start_ratios(options: argparse.Namespace) -> list[Ratio]:
+    command = [options.base, "--dtype", options.dtype, "--length", str(options.length), "--arm"]
+    runs = collected({arm: partial(in_fresh, *command, arm) for arm in ARMS}, options.repeats)
+
+    def over(name: str, parts: tuple[str, ...], goal: float | None = None) -> Ratio:
+        own, plain = ([sum(run[part] for part in parts if part in run) for run in runs[arm]]
+                      for arm in ("gated", "plain"))  # fmt: skip
+        return ratio(name, own, plain, goal)
+
+    return [
+        over(
+            "load, hash and first step / load and first step", ("load", "hash", "step"), START_GOAL
+        ),
+        over("load and first step, without the hash", ("load", "step")),
+        over("load and gates / load", ("load",)),
+        over("load, gates and hash / load", ("load", "hash")),
+    ]
+
+
+def in_fresh(*arguments: str) -> dict[str, float]:
+    return json.loads(fresh(__file__, *arguments))
+
+
+def started(arm: str, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each part of one start."""
+    seconds: dict[str, float] = {}
+    model = clocked(seconds, "load", lambda: ARMS[arm](options))
+    if arm == "gated":
+        clocked(seconds, "hash", lambda: weights_sha256(base_weights(model)))
+    clocked(seconds, "step", lambda: first_step(model, options.length))
+    return seconds
+
+
+def clocked(seconds: dict[str, float], part: str, work: Callable):
+    start = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[part] = time.perf_counter() - start
+    return result
+
+
+def gated(options: argparse.Namespace) -> torch.nn.Module:
+    """A base with headwise gates and next-token loss, as `retrofit train` starts."""
+    model = get_peft_model(load_base(Model(base=options.base, dtype=options.dtype)), GateConfig())
+    add_objectives(model.get_base_model(), Objective(lm=1.0))
+    return model.train()
+
+
+def plain(options: argparse.Namespace) -> torch.nn.Module:
+    """What transformers loads, with nothing to train but a gradient to take down to the
+    embeddings."""
+    device = "cuda" if torch.cuda.is_available() else None
+    model = AutoModelForCausalLM.from_pretrained(
+        Path(options.base).expanduser(), dtype=options.dtype, device_map=device
+    )
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    return model.train()
+
+
+ARMS = {"gated": gated, "plain": plain}
+
+
+def first_step(model: torch.nn.Module, length: int) -> float:
+    """Forward and backward of next-token loss on random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
+    input_ids = input_ids.to(model.device)
+    objectives = {"objectives": True} if hasattr(model, "peft_config") else {}
+    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False, **objectives).loss
+    if objectives:  # a sum over tokens
+        loss = loss / (length - 1)
+    loss.backward()
+    return loss.item()
+
+
+if __name__ == "__main__":
+    prepare_process(keep_freed_memory=True)
+    main()

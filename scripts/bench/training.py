@@ -1,0 +1,233 @@
+"""A training step of gates beside what one would use instead, and beside the least it could cost.
+
+    python scripts/bench/training.py [BASE] [--length 1024] [--rows 1] [--dtype bfloat16] [--json F]
+
+All arms take the same packed batch of real text, in one process, in turns:
+
+- `gates`: `retrofit train`'s step, headwise gates, next-token loss alone;
+- `LoRA`: TRL's `SFTTrainer` with PEFT's LoRA, r=16 on all linear layers, untouched, at its defaults
+  (gradient checkpointing on) and at its best (off; in bfloat16, adapters in bfloat16 as well);
+- `LoRA, ours`: the same adapters under our loss and our attention, which only leaves the adapters;
+- `floor`: the frozen base, our loss and attention, gradients down to the embeddings and no weight
+  to train;
+- `all`: gates with `kl`, `pressure` and `balance`; `cached`: the same with the base's hidden states
+  from disk; `recipe`: with the losses of the bundled recipes.
+
+Memory is what a process of its own adds, from before it loads the model, to the peak of two steps.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from trl import SFTConfig, SFTTrainer
+
+from paired import Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report
+from retrofit.data import load_sources
+from retrofit.models import load_base, load_tokenizer
+from retrofit.objectives import add_objectives
+from retrofit.packed_attention import attend_by_document
+from retrofit.process import prepare_process
+from retrofit.recipe import Objective, Recipe
+from retrofit.train import gate_config, training_arguments
+from retrofit.trainer import GateTrainer
+
+TEXT = "~/.cache/retrofit/texts/c4-train.jsonl"
+OBJECTIVES = {
+    "gates": {},
+    "all": {"kl": 1.0, "pressure": 60.0, "balance": 0.01},
+    "cached": {"kl": 1.0, "pressure": 60.0, "balance": 0.01, "cache_teacher": True},
+    "recipe": {"kl": 1.0, "hidden": 100.0, "pressure": 60.0, "activation": 3.0},
+}
+TRL = {"LoRA, defaults": True, "LoRA, best": False}  # with gradient checkpointing?
+ARMS = ("gates", *TRL, "LoRA, ours", "floor", "all", "cached", "recipe")
+Step = Callable[[], None]
+
+
+def main() -> None:
+    options_of = parser(__doc__.splitlines()[0])
+    options_of.add_argument("--length", type=int, default=1024)
+    options_of.add_argument("--rows", type=int, default=1)
+    options_of.add_argument("--text", default=TEXT)
+    options_of.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    options_of.add_argument("--peak", nargs=2, metavar=("ARM", "BATCH"), help=argparse.SUPPRESS)
+    options = options_of.parse_args()
+    prepare_process(keep_freed_memory=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.peak:
+            print(added_memory(options, Path(folder)))
+            return
+        batch = Path(folder) / "batch.safetensors"
+        save_file(first_batch(options, Path(folder)), batch)
+        ratios = [*time_ratios(times(options, Path(folder), batch))]
+        ratios += memory_ratios(options, batch)
+    report(ratios, options)
+
+
+def first_batch(options: argparse.Namespace, folder: Path) -> dict[str, torch.Tensor]:
+    """Packed as `retrofit train` packs it, of real text."""
+    trainer = gate_trainer(recipe_of(options, folder, {}))
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def times(options: argparse.Namespace, folder: Path, batch: Path) -> dict[str, list[float]]:
+    steps = {name: build(name, options, folder / name, batch) for name in options.arms}
+    return in_turns(steps, options.repeats)
+
+
+def time_ratios(seconds: dict[str, list[float]]) -> Iterator[Ratio]:
+    own = seconds["gates"]
+    goals = {"LoRA, best": 0.75, "LoRA, defaults": None, "LoRA, ours": 0.75, "floor": 1.05}
+    for name, goal in goals.items():
+        if name in seconds:
+            yield ratio(f"step time, gates / {name}", own, seconds[name], goal)
+    if "all" in seconds:
+        yield ratio("step time, kl + pressure + balance / lm", seconds["all"], own, 1.6)
+    if "cached" in seconds:
+        yield ratio("step time, the same with a cached teacher / lm", seconds["cached"], own, 1.15)
+    if "recipe" in seconds:
+        yield ratio("step time, the recipes' losses / lm", seconds["recipe"], own)
+
+
+def memory_ratios(options: argparse.Namespace, batch: Path) -> Iterator[Ratio]:
+    """Each in a process of its own."""
+    goals = {"LoRA, best": 0.7, "LoRA, defaults": None, "LoRA, ours": 0.7, "floor": None}
+    if not goals.keys() & set(options.arms):
+        return
+    given = [f"--{name}={getattr(options, name)}" for name in ("dtype", "length", "rows", "text")]
+    gigabytes = {
+        name: float(fresh(__file__, options.base, *given, "--peak", name, str(batch)))
+        for name in options.arms
+    }
+    own = gigabytes["gates"]
+    for name, goal in goals.items():
+        if name in gigabytes:
+            other = gigabytes[name]
+            detail = f"{own:.2f} GB / {other:.2f} GB"
+            value = own / other
+            yield Ratio(f"peak memory, gates / {name}", goal, value, value, value, detail)
+
+
+def build(name: str, options: argparse.Namespace, folder: Path, batch: Path) -> Step:
+    recipe = recipe_of(options, folder, OBJECTIVES.get(name, {}))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = load_file(batch, device=device)
+    if name in TRL:
+        return trl_step(recipe, tensors, checkpointing=TRL[name])
+    if name in ("floor", "LoRA, ours"):
+        return bare_step(recipe, tensors, adapters=name != "floor")
+    trainer = gate_trainer(recipe)
+    trainer.state.max_steps = recipe.train.max_steps
+    return step_of(trainer, tensors)
+
+
+def recipe_of(options: argparse.Namespace, folder: Path, objective: dict) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "output_dir": str(folder),
+            "model": {"base": options.base, "dtype": options.dtype},
+            "data": {"sources": [{"path": options.text}], "sequence_length": options.length},
+            "objective": objective,
+            "train": {"batch_size": options.rows, "max_steps": 1000, "report_to": []},
+        }
+    )
+
+
+def gate_trainer(recipe: Recipe) -> GateTrainer:
+    return GateTrainer(
+        model=load_base(recipe.model),
+        args=training_arguments(recipe, Path(recipe.output_dir)),
+        sources=load_sources(recipe.data),
+        processing_class=load_tokenizer(recipe.model),
+        gates=gate_config(recipe),
+        objective=recipe.objective,
+    )
+
+
+def trl_step(recipe: Recipe, batch: dict[str, torch.Tensor], checkpointing: bool) -> Step:
+    half = recipe.model.dtype != "float32"
+    model = load_base(recipe.model)
+    if half and not checkpointing:
+        model = get_peft_model(model, lora(), autocast_adapter_dtype=False)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=recipe.output_dir,
+            per_device_train_batch_size=recipe.train.batch_size,
+            gradient_checkpointing=checkpointing,
+            bf16=half and checkpointing,
+            use_cpu=not torch.cuda.is_available(),
+            max_length=recipe.data.sequence_length,
+            report_to=[],
+        ),
+        train_dataset=load_sources(recipe.data)[0].rows.select(range(64)),
+        processing_class=load_tokenizer(recipe.model),
+        peft_config=None if half and not checkpointing else lora(),
+    )
+    if checkpointing:  # as `train` begins
+        kwargs = trainer.args.gradient_checkpointing_kwargs
+        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    return step_of(trainer, batch)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def step_of(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> Step:
+    """What a trainer does of each batch, and its optimizer."""
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    model = trainer.accelerator.prepare(trainer.model)
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+
+    def step() -> None:
+        trainer.training_step(model, batch, tokens)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def bare_step(recipe: Recipe, batch: dict[str, torch.Tensor], adapters: bool) -> Step:
+    """Our loss and attention on the base, with LoRA or with nothing to train."""
+    base = load_base(recipe.model).train().requires_grad_(False)
+    attend_by_document(base)
+    add_objectives(base, Objective())
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    if adapters:
+        half = recipe.model.dtype != "float32"
+        model = get_peft_model(base, lora(), autocast_adapter_dtype=not half)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    else:
+        base.enable_input_require_grads()
+
+    def step() -> None:
+        (base(**batch, objectives=True).loss / tokens).backward()
+        if adapters:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def added_memory(options: argparse.Namespace, folder: Path) -> float:
+    """GB that this process holds at most in two steps, beyond what it held without a model."""
+
+    arm, batch = options.peak
+    before = held_gb()
+    step = build(arm, options, folder, Path(batch))
+    forget_peak()  # of reading text
+    for _ in range(2):
+        step()
+    return held_gb(peak=True) - before
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

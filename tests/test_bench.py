@@ -1,0 +1,194 @@
+"""The benchmarks time what they say they time."""
+
+import json
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import DENSE, tiny_model, write_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from retrofit.export.native import native_config
+from retrofit.files import read_json
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path[:0] = [str(SCRIPTS / "bench"), str(SCRIPTS)]
+import packing  # noqa: E402
+import paired  # noqa: E402
+import serving  # noqa: E402
+import startup  # noqa: E402
+from base_gguf import write_base_gguf  # noqa: E402
+
+
+def test_arms_take_turns_and_the_first_turn_is_left_out():
+    calls = []
+
+    def arm(name):
+        return lambda: calls.append(name) or len(calls)
+
+    results = paired.collected({"a": arm("a"), "b": arm("b")}, repeats=2)
+    assert calls == ["a", "b"] * 3
+    assert results == {"a": [3, 5], "b": [4, 6]}
+    seconds = paired.in_turns({"a": arm("a")}, repeats=3)
+    assert len(seconds["a"]) == 3 and min(seconds["a"]) > 0
+
+
+def test_a_ratio_is_of_pairs():
+    row = paired.ratio("x", own=[1.0, 9.0, 4.0], other=[2.0, 3.0, 4.0], goal=1.1)
+    assert (row.low, row.median, row.high) == (0.75, 1.0, 2.0)  # of 0.5, 1 and 3
+    assert row.met
+    slow = paired.Ratio("rate", 3.0, 2.5, 2.0, 2.8, at_least=True)
+    assert slow.met is False
+    assert "| rate | **2.5** | 2 to 2.8 | >= 3 |" in paired.table([row, slow])
+
+
+@pytest.mark.parametrize("arm", startup.ARMS)
+def test_both_first_steps_are_the_same_loss_down_to_the_embeddings(arm, tiny_base):
+    options = Namespace(base=str(tiny_base("llama")), dtype="float32", length=32)
+    model = startup.ARMS[arm](options)
+    reached = []
+
+    def watch(_module, _args, output):
+        if output.requires_grad:
+            output.register_hook(reached.append)
+
+    model.get_input_embeddings().register_forward_hook(watch)
+    loss = startup.first_step(model, options.length)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, model.config.vocab_size, (1, 32), generator=generator)
+    with torch.no_grad():
+        logits = tiny_model("llama")(input_ids).logits
+    assert loss == pytest.approx(F.cross_entropy(logits[0, :-1], input_ids[0, 1:]).item(), rel=1e-4)
+    trained = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    if arm == "plain":
+        assert not trained and reached[0].abs().max() > 0
+    else:
+        assert len(trained) == 3 and all(".g1." in name for name in trained)
+
+
+def test_a_start_is_told_in_parts_by_a_process_of_its_own(tiny_base, capsys, monkeypatch):
+    base = str(tiny_base("llama"))
+    monkeypatch.setattr(sys, "argv", ["startup.py", base, "--length", "32", "--arm", "gated"])
+    startup.main()
+    parts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(parts) == {"load", "hash", "step"} and min(parts.values()) > 0
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    rows = [
+        {
+            "context": f"Question: {'why ' * (index % 7)}?\nAnswer:",
+            "choices": ["no", "yes"],
+            "gold": 1,
+        }
+        for index in range(24)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": packing.messages(row)}) for row in rows))
+    return path
+
+
+def test_both_trainings_count_every_token_that_is_predicted_and_no_other(
+    chats, tiny_base, tmp_path
+):
+    options = Namespace(base=str(tiny_base("llama")), dtype="float32", length=128, batch_size=2)
+    counted = {}
+    for name, packed in packing.ARMS.items():
+        arm = packing.arm_of(packing.recipe(options, chats, packed, tmp_path / name), tokens=1)
+        rows = arm.trainer.train_dataset
+        assert arm.trainer.args.max_steps == 1
+        arm.trainer.args.max_steps = math.ceil(len(rows) / options.batch_size)  # all of it once
+        assert arm.rate() > 0
+        counted[name] = arm.trainer.labelled
+        if not packed:
+            assert len(rows) == 24
+            assert counted[name] == sum(len(ids) - 1 for ids in rows["input_ids"])
+    assert counted["packed"] == counted["padded"]
+
+
+def test_a_question_and_its_answer_are_a_chat():
+    row = {
+        "context": "Goal: To dry: a dish\nAnswer:",
+        "choices": ["Wet it.", "Wipe it."],
+        "gold": 1,
+    }
+    assert packing.messages(row) == [
+        {"role": "user", "content": "To dry: a dish"},
+        {"role": "assistant", "content": "Wipe it."},
+    ]
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_the_weights_that_a_gate_adds_are_those_of_its_formula(tiny_base, centered):
+    config = AutoConfig.from_pretrained(tiny_base("llama"))
+    width, heads, groups, layers = 64 * 16, 4, 2, 3
+    expected = layers * heads * width  # twice the queries
+    if centered:
+        expected += layers * width * (2 + 3 * groups)
+    added = serving.added_weights(config)
+    assert added["native, centered" if centered else "native"] == expected
+    assert added["narrow"] == layers * heads * 64
+    written = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**native_config(config, centered=centered))
+    )
+    matrices = [p.numel() for p in written.model.layers.parameters() if p.ndim > 1]
+    assert sum(matrices) == serving.passed(config)[0] + expected
+
+
+def test_a_prompt_is_read_once_and_each_new_token_alone():
+    model = tiny_model("llama")
+    widths = []
+    model.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    prefill, decoding = serving.prefill_and_decode(model, torch.arange(20)[None], new_tokens=3)
+    assert widths == [20, 1, 1, 1]
+    assert prefill > 0 and decoding > 0
+
+
+def test_a_merged_model_and_a_run_are_timed_beside_the_base(
+    tiny_base, tmp_path, in_process, monkeypatch, capsys
+):
+    base, out = tiny_base("llama"), tmp_path / "out.json"
+    command = ["serving.py", str(base), "--engines", "transformers", "--repeats", "2"]
+    command += ["--prompt", "16", "--new-tokens", "2", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--variants", "native", "run (PEFT)"])
+    serving.main()
+    rows = {row["name"]: row for row in read_json(out)["ratios"]}
+    assert set(rows) == {
+        f"transformers, {variant}, {phase}"
+        for variant in ("native", "run (PEFT)")
+        for phase in ("prefill", "decoding")
+    }
+    assert rows["transformers, native, prefill"]["goal"] == serving.GOAL
+    assert rows["transformers, run (PEFT), prefill"]["goal"] is None
+    assert all(row["low"] <= row["median"] <= row["high"] for row in rows.values())
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_llama_cpp_runs_the_base_itself(family, tmp_path):
+    import llama_server
+
+    write_tiny(tmp_path / "base", family)
+    write_base_gguf(tmp_path / "base", tmp_path / "base.gguf", "float32")
+    input_ids = list(range(60, 90))
+    with torch.no_grad():
+        ours = tiny_model(family)(torch.tensor([input_ids])).logits[0, -1].log_softmax(-1)
+    _, theirs = llama_server.ask(llama_server.serve(tmp_path / "base.gguf", 1), input_ids)
+    assert len(theirs) > 50
+    assert all(abs(ours[token] - told) < 1e-3 for token, told in theirs.items())
+
+
+def test_llama_cpp_tells_the_times_of_prompt_and_new_tokens(tmp_path):
+    write_tiny(tmp_path / "base", "llama")
+    write_base_gguf(tmp_path / "base", tmp_path / "base.gguf", "bfloat16")
+    server = serving.llama_server(tmp_path / "base.gguf", 40)
+    for _ in range(2):  # the prompt is read again each time
+        prefill, decoding = serving.told_by(server, list(range(60, 92)), 4)
+        assert prefill > 0 and decoding > 0
