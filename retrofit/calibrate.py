@@ -110,7 +110,6 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
     generator = torch.Generator().manual_seed(0)
     try:
         for batch in batches:
-            # Padding stands at position 0 too, but nothing follows it.
             starts = (batch["position_ids"][:, :-1] == 0) & (batch["position_ids"][:, 1:] == 1)
             sampled = sample_rows(batch["position_ids"], ROWS, generator)
             for reader in readers.values():

@@ -51,7 +51,8 @@ class Interrupt(TrainerCallback):
 
     def __init__(self, console: Console):
         self.console = console
-        self.requested = False
+        self.requested = False  # on this rank
+        self.stopped = False  # on all of them
         self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -59,10 +60,11 @@ class Interrupt(TrainerCallback):
             self.previous[number] = signal.signal(number, self._request)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.stopped = self.requested
         if args.world_size > 1:
             asked = torch.tensor(int(self.requested), device=args.device)
-            self.requested = bool(reduce(asked, "sum"))
-        if self.requested:
+            self.stopped = bool(reduce(asked, "sum"))
+        if self.stopped:
             control.should_save = True
             control.should_training_stop = True
 

@@ -36,7 +36,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
         UserError: for anything that would stop `retrofit train` before its first step, or if that
             step takes more memory than there is.
     """
-    config = preflight(recipe)
+    config, cached = preflight(recipe), recipe.objective.cache_teacher
     base, gates = _count_weights(config, recipe)
     tokenizer = load_tokenizer(recipe.model)
     sources = load_sources(recipe.data)
@@ -48,6 +48,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
             for source, loaded in zip(recipe.data.sources, sources, strict=True)
         ),
         Check("step", _describe_step(recipe)),
+        *([Check("cache", _describe_cache(config, recipe))] if cached else ()),
         Check("memory", _describe_memory(config, recipe, this_device(gpu_gigabytes))),
         Check("merge", _describe_merge(config, recipe)),
     ]
@@ -61,10 +62,21 @@ def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
     return base, sum(p.numel() for p in gated.parameters() if p.requires_grad)
 
 
+def _dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
+    stored = str(config.dtype or torch.float32).removeprefix("torch.")
+    return recipe.model.dtype if recipe.model.dtype != "auto" else stored
+
+
+def _describe_cache(config: PreTrainedConfig, recipe: Recipe) -> str:
+    size = config.hidden_size * _BYTES[_dtype(config, recipe)]
+    return (
+        f"{size / 1e3:.1f} GB a million labelled tokens in {recipe.output_dir}/teacher, until "
+        "training ends"
+    )
+
+
 def _describe_base(config: PreTrainedConfig, recipe: Recipe, weights: int) -> str:
-    dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-    stored = recipe.model.dtype if recipe.model.dtype != "auto" else dtype
-    held = recipe.model.quantization or stored
+    held = recipe.model.quantization or _dtype(config, recipe)
     return (
         f"{config.model_type}, {config.num_hidden_layers} layers, {config.num_attention_heads} "
         f"heads; {weights:,} weights in {held}: about {weights * _BYTES[held] / 1e9:.1f} GB"

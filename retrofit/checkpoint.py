@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from retrofit.errors import UserError
 from retrofit.files import read_json
+from retrofit.sharded import whole
 
 _STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -127,12 +127,7 @@ def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     """The gates' weights, gathered where FSDP2 shards them; all ranks must call this."""
     state = model.state_dict()
     gates = (name for name in state if model.base_model.prefix in name)
-    return {name: _whole(state[name]) for name in gates}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return {name: whole(state[name]) for name in gates}
 
 
 def _rows_per_step(args: TrainingArguments) -> int:

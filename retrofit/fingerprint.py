@@ -9,7 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import nn
 
+from retrofit.sharded import whole
+
 _THREADS = min(8, os.cpu_count() or 1)
+_WAITING_BYTES = 2 * 2**30  # of tensors whose turn is yet to come
 
 
 def weights_sha256(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -18,14 +21,15 @@ def weights_sha256(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     Tensors are hashed on several threads, few of them in memory at a time.
     """
     lines: list[str] = []
-    waiting: deque[Future[str]] = deque()
+    waiting: deque[tuple[int, Future[str]]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in named_tensors:
             # Gathered here, not on the threads: all ranks gather in the same order.
-            waiting.append(pool.submit(_line, name, _whole(tensor)))
-            if len(waiting) > _THREADS:
-                lines.append(waiting.popleft().result())
-        lines += [future.result() for future in waiting]
+            gathered = whole(tensor).cpu().contiguous()
+            waiting.append((gathered.nbytes, pool.submit(_line, name, gathered)))
+            while len(waiting) > _THREADS or sum(size for size, _ in waiting) > _WAITING_BYTES:
+                lines.append(waiting.popleft()[1].result())
+        lines += [future.result() for _, future in waiting]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -43,12 +47,6 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in base.named_parameters():
         if not name.startswith(adapters):
             yield from revert_weight_conversion(base, {name: parameter.detach()}).items()
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, and all of it where it is a DTensor of FSDP2."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
 
 
 def _line(name: str, tensor: torch.Tensor) -> str:

@@ -29,5 +29,6 @@ def excess_activation(hidden_states: torch.Tensor, position_ids: torch.Tensor) -
     _, channel = hidden_states.detach().abs().max(-1, keepdim=True)
     largest = hidden_states.gather(-1, channel).squeeze(-1).abs().float()
     usual = largest.detach().masked_fill(~real, torch.nan).nanmedian(-1, keepdim=True).values
+    usual = usual.nan_to_num(1.0)  # of a row that is all padding
     excess = (largest / (MARGIN * usual)).log().clamp(min=0).masked_fill(~real, 0)
     return (excess.sum(-1) / (position_ids == 0).sum(-1).clamp(min=1)).mean()

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from retrofit.errors import UserError
 from retrofit.gates import gates_off
 from retrofit.recipe import Objective
+from retrofit.sharded import whole
 from retrofit.shared_layers import SharedLayers
 from retrofit.teacher_cache import TeacherCache
 
@@ -117,15 +117,11 @@ def chunked_objectives(
     """
     targets = labels[:, 1:]
     targets = targets[targets != -100]
-    weight, bias = lm_head.weight, lm_head.bias
-    if isinstance(weight, DTensor):  # FSDP2 shards the head, which is read here as a plain matrix
-        weight = weight.full_tensor()
-        bias = None if bias is None else bias.full_tensor()
     loss, nll, kl = _ChunkedObjectives.apply(
         hidden,
         teacher,
-        weight,
-        bias,
+        whole(lm_head.weight),
+        None if lm_head.bias is None else whole(lm_head.bias),
         targets,
         objective.lm,
         objective.kl,

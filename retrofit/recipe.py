@@ -31,6 +31,11 @@ class Model(_Section):
     attn_implementation: str | None = None  # sdpa where the model has it
     trust_remote_code: bool = False
 
+    @property
+    def takes_lengths(self) -> bool:
+        """Whether packed rows lie end to end, for a kernel that reads where documents end."""
+        return "flash" in (self.attn_implementation or "")
+
 
 class Gate(_Section):
     granularity: Literal["headwise", "elementwise", "shared"] = "headwise"
@@ -171,6 +176,16 @@ class Recipe(_Section):
             raise ValueError("a stream has no end: set train.max_steps")
         if self.data.streaming and self.objective.cache_teacher:
             raise ValueError("objective.cache_teacher: a stream comes by once; set it to false")
+        return self
+
+    @model_validator(mode="after")
+    def _cached_rows_come_back(self):
+        end_to_end = self.data.packing and self.model.takes_lengths
+        if self.objective.cache_teacher and end_to_end and self.train.batch_size > 1:
+            raise ValueError(
+                "objective.cache_teacher: FlashAttention takes the rows of a batch as one, and "
+                "each epoch has other batches: set train.batch_size to 1"
+            )
         return self
 
     @model_validator(mode="after")

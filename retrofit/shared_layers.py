@@ -40,7 +40,10 @@ class SharedLayers:
         for layer in layers[:-1]:  # what goes in comes out, until the last
             layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
         for layer in layers[-1:]:
-            layer.forward = lambda *args, **kwargs: output
+            # Reentrant checkpoints let a gradient through only where their input has one.
+            layer.forward = lambda hidden_states, *args, **kwargs: output.detach().requires_grad_(
+                hidden_states.requires_grad
+            )
         try:
             yield
         finally:

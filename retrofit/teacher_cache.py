@@ -1,11 +1,14 @@
 """The base's final hidden states on disk, for data that is seen more than once."""
 
+import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 _INPUTS = ("input_ids", "position_ids", "attention_mask")
@@ -13,7 +16,7 @@ _INPUTS = ("input_ids", "position_ids", "attention_mask")
 
 class TeacherCache:
     """Hidden states of rows that the base has seen, one file a row, in the dtype they come in: the
-    loss is the same to the bit.
+    loss is the same to the bit. What cannot be read or written is no reason to end a run.
 
     Args:
         folder: where they lie, `hidden_size` numbers for each token that has a label.
@@ -21,6 +24,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.writable = True
 
     @torch.compiler.disable
     def __call__(
@@ -40,15 +44,29 @@ class TeacherCache:
             `[labelled tokens, hidden_size]`, row after row.
         """
         files = [self.folder / f"{name}.safetensors" for name in _names(inputs, labels)]
-        if all(file.is_file() for file in files):
-            rows = [load_file(file)["hidden_states"] for file in files]
+        rows = [row for file in files if (row := _load(file)) is not None]
+        if len(rows) == len(files):
             return torch.cat(rows).to(labels.device)
         hidden_states = run()
         counts = (labels[:, 1:] != -100).sum(-1).tolist()
-        self.folder.mkdir(parents=True, exist_ok=True)
         for file, states in zip(files, hidden_states.split(counts), strict=True):
-            _save(states, file)
+            self._save(states, file)
         return hidden_states
+
+    def _save(self, states: torch.Tensor, file: Path) -> None:
+        if not self.writable:
+            return
+        partial = file.with_suffix(f".partial-{os.getpid()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # A slice would be written with all that it is a slice of.
+            save_file({"hidden_states": states.cpu().clone()}, partial)
+            partial.replace(file)
+        except (OSError, SafetensorError) as error:
+            self.writable = False
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            warnings.warn(f"objective.cache_teacher keeps no more: {error}", stacklevel=2)
 
 
 def _names(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Iterator[str]:
@@ -63,9 +81,8 @@ def _names(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Iterator[st
         yield digest.hexdigest()
 
 
-def _save(states: torch.Tensor, file: Path) -> None:
-    if not file.is_file():
-        partial = file.with_suffix(f".partial-{os.getpid()}")
-        # A slice would be written with all that it is a slice of.
-        save_file({"hidden_states": states.cpu().clone()}, partial)
-        partial.replace(file)
+def _load(file: Path) -> torch.Tensor | None:
+    try:
+        return load_file(file)["hidden_states"]
+    except (OSError, SafetensorError):  # not there, or cut off by a power failure
+        return None

@@ -91,7 +91,7 @@ def _gated_model(recipe: Recipe, config: PreTrainedConfig, on_gpu: bool) -> Peft
     spec = recipe.model
     stored = config.dtype or torch.float32
     dtype = stored if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    own_kernel = None if _end_to_end(recipe) else spec.attn_implementation
+    own_kernel = None if spec.takes_lengths else spec.attn_implementation
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own_kernel)
         if spec.quantization:
@@ -105,16 +105,11 @@ def _gated_model(recipe: Recipe, config: PreTrainedConfig, on_gpu: bool) -> Peft
     return model
 
 
-def _end_to_end(recipe: Recipe) -> bool:
-    """Whether the kernel takes the lengths of documents."""
-    return "flash" in (recipe.model.attn_implementation or "")
-
-
 def _attention(recipe: Recipe, base: PreTrainedModel, on_gpu: bool) -> str:
     """The attention function to trace. transformers makes a mask of `T x T` for its own `sdpa`, for
     while it is traced it takes every row for packed."""
     usual = base.config._attn_implementation
-    if _end_to_end(recipe):
+    if recipe.model.takes_lengths:
         return _MASKLESS
     if usual != "sdpa" or sliding_window_of(base.config) is not None:
         return usual
@@ -137,7 +132,7 @@ def _checkpoint(base: PreTrainedModel, checkpointing: str) -> None:
 
 def _inputs(recipe: Recipe) -> dict[str, torch.Tensor]:
     rows, length = recipe.train.batch_size, recipe.data.sequence_length
-    if _end_to_end(recipe) and recipe.data.packing:
+    if recipe.model.takes_lengths and recipe.data.packing:
         rows, length = 1, rows * length
     names = ("input_ids", "position_ids", "labels")
     return {name: torch.empty(rows, length, dtype=torch.long) for name in names}

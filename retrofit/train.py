@@ -94,7 +94,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     finally:
         interrupt.restore()
         bar.stop()
-    if interrupt.requested:
+    if interrupt.stopped:
         raise Interrupted(f"stopped at step {trainer.state.global_step}")
     after = _fingerprint(trainer.model, recipe)
     if after != frozen:

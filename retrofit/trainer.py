@@ -71,6 +71,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             peft_config=gates,
             callbacks=callbacks,
         )
+        self._check_engine(objective)
         if args.packing:
             self.data_collator = PackedRows(
                 processing_class.pad_token_id, _takes_lengths(self.model), first_tokens
@@ -88,6 +89,16 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         self.learning_rates: dict[int, float] = {}  # by layer, instead of `args.learning_rate`
         self._compiled = False
         self._clock: tuple[float, int] | None = None
+
+    def _check_engine(self, objective: Objective) -> None:
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            raise UserError("DeepSpeed's ZeRO-3 is not supported; to shard the base, use FSDP2")
+        if objective.cache_teacher and self._sharded():
+            # One that found its rows would leave the others waiting for its part of the base.
+            raise UserError(
+                "objective.cache_teacher: ranks that share a base must all run it; set it to false"
+            )
 
     def compile_layers(self) -> None:
         """Each layer by itself: one graph serves all of a kind, where that of a whole model takes

@@ -36,10 +36,17 @@ def naive(model, input_ids, labels, objective):
     return objective.lm * lm + objective.kl * kl, lm, kl
 
 
-@pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 5 * 300 * 4])
+@pytest.mark.parametrize(
+    ("chunk_bytes", "block_bytes"),
+    [(64 * 2**20, 3 * 2**20), (5 * 300 * 4, 3 * 2**20), (64 * 2**20, 3 * 300 * 4)],
+    ids=["at once", "in chunks", "in blocks"],
+)
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, 0.7), (0.3, 2.0)])
-def test_values_and_gradients_equal_full_logits(family, weights, chunk_bytes, monkeypatch):
+def test_values_and_gradients_equal_full_logits(
+    family, weights, chunk_bytes, block_bytes, monkeypatch
+):
     monkeypatch.setattr(objectives, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(objectives, "_BLOCK_BYTES", block_bytes)
     objective = Objective(lm=weights[0], kl=weights[1])
     input_ids, labels = batch()
     model = gated(family)

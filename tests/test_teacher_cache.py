@@ -87,12 +87,14 @@ def test_another_row_is_not_taken_for_one_that_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "reentrant"])
 def test_layers_below_the_lowest_gate_run_once(family, checkpointing):
     model = gated(layers=[1, 2], family=family)
     expected, gradients = step(gated(layers=[1, 2], family=family), batch())
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    if checkpointing == "reentrant":
+        model.enable_input_require_grads()
     runs = runs_of_first_layer(model)
     outputs, shared = step(model, batch())
     assert len(runs) == 1
@@ -113,3 +115,25 @@ def test_all_layers_run_again_where_the_first_is_gated():
     runs = runs_of_first_layer(model)
     step(model, batch())
     assert len(runs) == 2
+
+
+def test_a_file_cut_off_is_written_again(tmp_path):
+    cache = TeacherCache(tmp_path / "teacher")
+    model = gated(cache)
+    first, _ = step(model, batch())
+    cut = sorted(cache.folder.iterdir())[0]
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-9])
+    again, _ = step(model, batch())
+    assert torch.equal(again.kl, first.kl)
+    assert cut.read_bytes() == whole
+
+
+def test_where_nothing_can_be_written_the_base_runs_each_time(tmp_path):
+    (tmp_path / "teacher").write_text("a file where the folder should be")
+    model = gated(TeacherCache(tmp_path / "teacher"))
+    with pytest.warns(UserWarning, match="cache_teacher keeps no more"):
+        first, _ = step(model, batch())
+    runs = runs_of_first_layer(model)
+    again, _ = step(model, batch())
+    assert len(runs) == 2 and torch.equal(again.kl, first.kl)

@@ -6,17 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from retrofit import callbacks
 from retrofit.adapters import family_of
-from retrofit.callbacks import DeadGateError, GradientCheck
+from retrofit.callbacks import DeadGateError, GradientCheck, Interrupt
+from retrofit.checkpoint import accumulation_steps
 from retrofit.data import load_sources, mix
 from retrofit.errors import UserError
 from retrofit.gates import GateLayer, gate_layers
@@ -63,8 +68,6 @@ def make_recipe(tiny_base, text, tmp_path):
 
 
 def make_trainer(recipe: Recipe, callbacks=()) -> GateTrainer:
-    from pathlib import Path
-
     return GateTrainer(
         model=load_base(recipe.model),
         args=training_arguments(recipe, Path(recipe.output_dir)),
@@ -157,6 +160,71 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monke
     assert json.loads((run / "run.json").read_text())["steps"] == 6
 
 
+def test_the_cached_teacher_trains_the_same_and_survives_an_interruption(make_recipe, monkeypatch):
+    from retrofit import train as module
+
+    settings = {
+        "data": {"packing": False},
+        "train": {"max_steps": None, "epochs": 2, "batch_size": 8, "learning_rate": 0.01},
+    }
+    plain = train(make_recipe(name="plain", objective={"kl": 1.0}, **settings))
+    steps = json.loads((plain / "run.json").read_text())["steps"]
+    assert steps > 4  # in two epochs
+    cached = {"kl": 1.0, "cache_teacher": True}
+    recipe = make_recipe(name="cached", objective=cached, **settings)
+    teacher = Path(recipe.output_dir) / "teacher"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "GradientCheck", lambda: StopAt(steps // 2 + 1))
+        with pytest.raises(module.Interrupted):
+            train(recipe)
+    kept = {file.name: file.stat().st_mtime_ns for file in teacher.iterdir()}
+    assert len(kept) > 8
+    run = train(recipe, resume=True)
+    assert not teacher.exists()
+    read, expected = adapter_of(run), adapter_of(plain)
+    assert all(torch.equal(read[name], gate) for name, gate in expected.items())
+
+
+def test_a_signal_during_the_exchange_between_ranks_is_not_forgotten(monkeypatch):
+    args, control = SimpleNamespace(world_size=2, device="cpu"), SimpleNamespace()
+    interrupt = Interrupt(Console(quiet=True))
+
+    def signalled_meanwhile(asked, _):
+        interrupt._request(signal.SIGINT, None)
+        return asked
+
+    monkeypatch.setattr(callbacks, "reduce", signalled_meanwhile)
+    interrupt.on_step_end(args, None, control)
+    assert not interrupt.stopped and not vars(control)
+    monkeypatch.setattr(callbacks, "reduce", lambda asked, _: asked)
+    interrupt.on_step_end(args, None, control)
+    assert interrupt.stopped and control.should_save and control.should_training_stop
+
+
+def test_a_step_that_the_ranks_cannot_share_is_refused(tmp_path):
+    (tmp_path / "step.json").write_text('{"rows": 12}')
+    assert accumulation_steps(tmp_path, batch_size=2, ranks=3) == 2
+    with pytest.raises(UserError, match="a number of ranks that divides 6"):
+        accumulation_steps(tmp_path, batch_size=2, ranks=4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "objective", "message"),
+    [
+        ({"is_deepspeed_enabled": True, "zero_stage": 3}, {}, "ZeRO-3 is not supported"),
+        ({"is_fsdp_enabled": True}, {"kl": 1.0, "cache_teacher": True}, "ranks that share a base"),
+    ],
+)
+def test_what_no_sharded_engine_could_do_is_refused(make_recipe, engine, objective, message):
+    trainer = make_trainer(make_recipe(objective=objective))
+    plugin = SimpleNamespace(zero_stage=engine.get("zero_stage"))
+    trainer.is_fsdp_enabled = engine.get("is_fsdp_enabled", False)
+    trainer.is_deepspeed_enabled = engine.get("is_deepspeed_enabled", False)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(UserError, match=message):
+        trainer._check_engine(trainer.objective)
+
+
 def test_a_half_written_checkpoint_is_passed_over(make_recipe, monkeypatch):
     from retrofit import train as module
 
@@ -165,8 +233,6 @@ def test_a_half_written_checkpoint_is_passed_over(make_recipe, monkeypatch):
         patch.setattr(module, "GradientCheck", lambda: StopAt(4))
         with pytest.raises(module.Interrupted):
             train(recipe)
-    from pathlib import Path
-
     newest = Path(recipe.output_dir) / "checkpoints" / "checkpoint-5"
     (newest / "trainer_state.json").unlink()
     assert json.loads((train(recipe, resume=True) / "run.json").read_text())["steps"] == 6
@@ -217,8 +283,6 @@ def test_a_changed_base_weight_fails_the_run(make_recipe, monkeypatch):
     recipe = make_recipe()
     with pytest.raises(module.BaseChangedError):
         train(recipe)
-    from pathlib import Path
-
     assert not (Path(recipe.output_dir) / "run.json").exists()
 
 

@@ -40,6 +40,7 @@ def main() -> None:
     try:
         app()
     except (UserError, CheckError) as error:
-        if os.environ.get("RANK", "0") == "0":  # the ranks of one run all say the same
+        # The ranks of a machine all say the same; another machine may lack what this one has.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -2,7 +2,7 @@
 
 Left to autograd, `2 * sigmoid(logits)` keeps the sigmoid beside the gate, and a centered gate keeps
 `g - 1` and `Y - v` as well: three tensors as wide as the attention output where the gates are
-elementwise. Here one remains, the gate; `Y` is what the attention kernel keeps anyway.
+elementwise. Here one remains beside `Y`, the gate.
 """
 
 import torch
