@@ -26,7 +26,7 @@ RUNS = {
     "training, bfloat16, T=1024": ["training.py", "--dtype=bfloat16", "--repeats=3"],
     "losses, bfloat16, T=512": ["training.py", "--dtype=bfloat16", "--length=512", *LOSSES],
     "losses, bfloat16, T=4096": [
-        *("training.py", "--dtype=bfloat16", "--length=4096", "--repeats=3", *LOSSES)
+        *("training.py", "--dtype=bfloat16", "--length=4096", "--repeats=9", *LOSSES)
     ],
     "starting": ["startup.py"],
     "packing, 8 short chats a step": ["packing.py", "--batch-size=8", "--dtype=bfloat16"],
