@@ -4,11 +4,13 @@ import json
 import math
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tiny import DENSE, tiny_model, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,10 +19,12 @@ from retrofit.files import read_json
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path[:0] = [str(SCRIPTS / "bench"), str(SCRIPTS)]
+import levers  # noqa: E402
 import packing  # noqa: E402
 import paired  # noqa: E402
 import serving  # noqa: E402
 import startup  # noqa: E402
+import training  # noqa: E402
 from base_gguf import write_base_gguf  # noqa: E402
 
 
@@ -31,8 +35,8 @@ def test_arms_take_turns_and_the_first_turn_is_left_out():
         return lambda: calls.append(name) or len(calls)
 
     results = paired.collected({"a": arm("a"), "b": arm("b")}, repeats=2)
-    assert calls == ["a", "b"] * 3
-    assert results == {"a": [3, 5], "b": [4, 6]}
+    assert calls == ["a", "b", "a", "b", "b", "a"]
+    assert results == {"a": [3, 6], "b": [4, 5]}
     seconds = paired.in_turns({"a": arm("a")}, repeats=3)
     assert len(seconds["a"]) == 3 and min(seconds["a"]) > 0
 
@@ -75,7 +79,42 @@ def test_a_start_is_told_in_parts_by_a_process_of_its_own(tiny_base, capsys, mon
     monkeypatch.setattr(sys, "argv", ["startup.py", base, "--length", "32", "--arm", "gated"])
     startup.main()
     parts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(parts) == {"load", "hash", "step"} and min(parts.values()) > 0
+    assert set(parts) == {"trace", "load", "hash", "step"} and min(parts.values()) > 0
+
+
+@pytest.fixture
+def training_options(tiny_base, tmp_path) -> Namespace:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"sink {i} " * 90}) + "\n" for i in range(80)))
+    shape = {"length": 128, "rows": 1, "text": str(text), "dtype": "float32"}
+    return Namespace(base=str(tiny_base("llama")), **shape)
+
+
+@pytest.fixture
+def batch(training_options, tmp_path) -> Path:
+    save_file(training.first_batch(training_options, tmp_path), tmp_path / "batch.safetensors")
+    return tmp_path / "batch.safetensors"
+
+
+def test_all_arms_take_the_same_loss_of_the_same_batch(training_options, batch, tmp_path):
+    arms = ("gates", *training.TRL, "LoRA, ours", "floor")
+    losses = {
+        arm: float(training.build(arm, training_options, tmp_path / arm, batch)()) for arm in arms
+    }
+    assert losses == {arm: pytest.approx(losses["floor"], rel=1e-4) for arm in arms}
+
+
+@pytest.mark.parametrize("lever", [name for name in levers.LEVERS if "compiled" not in name])
+def test_a_lever_changes_no_loss(lever, training_options, batch, tmp_path, monkeypatch):
+    chosen = levers.LEVERS[lever]
+    if "layers" in chosen.recipe.get("gate", {}):
+        chosen = replace(chosen, recipe={"gate": {"layers": [1, 2]}})
+    on, off = (
+        levers.build(chosen, state, training_options, tmp_path / str(state), batch)
+        for state in (True, False)
+    )
+    for _ in range(2):
+        assert float(on()) == pytest.approx(float(off()), rel=1e-4)
 
 
 @pytest.fixture

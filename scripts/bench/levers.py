@@ -1,16 +1,17 @@
-"""What each lever gives on its own: a training step with all of them against one with it off.
+"""What each lever gives on its own: a training step with those that are always on against one
+without it; with those that a recipe asks for (teacher from disk, each layer compiled) against one
+without any of these.
 
     python scripts/bench/levers.py [BASE] [--length 1024] [--dtype bfloat16] [--json F]
 
 Pairs of steps on the same packed batch, in turns in one process; those of the allocator in
-processes of their own, since its settings are made before torch is imported. A ratio below 1 is
-what the lever gives. Memory is the peak of a process of its own, less what it holds without a
-model. What is switched off is patched here; the package has no switches for it.
+processes of their own. A ratio below 1 is what the lever gives. Memory is the peak of a process of
+its own, less what it holds without a model. What is switched off is patched here; the package has
+no switches for it.
 """
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -163,17 +164,18 @@ def memory(name: str, runs: list[dict]) -> Ratio:
 
 def in_process(name: str, state: str, options: argparse.Namespace, batch: Path) -> dict:
     given = [f"--{key}={getattr(options, key)}" for key in ("dtype", "length", "rows", "text")]
-    return json.loads(fresh(__file__, options.base, *given, "--alone", name, state, str(batch)))
+    pages = "0" if (name, state) == (ALLOCATOR, "off") else "1"
+    told = fresh(
+        *(__file__, options.base, *given, "--alone", name, state, str(batch)),
+        THP_MEM_ALLOC_ENABLE=pages,
+    )
+    return json.loads(told)
 
 
 def alone(options: argparse.Namespace) -> dict:
     """Peak memory and seconds of a step of a process that does nothing else."""
-
     name, state, batch = options.alone
-    kept = name != ALLOCATOR or state == "on"
-    if not kept:
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
-    prepare_process(keep_freed_memory=kept)
+    prepare_process(keep_freed_memory=(name, state) != (ALLOCATOR, "off"))
     before = held_gb()
     with tempfile.TemporaryDirectory() as folder:
         lever = LEVERS.get(name, Lever())
@@ -196,9 +198,9 @@ def build(lever: Lever, on: bool, options: argparse.Namespace, folder: Path, bat
     if lever.compiled and on:
         trainer.compile_layers()
 
-    def patched() -> None:
+    def patched() -> torch.Tensor:
         with applied(patches):
-            step()
+            return step()
 
     return patched
 

@@ -129,6 +129,7 @@ def recipe(options, chats: Path, packing: bool, folder: Path) -> Recipe:
                 "batch_size": options.batch_size,
                 "learning_rate": 1e-3,
                 "save_steps": 10**6,
+                "gradient_checkpointing": "none",
                 "report_to": [],
             },
         }

@@ -1,11 +1,12 @@
 """What the benchmarks share: arms that run in turns, ratios of neighbours, one format of results.
 
-A machine's mood moves all arms alike, so a ratio is taken of two runs one after the other, and its
-median and quartiles are of those.
+A machine's mood moves all arms alike, so a ratio is taken of two runs of one turn, and its median
+and quartiles are of those. Every other turn goes backwards: who comes first gains nothing by it.
 """
 
 import argparse
 import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -64,9 +65,11 @@ def collected(arms: dict[str, Callable[[], T]], repeats: int) -> dict[str, list[
     results: dict[str, list[T]] = {name: [] for name in arms}
     for arm in arms.values():
         arm()
+    order = list(arms.items())
     for _ in range(repeats):
-        for name, arm in arms.items():
+        for name, arm in order:
             results[name].append(arm())
+        order.reverse()
     return results
 
 
@@ -99,10 +102,12 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def fresh(script: str, *arguments: str) -> str:
+def fresh(script: str, *arguments: str, **environment: str) -> str:
     """The last line that a script prints in a process of its own."""
     command = [sys.executable, script, *arguments]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment
+    )
     return result.stdout.splitlines()[-1]
 
 

@@ -23,17 +23,16 @@ from retrofit.files import read_json, write_json
 HERE = Path(__file__).parent
 LOSSES = ["--arms", "gates", "all", "cached", "recipe"]
 RUNS = {
-    "training, bfloat16, T=1024": ["training.py", "--dtype=bfloat16", "--repeats=3"],
+    "training, bfloat16, T=1024": ["training.py", "--dtype=bfloat16"],
     "losses, bfloat16, T=512": ["training.py", "--dtype=bfloat16", "--length=512", *LOSSES],
     "losses, bfloat16, T=4096": [
         *("training.py", "--dtype=bfloat16", "--length=4096", "--repeats=9", *LOSSES)
     ],
     "starting": ["startup.py"],
     "packing, 8 short chats a step": ["packing.py", "--batch-size=8", "--dtype=bfloat16"],
-    "levers, one at a time": ["levers.py", "--dtype=bfloat16", "--repeats=3"],
+    "levers, one at a time": ["levers.py", "--dtype=bfloat16"],
     "serving": ["serving.py", "--repeats=9"],
     "memory": ["memory.py"],
-    "training, float32, T=1024": ["training.py", "--repeats=3"],
 }
 
 

@@ -7,10 +7,13 @@
 Then fresh processes take turns, each with all modules imported and the files in memory before its
 clock runs:
 
-- `gated`, as `retrofit train`: load the base, insert headwise gates, hash the base's weights, and
-  one forward and backward of next-token loss on a row of the recipes' default length;
-- `plain`: transformers' `from_pretrained`, and the same step down to the embeddings, nothing of
-  the base to train.
+- `gated`, as `retrofit train`: trace a step to choose the gradient checkpointing, load the base,
+  insert headwise gates, hash the base's weights, and one forward and backward of next-token loss,
+  our own, down to the lowest gate, on a row of the recipes' default length;
+- `plain`: transformers' `from_pretrained`, and the same step by transformers' loss, down to the
+  embeddings, nothing of the base to train.
+
+What `learning_rate: auto` then reads of 64 documents is training's, not the start's.
 
 A load alone is no measure. Weights are mapped, not read, so that it takes the same instant for a
 model of any size, and whoever comes first pays for the reading: here the hash, there the step. So
@@ -34,10 +37,11 @@ from transformers import AutoModelForCausalLM
 from paired import Ratio, collected, fresh, in_turns, parser, quartiles, ratio, report
 from retrofit import GateConfig
 from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.memory import choose_checkpointing
 from retrofit.models import load_base
 from retrofit.objectives import add_objectives
 from retrofit.process import prepare_process
-from retrofit.recipe import Model, Objective
+from retrofit.recipe import Model, Objective, Recipe
 
 HELP = {
     "help": [sys.executable, "-c", "from retrofit.cli import main; main()", "--help"],
@@ -78,9 +82,11 @@ def start_ratios(options: argparse.Namespace) -> list[Ratio]:
 
     return [
         over(
-            "load, hash and first step / load and first step", ("load", "hash", "step"), START_GOAL
+            "trace, load, hash and first step / load and first step",
+            ("trace", "load", "hash", "step"),
+            START_GOAL,
         ),
-        over("load and first step, without the hash", ("load", "step")),
+        over("load and first step alone", ("load", "step")),
         over("load and gates / load", ("load",)),
         over("load, gates and hash / load", ("load", "hash")),
     ]
@@ -93,6 +99,8 @@ def in_fresh(*arguments: str) -> dict[str, float]:
 def started(arm: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of each part of one start."""
     seconds: dict[str, float] = {}
+    if arm == "gated":
+        clocked(seconds, "trace", lambda: traced(options))
     model = clocked(seconds, "load", lambda: ARMS[arm](options))
     if arm == "gated":
         clocked(seconds, "hash", lambda: weights_sha256(base_weights(model)))
@@ -107,6 +115,17 @@ def clocked(seconds: dict[str, float], part: str, work: Callable):
         torch.cuda.synchronize()
     seconds[part] = time.perf_counter() - start
     return result
+
+
+def traced(options: argparse.Namespace) -> str:
+    recipe = Recipe.model_validate(
+        {
+            "output_dir": "nowhere",
+            "model": {"base": options.base, "dtype": options.dtype},
+            "data": {"sources": [{"path": "none"}], "sequence_length": options.length},
+        }
+    )
+    return choose_checkpointing(recipe)
 
 
 def gated(options: argparse.Namespace) -> torch.nn.Module:

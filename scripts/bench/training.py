@@ -6,7 +6,8 @@ All arms take the same packed batch of real text, in one process, in turns:
 
 - `gates`: `retrofit train`'s step, headwise gates, next-token loss alone;
 - `LoRA`: TRL's `SFTTrainer` with PEFT's LoRA, r=16 on all linear layers, untouched, at its defaults
-  (gradient checkpointing on) and at its best (off; in bfloat16, adapters in bfloat16 as well);
+  (gradient checkpointing on) and at its best (off; in bfloat16, adapters in bfloat16 as well). Its
+  loss has a kernel on CUDA, and on a CPU a plain stand-in that is slower and larger;
 - `LoRA, ours`: the same adapters under our loss and our attention, which only leaves the adapters;
 - `floor`: the frozen base, our loss and attention, gradients down to the embeddings and no weight
   to train;
@@ -14,6 +15,7 @@ All arms take the same packed batch of real text, in one process, in turns:
   from disk; `recipe`: with the losses of the bundled recipes.
 
 Memory is what a process of its own adds, from before it loads the model, to the peak of two steps.
+Text, tokenizer and settings are read before that, whatever the arm.
 """
 
 import argparse
@@ -25,11 +27,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from paired import Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report
 from retrofit.data import load_sources
-from retrofit.models import load_base, load_tokenizer
+from retrofit.models import load_base, load_config, load_tokenizer
 from retrofit.objectives import add_objectives
 from retrofit.packed_attention import attend_by_document
 from retrofit.process import prepare_process
@@ -46,7 +49,7 @@ OBJECTIVES = {
 }
 TRL = {"LoRA, defaults": True, "LoRA, best": False}  # with gradient checkpointing?
 ARMS = ("gates", *TRL, "LoRA, ours", "floor", "all", "cached", "recipe")
-Step = Callable[[], None]
+Step = Callable[[], torch.Tensor]  # its loss
 
 
 def main() -> None:
@@ -133,14 +136,19 @@ def recipe_of(options: argparse.Namespace, folder: Path, objective: dict) -> Rec
             "model": {"base": options.base, "dtype": options.dtype},
             "data": {"sources": [{"path": options.text}], "sequence_length": options.length},
             "objective": objective,
-            "train": {"batch_size": options.rows, "max_steps": 1000, "report_to": []},
+            "train": {
+                "batch_size": options.rows,
+                "max_steps": 1000,
+                "gradient_checkpointing": "none",
+                "report_to": [],
+            },
         }
     )
 
 
-def gate_trainer(recipe: Recipe) -> GateTrainer:
+def gate_trainer(recipe: Recipe, base: PreTrainedModel | None = None) -> GateTrainer:
     return GateTrainer(
-        model=load_base(recipe.model),
+        model=base or load_base(recipe.model),
         args=training_arguments(recipe, Path(recipe.output_dir)),
         sources=load_sources(recipe.data),
         processing_class=load_tokenizer(recipe.model),
@@ -186,10 +194,11 @@ def step_of(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> Step:
     model = trainer.accelerator.prepare(trainer.model)
     tokens = (batch["labels"][:, 1:] != -100).sum()
 
-    def step() -> None:
-        trainer.training_step(model, batch, tokens)
+    def step() -> torch.Tensor:
+        loss = trainer.training_step(model, batch, tokens)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
+        return loss
 
     return step
 
@@ -207,22 +216,34 @@ def bare_step(recipe: Recipe, batch: dict[str, torch.Tensor], adapters: bool) ->
     else:
         base.enable_input_require_grads()
 
-    def step() -> None:
-        (base(**batch, objectives=True).loss / tokens).backward()
+    def step() -> torch.Tensor:
+        loss = base(**batch, objectives=True).loss / tokens
+        loss.backward()
         if adapters:
             optimizer.step()
             optimizer.zero_grad()
+        return loss.detach()
 
     return step
 
 
+def read_all(options: argparse.Namespace, folder: Path) -> None:
+    """What some arms read and others do not, with next to no model."""
+    recipe = recipe_of(options, folder, {})
+    config = load_config(recipe.model)
+    config.num_hidden_layers, config.vocab_size = 1, 64
+    next(
+        iter(gate_trainer(recipe, AutoModelForCausalLM.from_config(config)).get_train_dataloader())
+    )
+
+
 def added_memory(options: argparse.Namespace, folder: Path) -> float:
     """GB that this process holds at most in two steps, beyond what it held without a model."""
-
     arm, batch = options.peak
+    read_all(options, folder)
     before = held_gb()
     step = build(arm, options, folder, Path(batch))
-    forget_peak()  # of reading text
+    forget_peak()  # of loading
     for _ in range(2):
         step()
     return held_gb(peak=True) - before
