@@ -1,10 +1,15 @@
 """What a run needs in memory, said before a weight is loaded, and what change would make it fit."""
 
+import contextlib
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
 from retrofit.errors import UserError
@@ -85,12 +90,23 @@ class Estimate:
 def this_device(gigabytes: float | None = None) -> Device:
     """Where a run would be: the GPU if there is one, else the CPU; or a GPU of so many GB."""
     if gigabytes is not None:
+        if not math.isfinite(gigabytes):
+            raise UserError(f"--device-memory: {gigabytes} is no number of GB")
         return Device(f"a GPU of {gigabytes:g} GB", int(gigabytes * 1e9), is_gpu=True)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Device(properties.name, properties.total_memory, is_gpu=True)
-    memory = psutil.virtual_memory().total
+    memory = int(min(psutil.virtual_memory().total, _container_memory()))
+    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share it
     return Device(f"this CPU with {memory / 1e9:.0f} GB", memory, is_gpu=False)
+
+
+def _container_memory() -> float:
+    """Bytes that a container or a batch system allows this process, where cgroups say so."""
+    try:
+        return float(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no cgroups, or "max"
+        return math.inf
 
 
 def estimate(recipe: Recipe, config: PreTrainedConfig, device: Device) -> Estimate:
@@ -115,7 +131,9 @@ def _estimate(
     imported = 0 if on_gpu else psutil.Process().memory_info().rss
     try:
         step = trace_step(recipe, config, checkpointing, on_gpu)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise NotTracedError(
             f"memory: no step of this {config.model_type} model can be traced without its weights "
@@ -140,8 +158,9 @@ def remedy(recipe: Recipe, config: PreTrainedConfig, device: Device) -> str | No
     together: dict[str, str] = {}
     for change in _changes(recipe):
         for changes in (change, together | change) if together.keys() - change else (change,):
-            if _leanest(_changed(recipe, changes), config, device).fits(device):
-                return " ".join(f"{key}={value}" for key, value in changes.items())
+            with contextlib.suppress(ValidationError):  # rows too short for a loss, or first_tokens
+                if _leanest(_changed(recipe, changes), config, device).fits(device):
+                    return " ".join(f"{key}={value}" for key, value in changes.items())
         together |= change
     return None
 

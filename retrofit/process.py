@@ -47,7 +47,7 @@ def return_large_blocks() -> None:
 
 def _keep_freed_memory() -> None:
     """glibc gives the memory of every large tensor back to the kernel, which then clears the same
-    pages again at the next step: a third to a half of the time of a CPU training step."""
+    pages again at the next step."""
     for option, value in (
         (_M_MMAP_THRESHOLD, 2**31 - 1),
         (_M_TRIM_THRESHOLD, 2**31 - 1),

@@ -80,8 +80,9 @@ def trace_step(
                 optimizer.zero_grad()
             if auxiliary:
                 auxiliary.prepare(inputs["position_ids"], progress=0.0)
+            before = live.now
             outputs = model(**inputs, objectives=True)
-            saved = live.now - weights - gates
+            saved = live.now - before
             outputs.loss.backward()
     return TracedStep(weights, gates, saved, live.peak)
 

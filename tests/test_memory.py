@@ -196,6 +196,38 @@ def test_nothing_helps_where_the_libraries_do_not_fit(make_recipe):
     assert remedy(recipe, load_config(recipe.model), device) is None
 
 
+def test_the_remedy_is_a_recipe(make_recipe):
+    """Half of these rows would be all `first_tokens`."""
+    recipe = make_recipe(batch_size=1, gradient_checkpointing="full")
+    data = {"sequence_length": 1024, "first_tokens": 500}
+    recipe = Recipe.model_validate(recipe.model_dump() | {"data": recipe.data.model_dump() | data})
+    device = device_for(make_recipe(batch_size=1), "none")
+    assert "sequence_length" not in (remedy(recipe, load_config(recipe.model), device) or "")
+
+
+def test_what_gates_take_is_not_taken_from_activations(make_recipe):
+    """Gradients are gone when a step begins, and elementwise ones would outweigh the rest."""
+    recipe = make_recipe(batch_size=1)
+    elementwise = Recipe.model_validate(
+        recipe.model_dump() | {"gate": {"granularity": "elementwise"}}
+    )
+    headwise, wide = (steps(each, "full").saved for each in (recipe, elementwise))
+    assert 0 < headwise <= wide
+
+
+def test_a_container_has_less_than_its_machine(monkeypatch):
+    whole = this_device().memory
+    monkeypatch.setattr(memory, "_container_memory", lambda: whole / 2)
+    assert this_device().memory == whole // 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert this_device().memory == whole // 4
+
+
+def test_no_number_is_no_memory():
+    with pytest.raises(UserError, match="inf is no number of GB"):
+        this_device(float("inf"))
+
+
 def test_check_says_it(make_recipe):
     lines = {line.name: line.finding for line in check(make_recipe(), gpu_gigabytes=2)}
     assert "on a GPU of 2 GB; gradient checkpointing none" in lines["memory"]
@@ -233,6 +265,13 @@ def test_a_model_that_cannot_be_traced_says_so(make_recipe, monkeypatch):
     assert choose_checkpointing(recipe) == "full"
     findings = {line.name: line.finding for line in check(recipe)}
     assert findings["memory"].startswith("not known")
+
+
+def test_an_attention_that_does_not_exist_is_named(make_recipe):
+    recipe = make_recipe()
+    model = recipe.model.model_copy(update={"attn_implementation": "foo"})
+    with pytest.raises(UserError, match="foo"):
+        check(recipe.model_copy(update={"model": model}))
 
 
 def test_this_machine_is_the_device():
