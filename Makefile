@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers of one thread each: tiny models, as most tests have them, gain nothing by a second one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Two spinning thread pools on two cores collapse: one pool, as wide as the machine.
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -13,15 +15,14 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
 
-# Two workers of one thread each: tiny models, as most tests have them, gain nothing by a second one.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not engines"
+	$(PYTEST) -m "not slow and not engines"
 
 # vLLM has an environment of its own, of 3.5 GB. `make engines ONLY="-k smollm2"` takes one model.
 engines: $(VENV)/installed
