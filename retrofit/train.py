@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedConfig, PrinterCallback
+from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from retrofit.adapters import family_of
 from retrofit.callbacks import GradientCheck, Interrupt, ProgressBar
 from retrofit.checkpoint import accumulation_steps, last_checkpoint, whole_adapter
-from retrofit.data import load_sources
+from retrofit.data import LoadedSource, load_sources
 from retrofit.errors import CheckError, UserError
 from retrofit.files import write_json, write_text
 from retrofit.fingerprint import base_weights, weights_sha256
@@ -67,20 +67,11 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     args = training_arguments(recipe, run, checkpoint)
     if args.gradient_checkpointing:
         return_large_blocks()
-    sources = load_sources(recipe.data)
+    sources = load_sources(recipe.data)  # before weights, which take longer
     base = load_base(recipe.model)
     frozen = _fingerprint(base, recipe)
     interrupt, bar = Interrupt(console), ProgressBar(console)
-    trainer = GateTrainer(
-        model=base,
-        args=args,
-        sources=sources,
-        processing_class=load_tokenizer(recipe.model),
-        gates=gate_config(recipe),
-        objective=recipe.objective,
-        callbacks=[GradientCheck(), interrupt, bar],
-        first_tokens=recipe.data.first_tokens,
-    )
+    trainer = gate_trainer(recipe, args, base, sources, callbacks=[GradientCheck(), interrupt, bar])
     trainer.remove_callback(PrinterCallback)
     if ranks.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
@@ -133,6 +124,33 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
     if recipe.measure and not Path(recipe.measure.text).expanduser().is_file():
         raise UserError(f"measure.text: no file {recipe.measure.text}")
     return config
+
+
+def gate_trainer(
+    recipe: Recipe,
+    args: SFTConfig | None = None,
+    base: PreTrainedModel | None = None,
+    sources: list[LoadedSource] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> GateTrainer:
+    """The trainer of a recipe, which `train` runs.
+
+    Args:
+        recipe: what to train, on what.
+        args: its `training_arguments`.
+        base: its base, if it is loaded already; `sources` likewise.
+        callbacks: added to the Trainer's own.
+    """
+    return GateTrainer(
+        model=base or load_base(recipe.model),
+        args=args or training_arguments(recipe, Path(recipe.output_dir)),
+        sources=sources or load_sources(recipe.data),
+        processing_class=load_tokenizer(recipe.model),
+        gates=gate_config(recipe),
+        objective=recipe.objective,
+        callbacks=callbacks,
+        first_tokens=recipe.data.first_tokens,
+    )
 
 
 def gate_config(recipe: Recipe) -> GateConfig:

@@ -143,7 +143,7 @@ def test_both_trainings_count_every_token_that_is_predicted_and_no_other(
         assert arm.trainer.args.max_steps == 1
         arm.trainer.args.max_steps = math.ceil(len(rows) / options.batch_size)  # all of it once
         assert arm.rate() > 0
-        counted[name] = arm.trainer.labelled
+        counted[name] = arm.labelled
         if not packed:
             assert len(rows) == 24
             assert counted[name] == sum(len(ids) - 1 for ids in rows["input_ids"])

@@ -11,7 +11,6 @@ import torch
 from retrofit import memory
 from retrofit.adapters import family_of
 from retrofit.check import check
-from retrofit.data import load_sources
 from retrofit.errors import UserError
 from retrofit.live_bytes import LiveBytes
 from retrofit.memory import (
@@ -23,11 +22,10 @@ from retrofit.memory import (
     remedy,
     this_device,
 )
-from retrofit.models import load_base, load_config, load_tokenizer
+from retrofit.models import load_base, load_config
 from retrofit.recipe import Recipe
 from retrofit.traced_step import trace_step
-from retrofit.train import gate_config, training_arguments
-from retrofit.trainer import GateTrainer
+from retrofit.train import gate_trainer, training_arguments
 
 LENGTH = 192
 
@@ -66,14 +64,7 @@ def real_step(recipe: Recipe, checkpointing: str) -> tuple[int, int]:
     train = recipe.train.model_copy(update={"gradient_checkpointing": checkpointing})
     recipe = recipe.model_copy(update={"train": train})
     args = training_arguments(recipe, Path(recipe.output_dir))
-    trainer = GateTrainer(
-        model=load_base(recipe.model),
-        args=args,
-        sources=load_sources(recipe.data),
-        processing_class=load_tokenizer(recipe.model),
-        gates=gate_config(recipe),
-        objective=recipe.objective,
-    )
+    trainer = gate_trainer(recipe, args)
     if args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
     trainer.create_optimizer()

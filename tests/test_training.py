@@ -22,13 +22,11 @@ from retrofit import callbacks
 from retrofit.adapters import family_of
 from retrofit.callbacks import DeadGateError, GradientCheck, Interrupt
 from retrofit.checkpoint import accumulation_steps
-from retrofit.data import load_sources, mix
+from retrofit.data import mix
 from retrofit.errors import UserError
 from retrofit.gates import GateLayer, gate_layers
-from retrofit.models import load_base, load_tokenizer
 from retrofit.recipe import Recipe
-from retrofit.train import gate_config, train, training_arguments
-from retrofit.trainer import GateTrainer
+from retrofit.train import gate_trainer, train
 
 WORDS = "the sink token head gate layer draws all attention to first last union people".split()
 
@@ -65,18 +63,6 @@ def make_recipe(tiny_base, text, tmp_path):
         return Recipe.model_validate(settings)
 
     return make
-
-
-def make_trainer(recipe: Recipe, callbacks=()) -> GateTrainer:
-    return GateTrainer(
-        model=load_base(recipe.model),
-        args=training_arguments(recipe, Path(recipe.output_dir)),
-        sources=load_sources(recipe.data),
-        processing_class=load_tokenizer(recipe.model),
-        gates=gate_config(recipe),
-        objective=recipe.objective,
-        callbacks=list(callbacks),
-    )
 
 
 def adapter_of(run):
@@ -216,7 +202,7 @@ def test_a_step_that_the_ranks_cannot_share_is_refused(tmp_path):
     ],
 )
 def test_what_no_sharded_engine_could_do_is_refused(make_recipe, engine, objective, message):
-    trainer = make_trainer(make_recipe(objective=objective))
+    trainer = gate_trainer(make_recipe(objective=objective))
     plugin = SimpleNamespace(zero_stage=engine.get("zero_stage"))
     trainer.is_fsdp_enabled = engine.get("is_fsdp_enabled", False)
     trainer.is_deepspeed_enabled = engine.get("is_deepspeed_enabled", False)
@@ -266,7 +252,7 @@ def test_every_gate_must_get_a_gradient_or_the_run_stops_and_names_it(make_recip
 
     monkeypatch.setattr(GateLayer, "bypass", False, raising=False)
     monkeypatch.setattr(GateLayer, "forward", bypassed)
-    trainer = make_trainer(make_recipe(), [GradientCheck()])
+    trainer = gate_trainer(make_recipe(), callbacks=[GradientCheck()])
     gate_layers(trainer.model)[1].bypass = True
     with pytest.raises(DeadGateError, match=r"1 of 3 gates.*layers\.1\.self_attn\.g1"):
         trainer.train()
@@ -295,7 +281,7 @@ def test_accumulation_equals_one_large_batch(make_recipe):
         data=data,
         train={"max_steps": 1, "batch_size": 1, "gradient_accumulation_steps": 4},
     )
-    trainers = [make_trainer(one), make_trainer(four)]
+    trainers = [gate_trainer(one), gate_trainer(four)]
     for trainer in trainers:
         trainer.train()
     losses = [trainer.state.log_history[0]["loss"] for trainer in trainers]
@@ -308,7 +294,7 @@ def test_packed_documents_do_not_see_each_other(make_recipe, family):
     """Every packed document's hidden states equal those it has alone."""
     if not family_of(family).packs:
         pytest.skip("its documents cannot share a row")
-    trainer = make_trainer(make_recipe(family))
+    trainer = gate_trainer(make_recipe(family))
     batch = next(iter(trainer.get_train_dataloader()))
     assert "attention_mask" not in batch
     model = trainer.model.get_base_model().eval()
@@ -330,7 +316,7 @@ def test_packed_documents_do_not_see_each_other(make_recipe, family):
 def test_long_documents_are_split_not_cut_off(make_recipe, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": " ".join(sentences(60))}) + "\n")
-    trainer = make_trainer(make_recipe(sources=[{"path": str(path)}]))
+    trainer = gate_trainer(make_recipe(sources=[{"path": str(path)}]))
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
     assert tokens == len(json.loads(path.read_text())["text"]) + 1  # bytes, and the end of text
 
@@ -356,7 +342,7 @@ def test_prompt_completion_data_trains_on_completions_and_learns_where_they_end(
     rows = [{"prompt": f"{line}:", "completion": " a sink"} for line in sentences(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = make_recipe(sources=[{"path": str(path)}], data={"packing": False})
-    trainer = make_trainer(recipe)
+    trainer = gate_trainer(recipe)
     row = trainer.train_dataset[0]
     labelled = [label for label in row["labels"] if label != -100]
     assert trainer.processing_class.decode(labelled) == " a sink</s>"
@@ -370,7 +356,7 @@ def test_chat_data_goes_through_the_chat_template(make_recipe, tmp_path):
     }
     path.write_text((json.dumps(message) + "\n") * 40)
     recipe = make_recipe(sources=[{"path": str(path)}], data={"packing": False})
-    trainer = make_trainer(recipe)
+    trainer = gate_trainer(recipe)
     text = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
     assert text == "<s>user\nhi</s>\n<s>assistant\nyo</s>\n"
 
@@ -380,7 +366,7 @@ def test_sources_of_two_formats_mix_in_the_given_shares(make_recipe, tmp_path, t
     rows = [{"prompt": "Q" * 20, "completion": "A" * 30} for _ in range(400)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [{"path": str(text), "weight": 1.0}, {"path": str(path), "weight": 3.0}]
-    trainer = make_trainer(make_recipe(sources=sources))
+    trainer = gate_trainer(make_recipe(sources=sources))
     letters = trainer.processing_class("QA")["input_ids"]
     of_pairs = [row["input_ids"][0] in letters for row in trainer.train_dataset]
     assert sum(of_pairs) / len(of_pairs) == pytest.approx(0.75, abs=0.07)
@@ -515,7 +501,7 @@ def test_no_gradient_goes_below_the_lowest_gate(make_recipe, checkpointing):
     recipe = make_recipe(
         gate={"layers": [1, 2]}, train={"gradient_checkpointing": checkpointing, "max_steps": 1}
     )
-    trainer = make_trainer(recipe)
+    trainer = gate_trainer(recipe)
     reached = []
     layers = trainer.model.get_base_model().model.layers
     for index, layer in enumerate(layers):

@@ -40,10 +40,10 @@ class Cost:
             models.append(unwrapped(subject.open_base()[0]))
         seconds: list[list[tuple[float, float]]] = [[] for _ in models]
         for model in models:
-            self._seconds(model, input_ids)  # what only the first run costs
+            prefill_and_decode(model, input_ids, self.new_tokens)  # what only the first run costs
         for _ in track(range(self.repeats), "speed"):
             for model, runs in zip(models, seconds, strict=True):
-                runs.append(self._seconds(model, input_ids))
+                runs.append(prefill_and_decode(model, input_ids, self.new_tokens))
         prefill, decode = zip(*seconds[0], strict=True)
         figures = {
             "prefill_tokens_per_second": self.prompt / statistics.median(prefill),
@@ -59,27 +59,29 @@ class Cost:
         gc.collect()
         return figures
 
-    @torch.inference_mode()
-    def _seconds(self, model: Any, input_ids: torch.Tensor) -> tuple[float, float]:
-        """Of the prefill, and of decoding after it."""
-        input_ids = input_ids.to(model.device)
-        cache = DynamicCache(config=model.config)
-        prefill = _timed(lambda: _next_token(model, input_ids, cache))
-        token = input_ids[:, -1:]
 
-        def decode() -> None:
-            for _ in range(self.new_tokens):
-                _next_token(model, token, cache)
+@torch.inference_mode()
+def prefill_and_decode(model: Any, input_ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of a prompt `[batch, T]` in an empty cache, and of so many tokens after it."""
+    input_ids = input_ids.to(model.device)
+    cache = DynamicCache(config=model.config)
+    prefill = timed(lambda: _next_token(model, input_ids, cache))
+    token = input_ids[:, -1:]
 
-        return prefill, _timed(decode)
+    def decode() -> None:
+        for _ in range(new_tokens):
+            _next_token(model, token, cache)
+
+    return prefill, timed(decode)
 
 
 def _next_token(model: Any, input_ids: torch.Tensor, cache: DynamicCache) -> None:
     """One pass, with the logits of the last position alone, as `generate` makes it."""
-    model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds, the GPU's work included."""
     _synchronize()
     start = time.perf_counter()
     work()

@@ -26,12 +26,14 @@ from safetensors.torch import load_file, save_file
 
 import retrofit.gates.layer
 import retrofit.trainer
-from paired import Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report, timed
+from paired import Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report
 from retrofit import objectives
+from retrofit.measure.cost import timed
 from retrofit.process import prepare_process
 from retrofit.recipe import Recipe
 from retrofit.shared_layers import SharedLayers
-from training import TEXT, Step, first_batch, gate_trainer, recipe_of, step_of
+from retrofit.train import gate_trainer
+from training import TEXT, Step, first_batch, recipe_of, step_of
 
 Patch = Callable[[], AbstractContextManager]
 LOSSES = {"kl": 1.0}

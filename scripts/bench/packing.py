@@ -28,11 +28,9 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from paired import Ratio, collected, parser, quartiles, report
-from retrofit.data import load_sources
-from retrofit.models import load_base, load_tokenizer
 from retrofit.process import prepare_process
 from retrofit.recipe import Recipe
-from retrofit.train import gate_config, training_arguments
+from retrofit.train import gate_trainer
 from retrofit.trainer import GateTrainer
 
 TASKS = ("arc_easy", "piqa")
@@ -53,29 +51,24 @@ class Clock(TrainerCallback):
         self.ended = time.perf_counter()
 
 
-class CountingTrainer(GateTrainer):
-    """A `GateTrainer` that counts the tokens it takes a loss on."""
-
-    labelled = 0
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        # A label is predicted by the token before it.
-        self.labelled += int((inputs["labels"][:, 1:] != -100).sum())
-        return super().training_step(model, inputs, num_items_in_batch)
-
-
 @dataclass
 class Arm:
     """One training, run from its start each time."""
 
-    trainer: CountingTrainer
+    trainer: GateTrainer
     clock: Clock
+    labelled: int = 0
 
     def rate(self) -> float:
         """Tokens that count a second."""
-        self.trainer.labelled = 0
+        self.labelled = 0
+        handle = self.trainer.model.register_forward_hook(self._count)
         self.trainer.train()
-        return self.trainer.labelled / (self.clock.ended - self.clock.begun)
+        handle.remove()
+        return self.labelled / (self.clock.ended - self.clock.begun)
+
+    def _count(self, _model, _args, outputs) -> None:
+        self.labelled += int(outputs.num_tokens)
 
 
 def main() -> None:
@@ -139,15 +132,7 @@ def recipe(options, chats: Path, packing: bool, folder: Path) -> Recipe:
 def arm_of(recipe: Recipe, tokens: int) -> Arm:
     """As `retrofit train` builds it, for as many steps as take about so many tokens."""
     clock = Clock()
-    trainer = CountingTrainer(
-        model=load_base(recipe.model),
-        args=training_arguments(recipe, Path(recipe.output_dir)),
-        sources=load_sources(recipe.data),
-        processing_class=load_tokenizer(recipe.model),
-        gates=gate_config(recipe),
-        objective=recipe.objective,
-        callbacks=[clock],
-    )
+    trainer = gate_trainer(recipe, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     rows = trainer.train_dataset
     a_row = statistics.fmean(len(ids) for ids in rows[: min(len(rows), 200)]["input_ids"])
@@ -160,7 +145,7 @@ def gain(rates: dict[str, list[float]], arms: dict[str, Arm]) -> Ratio:
     low, median, high = quartiles(packed / padded for packed, padded in pairs)
     detail = "; ".join(
         f"{name} {statistics.median(rates[name]):.0f} tokens/s, "
-        f"{arm.trainer.labelled / arm.trainer.state.global_step:.0f} a step"
+        f"{arm.labelled / arm.trainer.state.global_step:.0f} a step"
         for name, arm in arms.items()
     )
     return Ratio("packed / padded, tokens/s", GOAL, median, low, high, detail, at_least=True)

@@ -10,7 +10,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from retrofit.files import write_json
+from retrofit.measure.cost import timed
 
 T = TypeVar("T")
 
@@ -71,20 +71,6 @@ def collected(arms: dict[str, Callable[[], T]], repeats: int) -> dict[str, list[
             results[name].append(arm())
         order.reverse()
     return results
-
-
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds, the GPU's work included."""
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def ratio(name: str, own: list[float], other: list[float], goal: float | None = None) -> Ratio:

@@ -29,13 +29,14 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from merge_size import LLAMA_31_8B
-from paired import Ratio, collected, parser, ratio, report, timed
+from paired import Ratio, collected, parser, ratio, report
 from retrofit import GateConfig
 from retrofit.export.native import native_config
 from retrofit.files import read_json, write_json
+from retrofit.measure.cost import prefill_and_decode
 from retrofit.merge import Format, merge
 from retrofit.models import load_base, load_model
 from retrofit.process import prepare_process
@@ -173,23 +174,6 @@ def in_transformers(
 
     seconds = collected({name: arm(model) for name, model in models.items()}, options.repeats)
     return seconds, {name: weight_bytes(model) for name, model in models.items()}
-
-
-@torch.inference_mode()
-def prefill_and_decode(model, input_ids: torch.Tensor, new_tokens: int) -> Seconds:
-    """Seconds of a prompt `[1, T]` in an empty cache, and of the tokens after it."""
-    input_ids = input_ids.to(model.device)
-    cache = DynamicCache(config=model.config)
-
-    def forward(tokens: torch.Tensor) -> None:
-        # The logits of the last position alone, as `generate` takes them.
-        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    def decode() -> None:
-        for _ in range(new_tokens):
-            forward(input_ids[:, -1:])
-
-    return timed(lambda: forward(input_ids)), timed(decode)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -26,7 +26,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from transformers import AutoModelForCausalLM
 from paired import Ratio, collected, fresh, in_turns, parser, quartiles, ratio, report
 from retrofit import GateConfig
 from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.measure.cost import timed
 from retrofit.memory import choose_checkpointing
 from retrofit.models import load_base
 from retrofit.objectives import add_objectives
@@ -111,12 +111,9 @@ def started(arm: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def clocked(seconds: dict[str, float], part: str, work: Callable):
-    start = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[part] = time.perf_counter() - start
-    return result
+    results: list = []
+    seconds[part] = timed(lambda: results.append(work()))
+    return results[0]
 
 
 def traced(options: argparse.Namespace) -> str:

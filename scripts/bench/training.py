@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from paired import Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report
@@ -37,8 +37,7 @@ from retrofit.objectives import add_objectives
 from retrofit.packed_attention import attend_by_document
 from retrofit.process import prepare_process
 from retrofit.recipe import Objective, Recipe
-from retrofit.train import gate_config, training_arguments
-from retrofit.trainer import GateTrainer
+from retrofit.train import gate_trainer
 
 TEXT = "~/.cache/retrofit/texts/c4-train.jsonl"
 OBJECTIVES = {
@@ -146,17 +145,6 @@ def recipe_of(options: argparse.Namespace, folder: Path, objective: dict) -> Rec
     )
 
 
-def gate_trainer(recipe: Recipe, base: PreTrainedModel | None = None) -> GateTrainer:
-    return GateTrainer(
-        model=base or load_base(recipe.model),
-        args=training_arguments(recipe, Path(recipe.output_dir)),
-        sources=load_sources(recipe.data),
-        processing_class=load_tokenizer(recipe.model),
-        gates=gate_config(recipe),
-        objective=recipe.objective,
-    )
-
-
 def trl_step(recipe: Recipe, batch: dict[str, torch.Tensor], checkpointing: bool) -> Step:
     half = recipe.model.dtype != "float32"
     model = load_base(recipe.model)
@@ -232,9 +220,8 @@ def read_all(options: argparse.Namespace, folder: Path) -> None:
     recipe = recipe_of(options, folder, {})
     config = load_config(recipe.model)
     config.num_hidden_layers, config.vocab_size = 1, 64
-    next(
-        iter(gate_trainer(recipe, AutoModelForCausalLM.from_config(config)).get_train_dataloader())
-    )
+    trainer = gate_trainer(recipe, base=AutoModelForCausalLM.from_config(config))
+    next(iter(trainer.get_train_dataloader()))
 
 
 def added_memory(options: argparse.Namespace, folder: Path) -> float:
