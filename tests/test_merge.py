@@ -364,7 +364,7 @@ def assert_nothing_left(folder: Path) -> None:
     assert [path.name for path in folder.iterdir() if "out" in path.name] == []
 
 
-def without_doubling(tensors, exponent, *names, scale=native._scale):
+def without_doubling(tensors, exponent, *names, scale=native.scale):
     scale(tensors, exponent - ("self_attn.o_proj.weight" in names), *names)
 
 
@@ -389,7 +389,7 @@ def with_unscaled_eps(*arguments, native_config=native.native_config):
 @pytest.mark.parametrize(
     ("module", "name", "mutant"),
     [
-        (native, "_scale", without_doubling),
+        (native, "scale", without_doubling),
         (native, "_interleave", with_shuffled_gate_rows),
         (retrofit.merge, "native_tensors", without_q_norm),
         (retrofit.merge, "native_config", with_partial_rotation),

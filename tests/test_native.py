@@ -13,7 +13,7 @@ from tiny import LLAMA3, NATIVE, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
-from retrofit.export import native
+from retrofit.export import exact_norms, native
 from retrofit.fingerprint import base_weights
 from retrofit.gates import gate_layers, gates_off
 from retrofit.proof.reference import observe, refer
@@ -169,7 +169,7 @@ def test_small_and_negative_norm_weights_survive_bfloat16():
     weight = torch.tensor([0.02, -0.3, 0.49, 0.5, 0.0, 1.0, 1.7, 30.0, -4.0]).bfloat16().float()
     matrix = torch.randn(5, len(weight)).bfloat16().float()
     tensors = {"norm": weight, "consumer": matrix.clone()}
-    native._fold_norm(tensors, "norm", ["consumer"])
+    exact_norms.fold_norm(tensors, "norm", ["consumer"])
     stored = (tensors["norm"] - 1).bfloat16().float() + 1
     assert torch.equal(stored * tensors["consumer"].bfloat16().float(), weight * matrix)
 
@@ -179,7 +179,7 @@ def test_qk_norms_are_balanced_without_changing_q_dot_k():
     names = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
     layer = dict(zip(names, (torch.rand(16) * 0.2, torch.rand(16) * 8 + 4), strict=True))
     before = dict(layer)
-    native._balance_qk_norms(layer)
+    exact_norms.balance_qk_norms(layer)
     power = layer[names[0]] / before[names[0]]
     assert torch.equal(power, before[names[1]] / layer[names[1]])
     assert torch.equal(power[:8], power[8:]), "RoPE mixes channels i and i + head_dim / 2"
@@ -191,7 +191,7 @@ def test_qk_norms_are_balanced_without_changing_q_dot_k():
 def test_the_constant_norms_multiply_to_their_target(dtype):
     for eps in (1e-6, 1e-5):
         target = eps * 4.0**26
-        a, b = native._factor(target, dtype)
+        a, b = exact_norms.factor(target, dtype)
         stored = [torch.tensor(x - 1).to(dtype).double() + 1 for x in (a, b)]
         assert stored[0] * stored[1] == pytest.approx(target, rel=2e-4)
 

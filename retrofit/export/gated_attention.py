@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from retrofit.errors import UserError
 from retrofit.export import native
+from retrofit.export.constant_head import add_center
 from retrofit.export.shards import StoredWeights, write_shards
 from retrofit.export.source import Source
 from retrofit.files import appearing_whole, copy, copy_tokenizer, read_json, write_json
@@ -86,7 +87,7 @@ def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
         prefix = f"model.layers.{index}."
         layer = native.read_layer(config, weights, prefix, dtype, with_bias=_is_biased(source))
         if index in source.centers:
-            native.add_center(layer, source.centers[index], dtype)
+            add_center(layer, source.centers[index], dtype)
         _pack_gate(layer, source.gates.get(index, ungated), config.num_key_value_heads)
         for name, tensor in layer.items():
             yield prefix + name, tensor.to(dtype)

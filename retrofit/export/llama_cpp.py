@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig
 
 from retrofit.errors import UserError
 from retrofit.export import native
+from retrofit.export.exact_norms import Scales
 from retrofit.export.gguf_tokenizer import add_tokenizer, read_tokenizer
 from retrofit.export.source import Source
 
@@ -100,19 +101,19 @@ def write_gguf(source: Source, path: Path, kind: str) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "parameters": parameters}
 
 
-def _scales(source: Source, kind: str) -> native.Scales:
+def _scales(source: Source, kind: str) -> Scales:
     """The largest that the weights leave room for, where numbers are float16."""
     if kind not in _LARGEST:
-        return native.Scales()
-    unscaled = native.Scales(residual_shift=0)
+        return Scales()
+    unscaled = Scales(residual_shift=0)
     to_residual = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
     tensors = _native(source, unscaled)
     largest = max(t.abs().max().item() for name, t in tensors if name.endswith(to_residual))
     room = math.floor(math.log2(_LARGEST[kind] / largest))
-    return native.Scales(residual_shift=min(room, 20), dominance=2.0**-16)
+    return Scales(residual_shift=min(room, 20), dominance=2.0**-16)
 
 
-def _native(source: Source, scales: native.Scales) -> Iterator[tuple[str, torch.Tensor]]:
+def _native(source: Source, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
     parts = source.config, source.weights, source.gates, source.centers
     return native.native_tensors(*parts, torch.float32, scales=scales)
 
@@ -163,9 +164,7 @@ def _add_rope(writer: GGUFWriter, rope: dict, head_dim: int) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _tensors(
-    source: Source, config: dict, scales: native.Scales
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(source: Source, config: dict, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the file, under llama.cpp's names, in float32."""
     layers = config["num_hidden_layers"]
     names = get_tensor_name_map(_arch(config), layers + 1)

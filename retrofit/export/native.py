@@ -19,14 +19,20 @@ exact in float32 and bfloat16:
   shift of q and k and survives weight quantization.
 """
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
 
 from retrofit.adapters._family import sliding_window_of
+from retrofit.export.constant_head import add_center, add_constant_head
+from retrofit.export.exact_norms import (
+    Scales,
+    add_constant_qk_norms,
+    balance_qk_norms,
+    fold_norm,
+    scale,
+)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,26 +44,6 @@ _NO_TARGET = {
 
 # RoPE scalings that Qwen3_5TextRotaryEmbedding computes as the source families do.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-# A constant head's values, and the numbers that its constant is the sum of: three of bfloat16 hold
-# all the bits of a float32. Large, because the constant may be 100 times the usual weight of
-# `o_proj`; no larger, because caches are kept in 8 bits too.
-_CONSTANT, _PARTS = 64.0, 3
-
-
-@dataclass(frozen=True)
-class Scales:
-    """What a family without q and k norms is scaled by, so that norms are constant.
-
-    Attributes:
-        residual_shift: the residual stream is multiplied by 2 to this power. The more, the less q
-            and k are scaled down: by about 2**-12 at 14.
-        dominance: the share of eps that the mean squares of q and k stay below. The norm is then
-            constant to within half of it.
-    """
-
-    residual_shift: int = 14
-    dominance: float = 2.0**-26
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
@@ -155,7 +141,7 @@ def native_tensors(
         if index in centers:
             add_center(layer, centers[index], dtype)
         if constant:
-            _add_constant_head(config, layer, dtype)
+            add_constant_head(layer, head_dim_of(config), _groups(config), dtype)
         for name, tensor in _map_layer(config, layer, gates.get(index), dtype, scales).items():
             yield prefix + name, tensor.to(dtype).contiguous()
     yield from _map_head(config, base, dtype)
@@ -252,17 +238,17 @@ def _map_layer(
 ) -> Tensors:
     shift = _residual_shift(config, scales)
     if _has_qk_norm(config):
-        _balance_qk_norms(layer)
+        balance_qk_norms(layer)
     else:
-        _add_constant_qk_norms(layer, head_dim_of(config), _eps(config, shift), scales, dtype)
+        add_constant_qk_norms(layer, head_dim_of(config), _eps(config, shift), scales, dtype)
     _pack_gate(config, layer, gate)
-    _scale(layer, shift + 1, "self_attn.o_proj.weight")  # with the 2 of `2 * sigmoid`
+    scale(layer, shift + 1, "self_attn.o_proj.weight")  # with the 2 of `2 * sigmoid`
     down = [name for name in layer if name.endswith("down_proj.weight")]
-    _scale(layer, shift, *down)
+    scale(layer, shift, *down)
     attention = [f"self_attn.{name}_proj.weight" for name in "qkv"]
     mlp = [name for name in layer if name.startswith("mlp.") and name not in down]
-    _fold_norm(layer, "input_layernorm.weight", attention)
-    _fold_norm(layer, "post_attention_layernorm.weight", mlp)
+    fold_norm(layer, "input_layernorm.weight", attention)
+    fold_norm(layer, "post_attention_layernorm.weight", mlp)
     for name in layer:
         if "norm" in name:
             layer[name] = layer[name] - 1
@@ -288,15 +274,9 @@ def _map_head(
         tied = config.tie_word_embeddings
         stored = base["model.embed_tokens.weight" if tied else "lm_head.weight"]
         head["lm_head"] = stored.to(dtype)
-        _fold_norm(head, "norm", ["lm_head"])
+        fold_norm(head, "norm", ["lm_head"])
         yield "lm_head.weight", head["lm_head"]
     yield "model.norm.weight", (head["norm"] - 1).to(dtype)
-
-
-def _scale(tensors: Tensors, exponent: int, *names: str) -> None:
-    for name in names:
-        if name in tensors:
-            tensors[name] = tensors[name] * 2.0**exponent
 
 
 def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | None) -> None:
@@ -316,122 +296,6 @@ def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | No
         layer["self_attn.q_proj.bias"] = _interleave(bias, torch.zeros_like(bias), head_dim)
 
 
-def add_center(layer: Tensors, center: torch.Tensor, dtype: torch.dtype) -> None:
-    """`v + g * (Y - v)`: attention sums to 1, so the bias of `v_proj` moves every `Y` by `-v`, and
-    a constant behind the gate, for now the bias of `o_proj`, puts `v` back.
-
-    What is put back is what `dtype` lets the first bias take away, so that an open gate is exact.
-    """
-    weight, bias = layer["self_attn.o_proj.weight"], layer["self_attn.v_proj.bias"]
-    groups = weight.shape[1] // center.numel()
-    layer["self_attn.v_proj.bias"] = (bias - center.flatten()).to(dtype).float()
-    taken = (bias - layer["self_attn.v_proj.bias"]).view(center.shape)
-    put_back = weight.float() @ taken.repeat_interleave(groups, 0).flatten()
-    layer["self_attn.o_proj.bias"] = layer["self_attn.o_proj.bias"] + put_back
-
-
-def _add_constant_head(config: PreTrainedConfig, layer: Tensors, dtype: torch.dtype) -> None:
-    """One more key-value head, and its query heads, in place of the bias of `o_proj`.
-
-    Its values are the same in all tokens, whatever it attends to, and its gate is that of zero
-    weights, so `o_proj` adds three of its columns: the bias and what `dtype` rounds off it.
-    """
-    head_dim, groups = head_dim_of(config), _groups(config)
-    rows = {"q": groups * head_dim, "k": head_dim, "v": head_dim}
-    for name, added in rows.items():
-        for kind in ("weight", "bias"):
-            tensor = layer[f"self_attn.{name}_proj.{kind}"]
-            zeros = tensor.new_zeros(added, *tensor.shape[1:])
-            layer[f"self_attn.{name}_proj.{kind}"] = torch.cat([tensor, zeros])
-    layer["self_attn.v_proj.bias"][-head_dim:][:_PARTS] = _CONSTANT
-    bias = layer["self_attn.o_proj.bias"]
-    left = bias / _CONSTANT
-    columns = bias.new_zeros(len(bias), groups * head_dim)
-    for part in range(_PARTS):
-        columns[:, part] = left.to(dtype)
-        left = left - columns[:, part]
-    weight = layer["self_attn.o_proj.weight"]
-    layer["self_attn.o_proj.weight"] = torch.cat([weight, columns.to(dtype)], dim=1)
-    layer["self_attn.o_proj.bias"] = torch.zeros_like(bias)
-
-
 def _interleave(query: torch.Tensor, gate: torch.Tensor, head_dim: int) -> torch.Tensor:
     pair = [rows.unflatten(0, (-1, head_dim)) for rows in (query, gate)]
     return torch.cat(pair, dim=1).flatten(0, 1)
-
-
-def _fold_norm(tensors: Tensors, norm: str, consumers: list[str]) -> None:
-    """Move powers of two from a norm into its consumers until `w - 1` keeps every bit of `w`.
-
-    That is so for `w >= 1/2` (and 0). Smaller and negative weights, often 0.02 to 0.5 in Llama,
-    would be rounded by up to 9% in bfloat16; they are divided by `p = +-2**e` into [1/2, 1).
-    """
-    weight = tensors[norm]
-    mantissa, exponent = torch.frexp(weight)
-    exact = (weight >= 0.5) | (weight == 0)
-    power = torch.where(exact, 1.0, mantissa.sign() * _power_of_two(exponent))
-    tensors[norm] = weight / power
-    if not exact.all():
-        for name in consumers:
-            tensors[name] = tensors[name] * power.to(tensors[name].dtype)
-
-
-def _balance_qk_norms(layer: Tensors) -> None:
-    """Move powers of two between q_norm and k_norm so that both reach 1/2 where they can.
-
-    `q . k` is unchanged exactly: RoPE mixes channels i and i + head_dim/2, so a pair shares its
-    factor. Where both are small, `w - 1` still rounds.
-    """
-    smallest = []
-    for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
-        pairs = layer[name].abs().view(2, -1)
-        smallest.append(torch.where(pairs == 0, 1.0, pairs).amin(dim=0))
-    shift = torch.round(torch.log2(smallest[1] / smallest[0]) / 2)
-    power = _power_of_two(shift).repeat(2)
-    layer["self_attn.q_norm.weight"] = layer["self_attn.q_norm.weight"] * power
-    layer["self_attn.k_norm.weight"] = layer["self_attn.k_norm.weight"] / power
-
-
-def _add_constant_qk_norms(
-    layer: Tensors, head_dim: int, eps: float, scales: Scales, dtype: torch.dtype
-) -> None:
-    """Scale q and k by `2**-m` and add norms that scale them back.
-
-    `RMSNorm(x * 2**-m) * g = x * g * 2**-m / sqrt(eps + mean(x**2) * 4**-m)`, and with the mean
-    far below `eps` this is `x` for `g = sqrt(eps) * 2**m`.
-    """
-    needed = _largest_qk(layer) / math.sqrt(eps * scales.dominance)
-    m = max(0, math.ceil(math.log2(max(needed, 1.0))))
-    for name in "qk":
-        _scale(layer, -m, f"self_attn.{name}_proj.weight", f"self_attn.{name}_proj.bias")
-    for name, value in zip("qk", _factor(eps * 4.0**m, dtype), strict=True):
-        layer[f"self_attn.{name}_norm.weight"] = torch.full((head_dim,), value)
-
-
-def _factor(target: float, dtype: torch.dtype) -> tuple[float, float]:
-    """`a * b = target`, where `a - 1` and `b - 1` are numbers of `dtype`.
-
-    No single bfloat16 number is close to `sqrt(eps) * 2**m`. Over one octave of `a` the best pair
-    is within 1e-4, an error of the attention logits far below bfloat16's own.
-    """
-    a = 1 + (math.sqrt(target) * torch.linspace(1, 2, 129).double()).to(dtype).double()
-    b = 1 + (target / a - 1).to(dtype).double()
-    best = (a * b / target - 1).abs().argmin()
-    return a[best].item(), b[best].item()
-
-
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """Exactly `2**exponent` in float32, from its bits; `exp2` and `pow` may round."""
-    return ((exponent.int() + 127) << 23).view(torch.float32)
-
-
-def _largest_qk(layer: Tensors) -> float:
-    """A bound on every entry of q and k: `|W (w * x)| <= |W w| sqrt(n)` for a normed `x`."""
-    norm = layer["input_layernorm.weight"]
-    bounds = []
-    for name in ("self_attn.q_proj", "self_attn.k_proj"):
-        rows = (layer[f"{name}.weight"] * norm).norm(dim=1) * len(norm) ** 0.5  # in float32
-        if f"{name}.bias" in layer:
-            rows = rows + layer[f"{name}.bias"].abs()
-        bounds.append(rows.max().item())
-    return max(bounds)
