@@ -6,12 +6,15 @@ This file, a family's and `modeling_gated.py` also lie in the checkpoints that `
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ._sinks import sink_attention
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Family:
 
 
 class GatedAttention(nn.Module):
-    """Softmax attention whose output passes the gate `g1` before `o_proj` (or another, by
-    `GateConfig.position`).
+    """Softmax attention with a slot for a sink logit, whose output passes the gate `g1` before
+    `o_proj`; or what else `GateConfig` says.
 
     A mixin before a transformers attention class. Its forward is that class's forward, operation
     by operation, plus the gate; the tests hold a zero gate bitwise equal to the original, so that
@@ -72,10 +75,14 @@ class GatedAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query_states, key_states, value_states = (
-            self.g1(states, hidden_states, position).transpose(1, 2)
+            self.g1(states, hidden_states, position)
             for states, position in zip(
                 self.project(hidden_states), ("G4", "G3", "G2"), strict=True
             )
+        )
+        query_states, key_states, value_states = (
+            states.transpose(1, 2)
+            for states in (query_states, self.g1.bias_keys(key_states), value_states)
         )
         cos, sin = position_embeddings
         query_states, key_states = self.apply_rotary_pos_emb(query_states, key_states, cos, sin)
@@ -87,6 +94,9 @@ class GatedAttention(nn.Module):
         attention_interface = ALL_ATTENTION_FUNCTIONS.get(
             self.config._attn_implementation, self.eager_attention_forward
         )
+        sink = self.g1.sink(hidden_states)
+        if sink is not None:
+            attention_interface = partial(sink_attention, attention_interface, sink)
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
@@ -102,7 +112,9 @@ class GatedAttention(nn.Module):
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
         attn_output = self.g1(attn_output, hidden_states)
         if self.auxiliary is not None:
-            attn_output = self.auxiliary(self, hidden_states, query_states, key_states, attn_output)
+            attn_output = self.auxiliary(
+                self, hidden_states, query_states, key_states, sink, attn_output
+            )
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         attn_output = self.o_proj(attn_output)
         attn_output = self.g1(attn_output.unsqueeze(-2), hidden_states, "G5").squeeze(-2)

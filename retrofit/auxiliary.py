@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from retrofit.adapters._family import GatedAttention
+from retrofit.adapters._sinks import Sink
 from retrofit.balance import (
     balance_loss,
     effective_load,
@@ -73,6 +74,7 @@ class Auxiliary:
         self.base: dict[int, torch.Tensor] = {}
         self.values: dict[str, dict[int, torch.Tensor]] = {}
         self.gates: list[torch.Tensor] = []  # of the layer that runs
+        self.left: dict[int, torch.Tensor] = {}  # by layer, what the slots leave to the keys
 
     def prepare(self, position_ids: torch.Tensor, progress: float, scale: float = 1.0) -> None:
         """Get ready for a batch.
@@ -104,6 +106,7 @@ class Auxiliary:
         hidden_states: torch.Tensor,
         query_states: torch.Tensor,
         key_states: torch.Tensor,
+        sink: Sink | None,
         attn_output: torch.Tensor,
     ) -> torch.Tensor:
         """`attn_output`, unchanged but for the gradients that start where it is."""
@@ -116,7 +119,7 @@ class Auxiliary:
         # The first pass of a reentrant checkpoint runs without gradients.
         if not self.weights or not torch.is_grad_enabled():
             return attn_output
-        losses = self._attention_losses(attention, query_states, key_states, gates)
+        losses = self._attention_losses(attention, query_states, key_states, sink, gates)
         if "hidden" in self.weights:
             losses["hidden"] = relative_distance(
                 hidden_states, self.base[index], self.position_ids > 0
@@ -145,38 +148,47 @@ class Auxiliary:
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         return _InjectGradient.apply(tensor, total / self.layers) if losses else tensor
 
-    def _attention_losses(self, attention, query_states, key_states, gates) -> dict:
+    def _attention_losses(self, attention, query_states, key_states, sink, gates) -> dict:
         losses: dict[str, torch.Tensor] = {}
         if (sampled := self.sampled) is None:
             return losses
-        weights = attention_of_rows(attention, query_states, key_states, sampled)
+        weights = attention_of_rows(attention, query_states, key_states, sampled, sink)
+        if sink is not None:
+            self.left[attention.layer_idx] = _mean_row_sum(weights.detach(), sampled)
         if "pressure" in self.weights:
             losses["pressure"] = collision_probability(weights, sampled)
         if "balance" in self.weights:
-            has_sinks = "s_aux" in attention.attention_kwargs()
-            left = sink_load(weights) if has_sinks else vanilla_load(weights, sampled.starts)
-            load = self._load(left, sampled, gates)
+            load = self._load(attention, weights, sampled, sink, gates)
             shared = self.objective.balance_shared_heads
             losses["balance"] = balance_loss(load, sampled.counts, shared)
         return losses
 
-    def _load(self, left, sampled, gates) -> torch.Tensor:
-        if self.objective.balance_load == "vanilla":
+    def _load(self, attention, weights, sampled, sink, gates) -> torch.Tensor:
+        """What each head works on: what its own sink and its gates leave."""
+        kind = self.objective.balance_load
+        has_sinks = "s_aux" in attention.attention_kwargs()
+        left = sink_load(weights)
+        if not has_sinks and kind != "gated":
+            left = vanilla_load(weights, sampled.starts, left if sink is not None else 1.0)
+        if kind == "vanilla" or not gates:
             return left
         gate = math.prod(gates)
         index = sampled.rows[:, :, None, None].expand(-1, -1, *gate.shape[2:])
         scores = gate.gather(1, index)
-        if self.objective.balance_load == "gated":
+        if kind == "gated" and sink is None:
             return gated_load(scores)
         return effective_load(left, scores)
 
     def means(self) -> dict[str, torch.Tensor]:
         """The losses of the last batch, unweighted, each the mean over layers; 0 where no row has
-        anything to say."""
-        return {
+        anything to say. Of sink logits also `sink_share`, what their slots take."""
+        means = {
             name: torch.stack(list(by_layer.values())).mean() if by_layer else torch.tensor(0.0)
             for name, by_layer in self.values.items()
         }
+        if self.left:
+            means["sink_share"] = 1 - torch.stack(list(self.left.values())).mean()
+        return means
 
 
 def add_auxiliary(model: nn.Module, objective: Objective) -> Auxiliary:
@@ -194,6 +206,12 @@ def add_auxiliary(model: nn.Module, objective: Objective) -> Auxiliary:
             for projection in layer.self_attn.g1.g_proj.values():
                 projection.register_forward_hook(auxiliary.keep_gate)
     return auxiliary
+
+
+def _mean_row_sum(weights: torch.Tensor, sampled: SampledRows) -> torch.Tensor:
+    """Mean over the rows that count of the weight of all keys."""
+    left = sink_load(weights).mean(1)
+    return (left * sampled.counts).sum() / sampled.counts.sum().clamp(min=1)
 
 
 def relative_distance(

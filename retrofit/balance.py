@@ -27,18 +27,21 @@ import torch
 EPSILON = 1e-10
 
 
-def vanilla_load(weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+def vanilla_load(
+    weights: torch.Tensor, starts: torch.Tensor, total: torch.Tensor | float = 1.0
+) -> torch.Tensor:
     """`G = 1 - A[i, first]`, what a query leaves for other keys than its document's first token.
 
     Args:
         weights: `[batch, heads, rows, T]`, attention of the sampled rows, near keys included.
         starts: `[batch, rows]`, index of the first token of each row's document.
+        total: what all keys have, `[batch, heads, rows]`, where a slot takes the rest.
 
     Returns:
         `[batch, heads, rows]` in float32, in [0, 1].
     """
     index = starts[:, None, :, None].expand(-1, weights.shape[1], -1, -1)
-    return 1 - weights.gather(-1, index).squeeze(-1).float()
+    return total - weights.gather(-1, index).squeeze(-1).float()
 
 
 def sink_load(weights: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,10 @@ every text. So the gate closes on `v` instead of on nothing: `v + g * (Y - v)`. 
 sink have nothing to make up for, so their `v` is 0. Such are those of the first layers, whose gates
 keep the massive activation from forming: closing on a first token's value would help it along.
 
+**Sink logits**: the base's own sink is a slot whose logit changes from query to query. The constant
+that comes closest takes the same share of a head's attention in the mean, `mean sigmoid(s - LSE) =
+mean A` with `LSE` over all other keys. Training starts from it, with a slot of no weight yet.
+
 **The size of the gates' input**: Adam moves every weight by about the learning rate, so a step
 moves a gate's logit by up to `learning_rate * sum |X|`. That sum is what the norm before it was
 trained to: 13 to 130 over the layers of SmolLM2, 63 to 1,400 over those of Qwen2.5-Coder-0.5B. One
@@ -17,7 +21,7 @@ first token becomes is settled in the first few.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -29,7 +33,8 @@ from retrofit.sampling import SampledRows, attention_of_rows, sample_rows
 
 STEP = 0.8  # of a logit, at most, at the highest rate
 SINK_SHARE = 0.1  # a head that pays the first token less has no sink; an even spread gives 0.005
-ROWS = 32  # of each sequence, for that share
+ROWS = 32  # of each sequence, for that share and for sink logits
+LEAST_SHARE = 1e-3  # of a slot: the logit of heads that have no sink
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,27 @@ class Calibration:
     Attributes:
         values: by layer, the mean value state of documents' first tokens, 0 for heads that do not
             attend to them, `[num_key_value_heads, head_dim]` in float32.
+        sink_logits: by layer, the constant logit closest to what a head pays first tokens,
+            `[num_heads]` in float32; empty where no text is long enough to tell.
+        mean_queries: by layer, the mean query after RoPE times the scaling of the logits,
+            `[num_heads, head_dim]` in float32; empty likewise.
         input_sizes: by layer, the mean of `sum |X|` over tokens, `X` `[hidden_size]` what a gate
             reads.
     """
 
     values: dict[int, torch.Tensor]
+    sink_logits: dict[int, torch.Tensor]
+    mean_queries: dict[int, torch.Tensor]
     input_sizes: dict[int, float]
+
+    def cpu(self) -> "Calibration":
+        """The same on the CPU, to be told to other ranks."""
+        by_layer = ("values", "sink_logits", "mean_queries")
+        moved = {
+            name: {index: tensor.cpu() for index, tensor in getattr(self, name).items()}
+            for name in by_layer
+        }
+        return replace(self, **moved)
 
     @property
     def learning_rates(self) -> dict[int, float]:
@@ -62,6 +82,8 @@ class _Reader:
         self.values: list[torch.Tensor] = []  # [documents, heads * head_dim]
         self.sizes: list[torch.Tensor] = []
         self.shares: list[torch.Tensor] = []  # [rows, heads]
+        self.others: list[torch.Tensor] = []  # [rows, heads], log-sum-exp of all other keys
+        self.queries: list[torch.Tensor] = []  # [rows, heads, head_dim]
         self.handle = attention.v_proj.register_forward_hook(self._read_values)
         self.auxiliary, attention.auxiliary = attention.auxiliary, self
 
@@ -73,13 +95,33 @@ class _Reader:
         self.values.append(values[:, :-1][self.starts].float())
         self.sizes.append(args[0].float().abs().sum(-1).mean())
 
-    def __call__(self, attention, hidden_states, query_states, key_states, attn_output):
+    def __call__(self, attention, hidden_states, query_states, key_states, sink, attn_output):
         if self.sampled is not None:
-            weights = attention_of_rows(attention, query_states, key_states, self.sampled)
-            shares = 1 - vanilla_load(weights, self.sampled.starts)
-            # A row that only fills up sees itself alone, and would pay its own first token all.
-            self.shares.append(shares.transpose(1, 2)[self.sampled.counts])
+            self._read_rows(query_states, key_states, self.sampled)
         return attn_output
+
+    def _read_rows(self, query_states, key_states, sampled: SampledRows) -> None:
+        weights = attention_of_rows(self.attention, query_states, key_states, sampled)
+        shares = 1 - vanilla_load(weights, sampled.starts)
+        queries = _of_rows(query_states, sampled.rows) * self.attention.scaling
+        groups = query_states.shape[1] // key_states.shape[1]
+        first = _of_rows(key_states, sampled.starts).repeat_interleave(groups, 1)
+        logits = (queries * first).sum(-1, dtype=torch.float32)
+        # `A = sigmoid(logit - LSE)` of the first key.
+        others = logits - shares.logit(eps=1e-7)
+        # A row that only fills up sees itself alone, and would pay its own first token all.
+        for seen, states in (
+            (self.shares, shares),
+            (self.others, others),
+            (self.queries, queries.float()),
+        ):
+            seen.append(states.transpose(1, 2)[sampled.counts])
+
+    def sink_logits(self) -> torch.Tensor:
+        return closest_logits(torch.cat(self.others), torch.cat(self.shares))
+
+    def mean_query(self) -> torch.Tensor:
+        return torch.cat(self.queries).mean(0)
 
     def mean_value(self) -> torch.Tensor:
         value = torch.cat(self.values).mean(0).view(-1, self.attention.head_dim)
@@ -90,6 +132,31 @@ class _Reader:
 
     def mean_size(self) -> float:
         return torch.stack(self.sizes).mean().item()
+
+
+def closest_logits(others: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """The constant `s` of each head with `mean sigmoid(s - LSE) = mean A`, by bisection.
+
+    Args:
+        others: `LSE` of each query, `[rows, heads]`.
+        shares: `A` of each query, in (0, 1), `[rows, heads]`.
+
+    Returns:
+        `[heads]`. Heads that pay less than `LEAST_SHARE` get the logit of that share.
+    """
+    wanted = shares.mean(0).clamp(LEAST_SHARE, 1 - LEAST_SHARE)
+    low, high = others.amin(0) - 20, others.amax(0) + 20
+    for _ in range(40):
+        middle = (low + high) / 2
+        above = (middle - others).sigmoid().mean(0) > wanted
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
+def _of_rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Of `[batch, heads, T, head_dim]` the rows `[batch, num_rows]`."""
+    index = rows[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+    return states.gather(2, index)
 
 
 @torch.no_grad()
@@ -119,7 +186,10 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
     finally:
         for reader in readers.values():
             reader.close()
+    told = {index: reader for index, reader in readers.items() if reader.shares}
     return Calibration(
-        {index: reader.mean_value() for index, reader in readers.items()},
-        {index: reader.mean_size() for index, reader in readers.items()},
+        values={index: reader.mean_value() for index, reader in readers.items()},
+        sink_logits={index: reader.sink_logits() for index, reader in told.items()},
+        mean_queries={index: reader.mean_query() for index, reader in told.items()},
+        input_sizes={index: reader.mean_size() for index, reader in readers.items()},
     )

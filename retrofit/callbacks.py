@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -34,8 +35,12 @@ class GradientCheck(TrainerCallback):
         if self.checked:
             return
         self.checked = True
-        trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        dead = [n for n, p in trainable if p.grad is None or not p.grad.abs().sum() > 0]
+        trainable = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                # What moves a slot's logit has no effect before the slot has weight.
+                trainable[name.rpartition(".")[0]].append(parameter)
+        dead = [name for name, gate in trainable.items() if not any(map(_has_gradient, gate))]
         if dead or not trainable:
             names = ", ".join(name.removeprefix("base_model.model.") for name in dead[:5])
             more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
@@ -43,6 +48,10 @@ class GradientCheck(TrainerCallback):
                 f"no gradient reached {len(dead)} of {len(trainable)} gates after the first step: "
                 f"{names}{more}"
             )
+
+
+def _has_gradient(parameter: torch.nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
 
 
 class Interrupt(TrainerCallback):

@@ -15,6 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import flash_attention_mask
 
 from retrofit.adapters._family import sliding_window_of
+from retrofit.adapters._sinks import (
+    SINK_ATTENTION_FUNCTIONS,
+    Sink,
+    attend_on_cpu,
+    read_log_sum_exp,
+    towards,
+)
 
 NAME = "sdpa_by_document"
 
@@ -38,6 +45,7 @@ def sdpa_by_document(
     scaling: float,
     position_ids: torch.Tensor,
     dropout: float = 0.0,
+    sink: Sink | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """An attention function as transformers calls it, for packed rows without padding.
@@ -49,6 +57,7 @@ def sdpa_by_document(
         scaling: factor of the logits.
         position_ids: `[batch, T]`, from 0 at the start of each document.
         dropout: of the attention weights.
+        sink: the slots of a gated layer.
 
     Returns:
         `[batch, T, heads, head_dim]`, and no weights.
@@ -56,12 +65,14 @@ def sdpa_by_document(
     if attention_mask is not None:
         raise ValueError(f"{NAME} reads packed rows, which have no attention mask")
     outputs = []
-    for positions, *row in zip(position_ids.expand(len(query), -1), query, key, value, strict=True):
-        pieces = _pieces(positions)
-        widths = [width for width, _ in pieces]
-        documents = zip(*(states.split(widths, 1) for states in row), strict=True)
-        for (q, k, v), (_, alone) in zip(documents, pieces, strict=True):
-            outputs.append(_attend(q, k, v, alone, scaling, dropout))
+    for row, positions in enumerate(position_ids.expand(len(query), -1)):
+        start = 0
+        for width, alone in _pieces(positions):
+            at = slice(row, row + 1), slice(start, start + width)
+            q, k, v = (states[at[0], :, at[1]] for states in (query, key, value))
+            slot = None if sink is None else sink.of_queries(*at)
+            outputs.append(attend_to_document(q, k, v, scaling, dropout, slot, alone=alone))
+            start += width
     batch, heads, length, _ = query.shape
     return torch.cat(outputs).view(batch, length, heads, -1), None
 
@@ -79,17 +90,42 @@ def _pieces(positions: torch.Tensor) -> list[tuple[int, bool]]:
     ]
 
 
-def _attend(query, key, value, alone: bool, scaling: float, dropout: float) -> torch.Tensor:
-    """`[width, heads, head_dim]` of `[heads, width, head_dim]`."""
-    if alone:  # what a token that sees itself alone attends to
-        return value.repeat_interleave(len(query) // len(value), 0).transpose(0, 1)
-    states = (x.unsqueeze(0) for x in (query, key, value))
-    output = F.scaled_dot_product_attention(
-        *states, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
-    )
+def attend_to_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    sink: Sink | None,
+    *,
+    alone: bool = False,
+) -> torch.Tensor:
+    """`[width, heads, head_dim]` of one document, `[1, heads, width, head_dim]`; or of several that
+    are `alone`, a token each."""
+    if alone:  # each attends to itself
+        output = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        if sink is not None:
+            output = _beside_itself(query, key, output, scaling, sink)
+    elif sink is not None and not dropout:
+        output = attend_on_cpu(query, key, value, sink, scaling, is_causal=True)
+    else:
+        output = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        if sink is not None:
+            log_sum_exp = read_log_sum_exp(query, key, scaling)
+            output = towards(output, sink.left(log_sum_exp), sink.center)
     return output.squeeze(0).transpose(0, 1)
 
 
+def _beside_itself(query, key, value, scaling: float, sink: Sink) -> torch.Tensor:
+    """The attention of tokens that have themselves and a slot."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    log_sum_exp = torch.linalg.vecdot(query.float(), key.float()) * scaling
+    return towards(value, sink.left(log_sum_exp), sink.center)
+
+
 AttentionInterface.register(NAME, sdpa_by_document)
+SINK_ATTENTION_FUNCTIONS[NAME] = sdpa_by_document
 # None where nothing is padded.
 AttentionMaskInterface.register(NAME, flash_attention_mask)

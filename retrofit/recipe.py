@@ -38,12 +38,24 @@ class Model(_Section):
 
 
 class Gate(_Section):
-    granularity: Literal["headwise", "elementwise", "shared"] = "headwise"
+    sinks: Literal["none", "constant", "input"] = "none"  # a logit that joins each head's softmax
+    key_bias: bool = False  # added to the keys on slow RoPE pairs, so that sinks follow the query
+    granularity: Literal["none", "headwise", "elementwise", "shared"] = "headwise"  # scores from X
     activation: Literal["sigmoid", "ns_sigmoid", "silu", "linear"] = "sigmoid"  # rest: ablations
     position: Literal["G1", "G2", "G3", "G4", "G5"] = "G1"  # before o_proj; the rest are ablations
     input_dependent: bool = True  # False, an ablation: constants instead of scores by token
     centered: bool = False  # a closed gate leaves the sink's value, read off the base, not nothing
     layers: list[int] | None = None  # which layers to gate; all of them by default
+
+    @model_validator(mode="after")
+    def _settings_go_together(self):
+        if self.granularity == "none" and self.sinks == "none":
+            raise ValueError("granularity and sinks are both none, which leaves no gates")
+        if self.key_bias and self.sinks == "none":
+            raise ValueError("key_bias moves the keys for a sink logit: set sinks to constant")
+        if self.position != "G1" and (self.centered or self.sinks != "none"):
+            raise ValueError("centers and sinks are at G1: leave position out")
+        return self
 
 
 class Source(_Section):
@@ -186,12 +198,6 @@ class Recipe(_Section):
                 "objective.cache_teacher: FlashAttention takes the rows of a batch as one, and "
                 "each epoch has other batches: set train.batch_size to 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _centers_are_at_g1(self):
-        if self.gate.centered and self.gate.position != "G1":
-            raise ValueError("gate.centered: only gates at G1 have a center")
         return self
 
     @model_validator(mode="after")

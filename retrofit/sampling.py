@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from retrofit.adapters._family import GatedAttention
+from retrofit.adapters._sinks import Sink
 from retrofit.metrics import NEAR
 
 
@@ -86,6 +87,7 @@ def sampled_attention(
     sampled: SampledRows,
     sliding_window: int | None = None,
     sinks: torch.Tensor | None = None,
+    sink: Sink | None = None,
 ) -> torch.Tensor:
     """The attention that the sampled rows pay.
 
@@ -96,10 +98,11 @@ def sampled_attention(
         sampled: from `sample_rows`.
         sliding_window: keys that a query sees, itself included, where a layer limits them.
         sinks: `[heads]`, a logit that joins each softmax without being a key, as in gpt-oss.
+        sink: the slots of a gated layer, with the gradient of its logits and odds.
 
     Returns:
         `[batch, heads, num_rows, T]` in float32, with the gradient of queries and keys. Rows sum to
-        1, or with sinks to what they leave.
+        1, or with sinks to what they leave: a slot is no key, and has no column.
     """
     batch, heads, length, head_dim = query_states.shape
     kv_heads, num_rows = key_states.shape[1], sampled.rows.shape[1]
@@ -108,10 +111,14 @@ def sampled_attention(
     queries = query_states.gather(2, index).reshape(batch, kv_heads, -1, head_dim) * scaling
     logits = (queries @ key_states.mT).view(batch, heads, num_rows, length)
     logits = logits + sampled.bias(length, sliding_window)  # in float32
-    if sinks is None:
+    if sinks is None and sink is None:
         return logits.softmax(-1)
-    beside = sinks.float().view(1, -1, 1, 1).expand(batch, -1, num_rows, 1)
-    return torch.cat([logits, beside], -1).softmax(-1)[..., :-1]
+    log_sum_exp = logits.logsumexp(-1)
+    if sinks is not None:
+        log_sum_exp = torch.logaddexp(log_sum_exp, sinks.float()[:, None])
+    if sink is not None:
+        log_sum_exp = log_sum_exp + sink.of_sampled(sampled.rows).weight(log_sum_exp).log1p()
+    return (logits - log_sum_exp.unsqueeze(-1)).exp()
 
 
 def attention_of_rows(
@@ -119,8 +126,16 @@ def attention_of_rows(
     query_states: torch.Tensor,
     key_states: torch.Tensor,
     sampled: SampledRows,
+    sink: Sink | None = None,
 ) -> torch.Tensor:
     """`sampled_attention` as a family's module computes it."""
     kwargs = attention.attention_kwargs()
-    window, sinks = kwargs.get("sliding_window"), kwargs.get("s_aux")
-    return sampled_attention(query_states, key_states, attention.scaling, sampled, window, sinks)
+    return sampled_attention(
+        query_states,
+        key_states,
+        attention.scaling,
+        sampled,
+        sliding_window=kwargs.get("sliding_window"),
+        sinks=kwargs.get("s_aux"),
+        sink=sink,
+    )

@@ -23,6 +23,7 @@ from trl.models import enable_selective_activation_checkpointing
 
 from retrofit import objectives, packed_attention
 from retrofit.adapters._family import sliding_window_of
+from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS, sdpa_with_sink
 from retrofit.auxiliary import add_auxiliary
 from retrofit.gates import gate_layers
 from retrofit.live_bytes import EveryTokenCounts, LiveBytes
@@ -157,15 +158,19 @@ def _hold_gates(trained: list, optimizer: torch.optim.Optimizer, live: LiveBytes
 
 
 def _by_document(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
+    module, query, key, value, attention_mask, scaling, dropout=0.0, sink=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """`sdpa_by_document` of rows that are one document each: others hold as much."""
-    outputs = [
-        packed_attention._attend(*states, False, scaling, dropout)
-        for states in zip(query, key, value, strict=True)
-    ]
+    outputs = []
+    for row in range(len(query)):
+        at = slice(row, row + 1), slice(None)
+        slot = None if sink is None else sink.of_queries(*at)
+        q, k, v = (states[at] for states in (query, key, value))
+        outputs.append(packed_attention.attend_to_document(q, k, v, scaling, dropout, slot))
     return torch.cat(outputs).view(len(query), query.shape[2], query.shape[1], -1), None
 
 
 AttentionInterface.register(_BY_DOCUMENT, _by_document)
 AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
+SINK_ATTENTION_FUNCTIONS[_BY_DOCUMENT] = _by_document
+SINK_ATTENTION_FUNCTIONS[_MASKLESS] = sdpa_with_sink

@@ -157,6 +157,8 @@ def gate_config(recipe: Recipe) -> GateConfig:
     """The PEFT config of a recipe's gates."""
     return GateConfig(
         task_type="CAUSAL_LM",
+        sinks=recipe.gate.sinks,
+        key_bias=recipe.gate.key_bias,
         granularity=recipe.gate.granularity,
         activation=recipe.gate.activation,
         position=recipe.gate.position,
@@ -169,12 +171,13 @@ def gate_config(recipe: Recipe) -> GateConfig:
 
 def _calibrate(trainer: GateTrainer, recipe: Recipe, resumed: bool) -> None:
     automatic = recipe.train.learning_rate == "auto"
-    centers = recipe.gate.centered and not resumed  # a checkpoint holds them
-    if not (automatic or centers):
+    # A checkpoint holds the constants.
+    constants = (recipe.gate.centered or recipe.gate.sinks != "none") and not resumed
+    if not (automatic or constants):
         return
     calibration = trainer.calibrate()
-    if centers:
-        trainer.center_gates(calibration.values)
+    if constants:
+        trainer.start_from(calibration)
     if automatic:
         trainer.learning_rates = calibration.learning_rates
 
@@ -276,7 +279,8 @@ def _save_adapter(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Pat
 def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    keys = ("loss", "lm", "kl", "pressure", "activation", "hidden", "balance", "gate_movement")
+    losses_logged = ("loss", "lm", "kl", "pressure", "activation", "hidden", "balance")
+    keys = (*losses_logged, "gate_movement", "sink_share")
     return {
         "base": before,
         "base_weights_sha256_after": after["weights_sha256"],

@@ -25,6 +25,9 @@ from retrofit.packed_attention import attend_by_document
 from retrofit.recipe import Objective
 from retrofit.teacher_cache import TeacherCache
 
+# Of sink logits and key biases, which are stored in tens of nats: up to 0.1 a step.
+CONSTANTS_RATE = 1e-2
+
 
 class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
     """Trains gates on a frozen base.
@@ -116,8 +119,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             # form that has no backward.
             self.model.train()
             seen = calibrate(self.model, self._first_batches(documents))
-            values = {index: value.cpu() for index, value in seen.values.items()}
-            found = [Calibration(values, seen.input_sizes)]
+            found = [seen.cpu()]
         (calibration,) = broadcast_object_list(found)
         return calibration
 
@@ -151,11 +153,16 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             dataset = _OneStream(dataset)
         return super()._get_dataloader(dataset, *args, **kwargs)
 
-    def center_gates(self, values: dict[int, torch.Tensor]) -> None:
-        """Let the gates of each layer close on these, from `calibrate`."""
+    def start_from(self, calibration: Calibration) -> None:
+        """Give the gates of each layer the constants that `calibrate` has read off the base."""
         for index, layer in gate_layers(self.model).items():
-            for projection in layer.g_proj.values():
-                projection.center.copy_(values[index])
+            for gate in layer.g_proj.values():
+                if gate.center is not None:
+                    gate.center.copy_(calibration.values[index])
+                if gate.sinks is not None and index in calibration.sink_logits:
+                    gate.sinks.start_from(
+                        calibration.sink_logits[index], calibration.mean_queries[index]
+                    )
 
     def create_optimizer(self, model=None):
         """The Trainer's own, with a rate for each layer if `learning_rates` has them."""
@@ -163,12 +170,15 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         optimizer = super().create_optimizer(model)
         if self.learning_rates and not created:
             layers = gate_layers(self.model if model is None else model)
+            decay = self.args.weight_decay
             optimizer.param_groups.clear()
             for index, rate in self.learning_rates.items():
-                weights = list(layers[index].parameters())
-                optimizer.add_param_group(
-                    {"params": weights, "lr": rate, "weight_decay": self.args.weight_decay}
-                )
+                weights, constants = weights_and_constants(layers[index])
+                for parameters, lr in ((weights, rate), (constants, CONSTANTS_RATE)):
+                    if parameters:
+                        optimizer.add_param_group(
+                            {"params": parameters, "lr": lr, "weight_decay": decay}
+                        )
         return optimizer
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, name):
@@ -247,6 +257,16 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         """TRL writes a draft card beside every checkpoint; the merge writes the real one."""
 
 
+def weights_and_constants(layer: GateLayer) -> tuple[list, list]:
+    """The parameters of a layer that multiply its input, and those that do not."""
+    parameters = list(layer.named_parameters())
+    is_constant = [name.endswith((".odds", ".key_bias")) for name, _ in parameters]
+    split: tuple[list, list] = ([], [])
+    for constant, (_, parameter) in zip(is_constant, parameters, strict=True):
+        split[constant].append(parameter)
+    return split
+
+
 class _OneStream(torch.utils.data.IterableDataset):
     """A stream that every rank reads whole to take its rows from. accelerate would deal out its
     files instead, and then no other number of ranks would see the same rows."""
@@ -282,7 +302,7 @@ def gate_movement(layers: Iterable[GateLayer]) -> Iterator[list[torch.Tensor]]:
     def record(_module, _args, gate):
         movements.append((gate.detach() - 1).abs().mean(dtype=torch.float32))
 
-    projections = [projection for layer in layers for projection in layer.g_proj.values()]
+    projections = [gate for layer in layers for gate in layer.g_proj.values()]
     handles = [projection.register_forward_hook(record) for projection in projections]
     try:
         yield movements

@@ -32,13 +32,16 @@ class Added(Auxiliary):
 
     total = 0.0
 
-    def __call__(self, attention, hidden_states, query_states, key_states, attn_output):
-        weights = attention_of_rows(attention, query_states, key_states, self.sampled)
-        has_sinks = hasattr(attention, "sinks")
-        left = sink_load(weights) if has_sinks else vanilla_load(weights, self.sampled.starts)
-        gate = attention.g1.g_proj["default"](hidden_states)
-        at_rows = torch.stack([g[rows] for g, rows in zip(gate, self.sampled.rows, strict=True)])
-        load = effective_load(left, at_rows)
+    def __call__(self, attention, hidden_states, query_states, key_states, sink, attn_output):
+        weights = attention_of_rows(attention, query_states, key_states, self.sampled, sink)
+        load = sink_load(weights)
+        if not hasattr(attention, "sinks"):
+            load = vanilla_load(weights, self.sampled.starts, load if sink else 1.0)
+        projection = attention.g1.g_proj["default"]
+        if projection.weight is not None:
+            gate = projection(hidden_states)
+            rows = zip(gate, self.sampled.rows, strict=True)
+            load = effective_load(load, torch.stack([g[sampled] for g, sampled in rows]))
         losses = (
             3.0 * collision_probability(weights, self.sampled)
             + 0.5 * balance_loss(load, self.sampled.counts, 1)
@@ -60,11 +63,20 @@ def press(model, objective=ALL, progress=0.0, scale=1.0):
     return auxiliary
 
 
-@pytest.mark.parametrize("granularity", ["headwise", "elementwise", "shared"])
-def test_injected_gradients_equal_an_added_loss(family, granularity):
+GATES = [
+    {"granularity": "headwise"},
+    {"granularity": "elementwise"},
+    {"granularity": "shared"},
+    {"granularity": "none", "sinks": "constant", "key_bias": True},
+    {"granularity": "headwise", "sinks": "input", "centered": True},
+]
+
+
+@pytest.mark.parametrize("gates", GATES, ids=lambda gates: "-".join(map(str, gates.values())))
+def test_injected_gradients_equal_an_added_loss(family, gates):
     def gradients(mode: str):
         torch.manual_seed(0)
-        config = GateConfig(granularity=granularity, init_weights=False)
+        config = GateConfig(**gates, init_weights=False)
         model = get_peft_model(tiny_model(family), config).train()
         if mode in ("reentrant", "non_reentrant"):
             model.enable_input_require_grads()
@@ -83,7 +95,8 @@ def test_injected_gradients_equal_an_added_loss(family, granularity):
     _, expected = gradients("added")
     for mode in ("injected", "reentrant", "non_reentrant"):
         means, grads = gradients(mode)
-        assert set(means) == {"pressure", "balance", "hidden", "activation"}
+        assert set(means) - {"sink_share"} == {"pressure", "balance", "hidden", "activation"}
+        assert ("sink_share" in means) == ("sinks" in gates)
         assert all(value > 0 for value in means.values())
         for grad, reference in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad, reference, rtol=1e-3, atol=1e-6)

@@ -7,35 +7,47 @@ from peft.config import PeftConfig
 
 from retrofit.gates._peft_type import G1_GATE
 
-Granularity = Literal["headwise", "elementwise", "shared"]
+Granularity = Literal["none", "headwise", "elementwise", "shared"]
 Activation = Literal["sigmoid", "ns_sigmoid", "silu", "linear"]
 Position = Literal["G1", "G2", "G3", "G4", "G5"]
+Sinks = Literal["none", "constant", "input"]
 
 _CHOICES: dict[str, Any] = {
     "granularity": Granularity,
     "activation": Activation,
     "position": Position,
+    "sinks": Sinks,
 }
 
 
 @dataclass
 class GateConfig(PeftConfig):
-    """Gates in the attention modules (arXiv:2505.06708, section 2.2 and eq. 5). Every choice starts
-    as the identity; those that are not the default are the paper's ablations.
+    """Gates in the attention modules. Every choice starts as the identity.
+
+    There are two kinds, and an adapter may have both, as factors. A *projection* scales a head by a
+    score read from the layer's input, `2 * sigmoid(X W)` (arXiv:2505.06708, section 2.2 and eq. 5).
+    A *sink logit* joins a head's softmax without being a key, which scales the head by
+    `sigmoid(LSE - s)`, how much it found (arXiv:2602.01203, section 3).
 
     Args:
-        granularity: `headwise` gives each head one score a token (`hidden_size * num_heads`
-            weights a layer); `elementwise` one score for every channel of every head (`hidden_size
-            * num_heads * (head_dim + 1)` weights); `shared` one for every channel, the same in all
-            heads.
+        sinks: `none`, or what the sink logit `s` of a head is: `constant`, one number, as in
+            gpt-oss; `input`, read from the layer's input as well.
+        key_bias: add a constant to the keys of each key-value head, on the pairs of RoPE's channels
+            that turn less than once in the context. It lets a constant sink logit follow the query,
+            as that of the first token does. Needs `sinks`.
+        granularity: of the projection, or `none` for no projection. `headwise` gives each head one
+            score a token (`hidden_size * num_heads` weights a layer); `elementwise` one score for
+            every channel of every head (`hidden_size * num_heads * (head_dim + 1)` weights);
+            `shared` one for every channel, the same in all heads.
         activation: `sigmoid` scales by 0 to 2; `ns_sigmoid` ("non-sparse") by 2/3 to 4/3; `silu`
             and `linear` without bound.
         position: `G1` after attention, before `o_proj`; `G2` on the values, `G3` on the keys and
             `G4` on the queries, before RoPE; `G5` after `o_proj`.
         input_dependent: `False` makes the scores constants, the same for every token.
         centered: `v + g * (Y - v)` instead of `g * Y`, with `v` the value of the base's first
-            token, a constant of each key-value head. It is 0 until `retrofit.calibrate` has read it
-            off the base, which `retrofit train` does. Only at G1.
+            token, a constant of each key-value head. That is also the value of a sink logit's slot.
+            It is 0 until `retrofit.calibrate` has read it off the base, which `retrofit train`
+            does. Only at G1.
         layers_to_transform: indices of the layers to gate; `None` gates all of them.
         layers_pattern: name of the `ModuleList` that holds the layers, where it is not the first
             numbered one.
@@ -48,8 +60,9 @@ class GateConfig(PeftConfig):
             refused on another family.
 
     Raises:
-        ValueError: for an unknown granularity, activation or position, or a center elsewhere than
-            at G1.
+        ValueError: for an unknown granularity, activation, position or kind of sink logit; for
+            gates of no kind; for a center or a sink logit beside gates elsewhere than at G1; for a
+            key bias without a sink logit.
     """
 
     granularity: Granularity = "headwise"
@@ -57,6 +70,8 @@ class GateConfig(PeftConfig):
     position: Position = "G1"
     input_dependent: bool = True
     centered: bool = False
+    sinks: Sinks = "none"
+    key_bias: bool = False
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     target_modules: set[str] | list[str] | str | None = None
@@ -72,8 +87,8 @@ class GateConfig(PeftConfig):
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
-        if self.centered and self.position != "G1":
-            raise ValueError(f"centered gates are at G1, not {self.position}")
+        if (problem := conflict(self)) is not None:
+            raise ValueError(problem)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -81,5 +96,21 @@ class GateConfig(PeftConfig):
 
     @property
     def is_mergeable(self) -> bool:
-        """Whether a checkpoint can carry these gates: sigmoid gates of the input, at G1."""
+        """Whether a checkpoint can carry these gates: sink logits, and sigmoid gates of the input,
+        at G1."""
+        if self.granularity == "none":
+            return True
         return self.activation == "sigmoid" and self.position == "G1" and self.input_dependent
+
+
+def conflict(gates: Any) -> str | None:
+    """Why these settings of gates, a `GateConfig` or a recipe's section, do not go together."""
+    if gates.granularity == "none" and gates.sinks == "none":
+        return "granularity and sinks are both none, which leaves no gates; choose one"
+    if gates.key_bias and gates.sinks == "none":
+        return "key_bias moves the keys for a sink logit: set sinks to constant"
+    if gates.position != "G1" and gates.centered:
+        return f"centered gates are at G1, not {gates.position}"
+    if gates.position != "G1" and gates.sinks != "none":
+        return f"beside sinks, a projection is at G1, not {gates.position}"
+    return None

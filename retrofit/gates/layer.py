@@ -1,14 +1,18 @@
 """The gate: a child of the attention module that scales each head's output."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from retrofit.adapters._sinks import Sink
+from retrofit.errors import UserError
 from retrofit.gates.config import GateConfig, Position
 from retrofit.gates.functional import double_sigmoid, scale
+from retrofit.gates.sinks import SinkLogits
 
 _SILU_IS_ONE = 1.278464542761074  # the x of silu(x) = 1
 
@@ -22,7 +26,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class GateProjection(nn.Module):
-    """The gate of one adapter, `g = activation(X W_g)`: what each head or channel is scaled by.
+    """The gate of one adapter, `g = activation(X W_g)`: what each head or channel is scaled by; and
+    its sink logits, where it has them.
 
     An elementwise gate is the sum of one score a head and one a channel. That adds nothing to what
     it can express. But Adam moves every weight alike, and a head as a whole is one weight for each
@@ -35,12 +40,18 @@ class GateProjection(nn.Module):
         head_dim: width of one head.
         num_centers: key-value heads, each with a center of its own, if the config asks for it.
         config: of the adapter.
+        slow_pairs: RoPE's channel pairs that turn less than once in the context.
 
     Attributes:
         center: `[num_key_value_heads, head_dim]`, what a closed gate leaves; `None` if that is 0.
-        weight: `[num_heads, hidden_size]`; of a shared gate `[head_dim, hidden_size]`.
+        weight: `[num_heads, hidden_size]`; of a shared gate `[head_dim, hidden_size]`; `None` of an
+            adapter that has sink logits alone.
         channel_weight: `[num_heads * head_dim, hidden_size]` of an elementwise gate, else `None`.
     """
+
+    weight: Any
+    channel_weight: Any
+    sinks: Any
 
     def __init__(
         self,
@@ -49,6 +60,7 @@ class GateProjection(nn.Module):
         head_dim: int,
         num_centers: int,
         config: GateConfig,
+        slow_pairs: int = 0,
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -61,8 +73,9 @@ class GateProjection(nn.Module):
         self.channel_scale = head_dim**-0.5
         width = hidden_size if config.input_dependent else 1
         rows = head_dim if config.granularity == "shared" else num_heads
-        self.weight = nn.Parameter(torch.zeros(rows, width))
-        self.channel_weight = None
+        self.weight = self.channel_weight = None
+        if config.granularity != "none":
+            self.weight = nn.Parameter(torch.zeros(rows, width))
         if config.granularity == "elementwise":
             self.channel_weight = nn.Parameter(torch.zeros(num_heads * head_dim, width))
         # Not trained, so no parameter: it is what the base's sink adds.
@@ -73,6 +86,9 @@ class GateProjection(nn.Module):
                 nn.init.normal_(weight, std=width**-0.5)
             if center is not None:
                 nn.init.normal_(center)
+        self.sinks = None
+        if config.sinks != "none":
+            self.sinks = SinkLogits(hidden_size, num_heads, num_centers, slow_pairs, config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The gate of each token, `[..., num_heads or 1, head_dim or 1]`, from `X`
@@ -88,11 +104,16 @@ class GateProjection(nn.Module):
 
     def scale(self, states: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`center + g * (states - center)`, `states` `[..., num_heads, head_dim]`."""
-        center = self.center
-        if center is not None:
-            groups = self.num_heads // center.shape[0]
-            center = center.repeat_interleave(groups, 0).to(states.dtype)
-        return scale(states, self(hidden_states), center)
+        center = self.center_by_head()
+        return scale(
+            states, self(hidden_states), None if center is None else center.to(states.dtype)
+        )
+
+    def center_by_head(self) -> torch.Tensor | None:
+        """`center` of each query head, `[num_heads, head_dim]`."""
+        if self.center is None:
+            return None
+        return self.center.repeat_interleave(self.num_heads // len(self.center), 0)
 
     def matrix(self) -> torch.Tensor:
         """`W_g` as the paper has it, `[num_heads, hidden_size]` if headwise, else `[num_heads *
@@ -126,6 +147,7 @@ class GateLayer(nn.Module, BaseTunerLayer):
         num_heads: query heads.
         num_key_value_heads: key and value heads.
         head_dim: width of one head.
+        slow_pairs: RoPE's channel pairs that turn less than once in the context.
         device: where the base weights of the attention module live.
     """
 
@@ -137,6 +159,7 @@ class GateLayer(nn.Module, BaseTunerLayer):
         num_heads: int,
         num_key_value_heads: int,
         head_dim: int,
+        slow_pairs: int,
         device: torch.device,
     ):
         super().__init__()
@@ -144,12 +167,22 @@ class GateLayer(nn.Module, BaseTunerLayer):
         self.num_heads = num_heads
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
+        self.slow_pairs = slow_pairs
         self.device = device
         self.g_proj = nn.ModuleDict()
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: GateConfig) -> None:
-        """Add the projection of one adapter."""
+        """Add the gates of one adapter.
+
+        Raises:
+            UserError: for a key bias where no pair of channels turns slowly enough.
+        """
+        if config.key_bias and not self.slow_pairs:
+            raise UserError(
+                "key_bias: every pair of RoPE's channels turns within the context of this base; "
+                "set it to false"
+            )
         shapes = {
             "G1": (self.num_heads, self.head_dim),
             "G2": (self.num_key_value_heads, self.head_dim),
@@ -159,7 +192,12 @@ class GateLayer(nn.Module, BaseTunerLayer):
         }
         num_heads, head_dim = shapes[config.position]
         projection = GateProjection(
-            self.hidden_size, num_heads, head_dim, self.num_key_value_heads, config
+            self.hidden_size,
+            num_heads,
+            head_dim,
+            self.num_key_value_heads,
+            config,
+            self.slow_pairs,
         )
         # PEFT may build adapters on the meta device; moving those would lose that.
         on_meta = next(projection.parameters()).is_meta
@@ -171,14 +209,42 @@ class GateLayer(nn.Module, BaseTunerLayer):
     ) -> torch.Tensor:
         """Gate what an attention module holds at a position: `[..., heads, head_dim]`, by scores
         read from `hidden_states` `[..., hidden_size]`."""
-        if not self.disable_adapters:
-            for projection in self._active(position):
-                states = projection.scale(states, hidden_states)
+        for projection in self._active(position):
+            states = projection.scale(states, hidden_states)
         return states
 
+    def bias_keys(self, key_states: torch.Tensor) -> torch.Tensor:
+        """Add the key biases to keys `[..., num_key_value_heads, head_dim]` before RoPE."""
+        for gate in self._active_adapters():
+            if gate.sinks is not None and gate.sinks.key_bias is not None:
+                key_states = key_states + gate.sinks.bias(self.head_dim).to(key_states.dtype)
+        return key_states
+
+    def sink(self, hidden_states: torch.Tensor) -> Sink | None:
+        """The slot in each head's softmax, for the queries of `hidden_states` `[batch, T,
+        hidden_size]`; `None` without sink logits.
+
+        Raises:
+            ValueError: if two active adapters have sink logits.
+        """
+        active = [gate for gate in self._active_adapters() if gate.sinks is not None]
+        if len(active) > 1:
+            raise ValueError("two active adapters have sink logits, and a softmax has one slot")
+        for gate in active:
+            return gate.sinks(hidden_states, gate.center_by_head())
+        return None
+
+    def _active_adapters(self) -> list[GateProjection]:
+        if self.disable_adapters:
+            return []
+        return [self.g_proj[name] for name in self.active_adapters if name in self.g_proj]
+
     def _active(self, position: Position) -> list[GateProjection]:
-        named = [self.g_proj[name] for name in self.active_adapters if name in self.g_proj]
-        return [projection for projection in named if projection.position == position]
+        return [
+            gate
+            for gate in self._active_adapters()
+            if gate.position == position and gate.weight is not None
+        ]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
         """PEFT's, where weights were loaded into an adapter on the meta device. There is no base

@@ -11,6 +11,7 @@ from retrofit.adapters import family_of, supported_model_types
 from retrofit.errors import UserError
 from retrofit.gates.config import GateConfig
 from retrofit.gates.layer import GateLayer
+from retrofit.gates.rope import slow_pairs
 
 
 class GateModel(BaseTuner):
@@ -43,7 +44,8 @@ class GateModel(BaseTuner):
     ) -> None:
         family = family_of(peft_config.base_model_type)
         if not isinstance(target, family.gated):
-            _insert_gate(target, family, current_key)
+            slow = slow_pairs(self.model.get_decoder(), target.layer_idx)
+            _insert_gate(target, family, current_key, slow)
         target.g1.update_layer(adapter_name, peft_config)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
@@ -58,7 +60,7 @@ class GateModel(BaseTuner):
         )
 
 
-def _insert_gate(attention: nn.Module, family, name: str) -> None:
+def _insert_gate(attention: nn.Module, family, name: str, slow_pairs: int) -> None:
     if type(attention) is not family.attention:
         raise UserError(
             f"{name} is a {type(attention).__name__}, not the {family.attention.__name__} that "
@@ -76,6 +78,7 @@ def _insert_gate(attention: nn.Module, family, name: str) -> None:
         num_heads=attention.o_proj.in_features // head_dim,
         num_key_value_heads=attention.k_proj.out_features // head_dim,
         head_dim=head_dim,
+        slow_pairs=slow_pairs,
         device=device,
     )
 

@@ -1,0 +1,135 @@
+"""The trained sink logit of each head: a gate that reads how much its head found.
+
+A head that pays the attention sink a share `A` keeps `1 - A = sigmoid(LSE - s)`, with `LSE` the
+log-sum-exp of its logits over all other keys and `s` the logit of the sink. A head that copies pays
+the sink until it finds what to copy, which a gate that reads the layer's input cannot know. A slot
+in the softmax with a logit of its own, as gpt-oss has it, computes this gate exactly
+(arXiv:2602.01203, section 3; the attention itself is in `retrofit.adapters._sinks`).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from retrofit.adapters._sinks import Sink
+from retrofit.gates.config import GateConfig
+
+# Optimizers move every number alike. What is counted in nats is stored in units of 10, so that a
+# rate which suits the weights of a projection, 0.01, moves it by 0.1.
+UNIT = 10.0
+
+
+class SinkLogits(nn.Module):
+    """The slots that an adapter adds to one layer's softmax.
+
+    A slot weighs `m * exp(s)`. At first `m` is exactly 0, so that the model equals its base bit for
+    bit, and the gradient of `m` is what the base's own sink would have: `s` starts as
+    `retrofit.calibrate` has read it off the base.
+
+    Args:
+        hidden_size: width of the attention module's input `X`.
+        num_heads: query heads.
+        num_key_value_heads: key and value heads.
+        slow_pairs: RoPE's channel pairs that turn less than once in the context.
+        config: of the adapter.
+
+    Attributes:
+        odds: `[num_heads]`, trained; `m = exp(10 * odds) - 1`, which moves from 0 in a straight
+            line and then multiplies.
+        logits: `[num_heads]`, the part of `s` that is not trained.
+        weight: `[num_heads, hidden_size]`, trained, where `s` reads the layer's input; or `None`.
+        key_bias: `[num_key_value_heads, 2, slow_pairs]`, trained, a tenth of what is added to the
+            keys; or `None`.
+        mean_query: `[num_heads, 2, slow_pairs]`, the base's mean query after RoPE, scaled as the
+            logits are: what `key_bias` moves all logits by, which `s` goes along with.
+    """
+
+    weight: Any
+    key_bias: Any
+    mean_query: Any
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        slow_pairs: int,
+        config: GateConfig,
+    ):
+        super().__init__()
+        self.odds = nn.Parameter(torch.zeros(num_heads))
+        self.register_buffer("logits", torch.zeros(num_heads))
+        self.weight = None
+        if config.sinks == "input":
+            self.weight = nn.Parameter(torch.zeros(num_heads, hidden_size))
+        self.key_bias = None
+        self.register_buffer("mean_query", None)
+        if config.key_bias:
+            self.key_bias = nn.Parameter(torch.zeros(num_key_value_heads, 2, slow_pairs))
+            self.mean_query = torch.zeros(num_heads, 2, slow_pairs)
+        if not config.init_weights:
+            nn.init.uniform_(self.odds, 0.02, 0.2)
+            for tensor in (self.logits, self.mean_query, self.key_bias):
+                if tensor is not None:
+                    nn.init.normal_(tensor, std=0.3)
+            if self.weight is not None:
+                nn.init.normal_(self.weight, std=hidden_size**-0.5)
+
+    def start_from(self, logits: torch.Tensor, mean_query: torch.Tensor) -> None:
+        """Take what `retrofit.calibrate` has read off the base: the logits `[num_heads]`, and the
+        mean query of each head, scaled as logits are, `[num_heads, head_dim]`."""
+        self.logits.copy_(logits)
+        if self.mean_query is not None:
+            pairs = mean_query.unflatten(-1, (2, -1))
+            self.mean_query.copy_(pairs[..., -self.mean_query.shape[-1] :])
+
+    def forward(self, hidden_states: torch.Tensor, center: torch.Tensor | None) -> Sink:
+        """The slots of the queries of `hidden_states` `[batch, T, hidden_size]`.
+
+        Args:
+            hidden_states: what the attention module reads.
+            center: `[num_heads, head_dim]`, the value of a slot; `None` for 0.
+        """
+        logits = self.constant()
+        if self.weight is not None:
+            read = F.linear(hidden_states, self.weight.to(hidden_states.dtype))
+            logits = logits[:, None] + read.float().transpose(1, 2)
+        return Sink(logits, _Odds.apply(self.odds), center)
+
+    def constant(self) -> torch.Tensor:
+        """The part of `s` that is the same for all tokens, `[num_heads]`, without `log(m)`."""
+        if self.key_bias is None:
+            return self.logits
+        bias = UNIT * self.key_bias.repeat_interleave(self._groups(), 0)
+        return self.logits + (self.mean_query * bias).sum((1, 2))
+
+    def effective_logits(self) -> torch.Tensor:
+        """`s + log(m)`, `[num_heads]`: a constant slot's logit as gpt-oss stores it; minus infinity
+        for a slot without weight."""
+        return self.constant() + _Odds.apply(self.odds).log()
+
+    def bias(self, head_dim: int) -> torch.Tensor:
+        """What is added to the keys before RoPE, `[num_key_value_heads, head_dim]`."""
+        # Channel i turns with channel i + head_dim / 2, and the last pairs are the slow ones.
+        fast = head_dim // 2 - self.key_bias.shape[-1]
+        return F.pad(UNIT * self.key_bias, (fast, 0)).flatten(1)
+
+    def _groups(self) -> int:
+        return len(self.odds) // len(self.key_bias)
+
+
+class _Odds(torch.autograd.Function):
+    """`m = exp(10 * odds) - 1`, and 0 below 0, from where the gradient still leads back."""
+
+    @staticmethod
+    def forward(ctx, odds):
+        ctx.save_for_backward(odds)
+        return torch.expm1(UNIT * odds.clamp(min=0))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (odds,) = ctx.saved_tensors
+        grad = grad * UNIT * torch.exp(UNIT * odds.clamp(min=0))
+        return grad.masked_fill((odds < 0) & (grad > 0), 0)

@@ -1,0 +1,90 @@
+"""Generated documents that ask a model to find again what they said before.
+
+Speeches and web pages seldom repeat themselves, and what heads for copying and lookup do is hardly
+seen in the loss on them. These documents are made of it: passages that come twice, and lists of
+records of which some are asked for later. They are drawn from a seed and from the user's own texts,
+and their wording is no benchmark's.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+_FIRST = (
+    "Ada Bruno Carla Dmitri Elena Farid Greta Hiro Ines Jonas Keiko Luca Mina Nadia Oskar Petra "
+    "Quentin Rosa Stefan Tomas Ursula Viktor Wanda Ximena Yusuf Zora"
+).split()
+_LAST = (
+    "Abbott Brandt Castro Duval Eriksen Fontaine Gruber Hansen Ivanov Jansen Keller Lindqvist "
+    "Moreau Novak Okafor Petersen Quispe Rossi Santos Tanaka Ulrich Varga Weber Xu Yilmaz Zhou"
+).split()
+_THINGS = "parcel invoice ticket locker badge shipment claim permit account reservation".split()
+_COLORS = (
+    "amber black blue brown copper gray green ivory olive orange purple red silver white".split()
+)
+_RECORDS = (
+    "{thing} of {name}: {value}",
+    "{name}, {thing} {value}.",
+    "The {thing} that belongs to {name} carries the mark {value}.",
+)
+_ASKED = (
+    "Which mark does the {thing} of {name} carry? {value}",
+    "{name} asked after the {thing}, and the clerk read out {value}.",
+    "{thing} of {name}: {value}",
+)
+
+
+def recall_documents(texts: Sequence[str], seed: int, words: int = 700) -> Iterator[str]:
+    """Documents without end, half of either kind.
+
+    Args:
+        texts: what passages are taken from.
+        seed: of every draw.
+        words: how long a document is, about.
+    """
+    draw = random.Random(seed)
+    passages = [split for text in texts if len(split := text.split()) >= 60]
+    while True:
+        yield (
+            _repeated(draw, passages, words)
+            if draw.random() < 0.5
+            else _looked_up(draw, passages, words)
+        )
+
+
+def _passage(draw: random.Random, passages: Sequence[list[str]], words: int) -> str:
+    text = draw.choice(passages)
+    start = draw.randrange(max(1, len(text) - words))
+    return " ".join(text[start : start + words])
+
+
+def _repeated(draw: random.Random, passages: Sequence[list[str]], words: int) -> str:
+    """A passage, other text, and the passage again, until the document is long enough."""
+    parts, length = [], 0
+    while length < words:
+        passage = _passage(draw, passages, draw.randint(40, 160))
+        between = _passage(draw, passages, draw.randint(0, 120))
+        parts += [passage, between, passage]
+        length += sum(len(part.split()) for part in parts[-3:])
+    return "\n".join(parts)
+
+
+def _looked_up(draw: random.Random, passages: Sequence[list[str]], words: int) -> str:
+    """Records between pieces of text, and later some of them again, by a name."""
+    thing = draw.choice(_THINGS)
+    names = draw.sample([f"{first} {last}" for first in _FIRST for last in _LAST], 12)
+    record = draw.choice(_RECORDS)
+    values = {name: _value(draw) for name in names}
+    parts = []
+    for name in names:
+        parts.append(record.format(thing=thing, name=name, value=values[name]))
+        parts.append(_passage(draw, passages, draw.randint(0, words // 12)))
+    asked = draw.choice(_ASKED)
+    for name in draw.sample(names, 8):
+        parts.append(asked.format(thing=thing, name=name, value=values[name]))
+    return "\n".join(part for part in parts if part)
+
+
+def _value(draw: random.Random) -> str:
+    if draw.random() < 0.5:
+        return str(draw.randrange(10_000, 10_000_000))
+    return "-".join([*draw.sample(_COLORS, 2), str(draw.randrange(10, 1000))])

@@ -1,0 +1,362 @@
+"""Sink logits: exact against a full softmax with one more column, and the base where they start."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import tiny_model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from retrofit import GateConfig
+from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS, Sink, read_log_sum_exp
+from retrofit.calibrate import calibrate, closest_logits
+from retrofit.errors import UserError
+from retrofit.gates import gate_layers, gates_off
+from retrofit.gates.rope import slow_pairs
+from retrofit.gates.sinks import UNIT, SinkLogits
+from retrofit.packed_attention import NAME as BY_DOCUMENT
+
+HEADS, KV_HEADS, HEAD_DIM, SCALING = 6, 2, 16, 0.3
+KINDS = [
+    {"sinks": "constant"},
+    {"sinks": "constant", "key_bias": True, "centered": True},
+    {"sinks": "input", "granularity": "headwise", "centered": True},
+]
+KIND_IDS = ["constant", "key-bias", "input-headwise"]
+
+
+class Attention(torch.nn.Module):
+    num_key_value_groups = HEADS // KV_HEADS
+    is_causal = True
+
+
+def config_of(kind: dict, **others) -> GateConfig:
+    return GateConfig(**{"granularity": "none", "task_type": "CAUSAL_LM"} | kind | others)
+
+
+def states(length: int, keys: int, dtype=torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (HEADS, length), (KV_HEADS, keys), (KV_HEADS, keys)
+    return [torch.randn(2, *shape, HEAD_DIM, generator=generator).to(dtype) for shape in shapes]
+
+
+def slots(length: int, by_query: bool, centered: bool) -> Sink:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn((2, HEADS, length) if by_query else (HEADS,), generator=generator)
+    odds = 2 * torch.rand(HEADS, generator=generator)
+    odds[0] = 0
+    center = torch.randn(HEADS, HEAD_DIM, generator=generator) if centered else None
+    return Sink(logits.requires_grad_(), odds.requires_grad_(), center)
+
+
+def allowed(kind: str | None, length: int, keys: int) -> torch.Tensor:
+    mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+    if kind == "window":
+        mask = mask.triu(keys - length - 5)
+    return mask[None, None].repeat(2, 1, 1, 1)
+
+
+def full_softmax(query, key, value, mask, sink) -> torch.Tensor:
+    """The definition, in float64, with a column for the slot."""
+    groups = HEADS // KV_HEADS
+    key, value = (x.double().repeat_interleave(groups, 1) for x in (key, value))
+    logits = (query.double() @ key.mT * SCALING).masked_fill(~mask, -torch.inf)
+    slot = sink.odds.double()[:, None]
+    slot = slot * (sink.logits if sink.logits.ndim > 1 else sink.logits[:, None]).double().exp()
+    keys = logits.exp()
+    output = keys @ value
+    if sink.center is not None:
+        output = output + slot.unsqueeze(-1) * sink.center.double()[:, None]
+    return (output / (keys.sum(-1) + slot).unsqueeze(-1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("by_query", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("mask", [None, "causal", "window", "additive"])
+@pytest.mark.parametrize("kernel", ["sdpa", "any"])
+def test_values_and_gradients_are_those_of_one_more_column(by_query, centered, mask, kernel):
+    inputs = [x.requires_grad_() for x in states(40, 40)]
+    sink = slots(40, by_query, centered)
+    trained = (*inputs, sink.logits, sink.odds)
+    visible = allowed(mask, 40, 40)
+    given = None if mask is None else visible
+    if mask == "additive":
+        given = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    # Dropout that drops nothing worth mentioning takes the way of kernels without a log-sum-exp.
+    extra = {} if kernel == "sdpa" else {"dropout": 1e-12}
+    output, _ = SINK_ATTENTION_FUNCTIONS["sdpa"](
+        Attention(), *inputs, given, sink=sink, scaling=SCALING, **extra
+    )
+    expected = full_softmax(*inputs, visible, sink)
+    torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-5)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    grads = torch.autograd.grad((output * direction).sum(), trained)
+    references = torch.autograd.grad((expected * direction).sum(), trained)
+    for grad, reference in zip(grads, references, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-3, atol=1e-5)
+    assert references[-1][0] != 0, "a slot without weight must learn to have some"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (1, 33), (7, 7), (300, 300), (5, 40)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_slot_without_weight_changes_no_bit(dtype, length, keys, masked):
+    if not masked and 1 < length < keys:
+        pytest.skip("is given with a mask")
+    inputs = states(length, keys, dtype)
+    mask = allowed(None, length, keys) if masked else None
+    center = torch.randn(HEADS, HEAD_DIM)
+    sink = Sink(torch.full((HEADS,), 90.0), torch.zeros(HEADS), center)
+    expected, _ = sdpa_attention_forward(Attention(), *inputs, mask, scaling=SCALING)
+    output, _ = SINK_ATTENTION_FUNCTIONS["sdpa"](
+        Attention(), *inputs, mask, sink=sink, scaling=SCALING
+    )
+    assert torch.equal(output, expected)
+
+
+def test_a_query_that_sees_nothing_has_no_slot_either():
+    sink = Sink(torch.zeros(HEADS), torch.ones(HEADS))
+    for nothing in (-torch.inf, torch.finfo(torch.float32).min):
+        assert sink.left(torch.full((1, HEADS, 3), nothing)).eq(1).all()
+
+
+def test_log_sum_exp_in_blocks_is_the_whole(monkeypatch):
+    monkeypatch.setattr("retrofit.adapters._sinks._BLOCK", 7)
+    query, key, _ = states(40, 40)
+    logits = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).mT * SCALING
+    logits = logits.masked_fill(~allowed(None, 40, 40), -torch.inf)
+    torch.testing.assert_close(read_log_sum_exp(query, key, SCALING), logits.logsumexp(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sinks_start_as_the_base_bit_for_bit(family, kind, dtype, attention, padded):
+    if family == "gpt_oss" and attention == "sdpa":
+        pytest.skip("SDPA knows no sinks")
+    model = tiny_model(family).to(dtype)
+    model.set_attn_implementation(attention)
+    inputs = batch(padded)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        expected_text = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        gated = get_peft_model(model, config_of(kind))
+        calibrated(gated)
+        assert torch.equal(gated(**inputs).logits, expected)
+        assert torch.equal(
+            gated.generate(**inputs, max_new_tokens=6, do_sample=False), expected_text
+        )
+    gated.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for layer in gate_layers(gated).values():
+        assert layer.g_proj["default"].sinks.odds.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_token_by_token_is_the_same_as_at_once(family, kind, cache):
+    model = get_peft_model(tiny_model(family), config_of(kind, init_weights=False)).eval()
+    input_ids = batch(padded=False)["input_ids"]
+    with torch.no_grad():
+        expected = model(input_ids).logits.argmax(-1)[:, -1:]
+        text = model.generate(
+            input_ids=input_ids, max_new_tokens=8, do_sample=False, cache_implementation=cache
+        )
+        assert torch.equal(text[:, 24:25], expected)
+        again = model(text[:, :-1]).logits.argmax(-1)[:, 23:]
+    assert torch.equal(text[:, 24:], again)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+def test_left_padding_changes_nothing(family, kind):
+    model = get_peft_model(tiny_model(family), config_of(kind, init_weights=False)).eval()
+    inputs = batch(padded=True)
+    position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        padded = model(**inputs, position_ids=position_ids).logits[0, 7:]
+        alone = model(inputs["input_ids"][:1, 7:]).logits[0]
+    torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+def test_packed_documents_are_read_as_if_alone(kind):
+    model = get_peft_model(tiny_model("llama"), config_of(kind, init_weights=False)).train()
+    input_ids = batch(padded=False)["input_ids"]
+    lengths = (9, 1, 1, 13)
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).expand(2, -1)
+    alone = torch.cat([model(part).logits for part in input_ids.split(lengths, 1)], 1)
+    trained = [p for layer in gate_layers(model).values() for p in layer.parameters()]
+    direction = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad((alone * direction).sum(), trained)
+    model.get_base_model().set_attn_implementation(BY_DOCUMENT)
+    packed = model(input_ids=input_ids, position_ids=position_ids).logits
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    for grad, reference in zip(
+        torch.autograd.grad((packed * direction).sum(), trained), expected, strict=True
+    ):
+        torch.testing.assert_close(grad, reference, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+def test_checkpointing_gives_the_same_gradients(family, kind, use_reentrant):
+    input_ids = batch(padded=False)["input_ids"]
+
+    def gradients(checkpointing: bool):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model(family), config_of(kind, init_weights=False)).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(input_ids, labels=input_ids).loss.backward()
+        return [weight.grad for gate in gate_layers(model).values() for weight in gate.parameters()]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        assert plain.abs().sum() > 0
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+def test_torch_compile_gives_the_same_numbers(kind):
+    input_ids = batch(padded=False)["input_ids"]
+    base = tiny_model("llama", num_hidden_layers=2)
+    model = get_peft_model(base, config_of(kind, init_weights=False)).train()
+    odds = gate_layers(model)[1].g_proj["default"].sinks.odds
+    eager = model(input_ids, labels=input_ids).loss
+    (expected,) = torch.autograd.grad(eager, odds)
+    loss = torch.compile(model, backend="aot_eager")(input_ids, labels=input_ids).loss
+    torch.testing.assert_close(loss, eager)
+    torch.testing.assert_close(torch.autograd.grad(loss, odds)[0], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_an_adapter_with_sinks_comes_back(family, tmp_path):
+    kind = {"sinks": "constant", "key_bias": True, "centered": True}
+    model = get_peft_model(tiny_model(family), config_of(kind, init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    from peft import PeftModel
+
+    inputs = batch(padded=True)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
+        assert torch.equal(loaded(**inputs).logits, expected)
+        with gates_off(loaded):
+            assert torch.equal(loaded(**inputs).logits, tiny_model(family)(**inputs).logits)
+
+
+def test_odds_rise_from_zero_and_come_back_from_below():
+    sinks = SinkLogits(8, 2, 1, 2, config_of({"sinks": "constant"}))
+    sinks.odds.data = torch.tensor([0.0, -0.05])
+    sink = sinks(torch.zeros(1, 3, 8), None)
+    assert sink.odds.eq(0).all()
+    (rising,) = torch.autograd.grad(-sink.odds.sum(), sinks.odds)
+    assert rising.tolist() == [-UNIT, -UNIT]
+    (falling,) = torch.autograd.grad(sinks(torch.zeros(1, 3, 8), None).odds.sum(), sinks.odds)
+    assert falling.tolist() == [UNIT, 0.0]
+    sinks.odds.data = torch.tensor([0.1, 0.3])
+    expected = torch.expm1(torch.tensor([1.0, 3.0])).log()
+    torch.testing.assert_close(sinks.effective_logits(), expected)
+
+
+def test_a_key_bias_is_that_of_the_slow_channels_and_the_sink_goes_along(family):
+    """All logits of a query move by the same, and the slot's by the mean of that."""
+    model = get_peft_model(
+        tiny_model(family), config_of({"sinks": "constant", "key_bias": True}, init_weights=False)
+    )
+    layer = gate_layers(model)[0]
+    sinks = layer.g_proj["default"].sinks
+    slow = slow_pairs(model.get_base_model().model, 0)
+    assert 0 < slow < 8
+    keys = torch.zeros(1, 3, 2, 16)
+    moved = layer.bias_keys(keys)[0, 0].unflatten(-1, (2, 8))
+    assert moved[..., : 8 - slow].eq(0).all()
+    torch.testing.assert_close(moved[..., 8 - slow :], UNIT * sinks.key_bias.data)
+    shift = sinks.constant() - sinks.logits
+    by_query = (sinks.mean_query * UNIT * sinks.key_bias.repeat_interleave(2, 0)).sum((1, 2))
+    torch.testing.assert_close(shift, by_query)
+
+
+def test_slow_pairs_turn_less_than_once():
+    model = tiny_model("llama", max_position_embeddings=512)
+    wavelengths = 2 * torch.pi / model.model.rotary_emb.inv_freq
+    assert slow_pairs(model.model, 0) == int((wavelengths > 512).sum()) == 4
+    sliding = tiny_model("gemma3_text", max_position_embeddings=100_000)
+    assert slow_pairs(sliding.model, 0) > slow_pairs(sliding.model, 2)
+
+
+def test_a_key_bias_without_slow_pairs_is_refused():
+    model = tiny_model("llama", max_position_embeddings=10**9)
+    with pytest.raises(UserError, match="turns within the context"):
+        get_peft_model(model, config_of({"sinks": "constant", "key_bias": True}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"granularity": "none"}, "leaves no gates"),
+        ({"key_bias": True}, "set sinks to constant"),
+        ({"sinks": "constant", "position": "G5"}, "a projection is at G1"),
+        ({"sinks": "virtual"}, "sinks must be one of none, constant, input"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GateConfig(**settings)
+
+
+def test_two_adapters_with_sinks_are_refused():
+    model = get_peft_model(tiny_model("llama"), config_of({"sinks": "constant"}))
+    model.add_adapter("second", config_of({"sinks": "constant"}))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="a softmax has one slot"):
+        model(batch(padded=False)["input_ids"])
+
+
+def test_an_implementation_whose_log_sum_exp_is_not_read_is_refused():
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("foreign", sdpa_attention_forward)
+    model = get_peft_model(tiny_model("llama"), config_of({"sinks": "constant"}))
+    model.get_base_model().config._attn_implementation = "foreign"
+    with pytest.raises(ValueError, match="attn_implementation='foreign'; set it to .*sdpa"):
+        model(batch(padded=False)["input_ids"])
+
+
+def test_the_closest_constant_takes_the_same_share():
+    generator = torch.Generator().manual_seed(0)
+    others = 3 * torch.randn(200, 4, generator=generator)
+    shares = (torch.randn(200, 4, generator=generator) - 1).sigmoid()
+    logits = closest_logits(others, shares)
+    torch.testing.assert_close((logits - others).sigmoid().mean(0), shares.mean(0))
+
+
+def calibrated(model) -> None:
+    """Give the gates what the base shows of random tokens."""
+    input_ids = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(80).expand(2, -1)
+    model.train()
+    shown = calibrate(model, [{"input_ids": input_ids, "position_ids": positions}])
+    for index, layer in gate_layers(model).items():
+        gate = layer.g_proj["default"]
+        gate.sinks.start_from(shown.sink_logits[index], shown.mean_queries[index])
+        if gate.center is not None:
+            gate.center.copy_(shown.values[index])
+    model.eval()
+
+
+def test_calibration_reads_the_mean_share_of_first_tokens(family):
+    base = tiny_model(family)
+    model = get_peft_model(base, config_of({"sinks": "constant", "key_bias": True}))
+    calibrated(model)
+    layer = gate_layers(model)[1]
+    sinks = layer.g_proj["default"].sinks
+    assert sinks.logits.std() > 0
+    assert sinks.mean_query.shape == (4, 2, layer.slow_pairs) and sinks.mean_query.std() > 0
+
+
+def batch(padded: bool) -> dict[str, torch.Tensor]:
+    input_ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    attention_mask = torch.ones_like(input_ids)
+    if padded:
+        attention_mask[0, :7] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
