@@ -4,17 +4,23 @@ This file, a family's and `modeling_gated.py` also lie in the checkpoints that `
 --format remote-code` writes, where nothing else of this package is to be had.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ._sinks import sink_attention
+
+# From transformers 5.24 on `past_key_values` is called `cache`, and a paged one is no exception.
+_CACHE_IS_UPDATED_HERE = "cache" in inspect.signature(LlamaAttention.forward).parameters
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,15 @@ class GatedAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Any = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cached = past_key_values if cache is None else cache
+        update = {"kwargs": kwargs}  # where a paged cache leaves what the kernel needs
+        if not _CACHE_IS_UPDATED_HERE:
+            cached, update = past_key_values, {}
+            if cache is not None:  # pages, which the kernel fills
+                kwargs["cache"] = cache
         query_states, key_states, value_states = (
             self.g1(states, hidden_states, position)
             for states, position in zip(
@@ -86,9 +99,9 @@ class GatedAttention(nn.Module):
         )
         cos, sin = position_embeddings
         query_states, key_states = self.apply_rotary_pos_emb(query_states, key_states, cos, sin)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(
-                key_states, value_states, self.layer_idx
+        if cached is not None:
+            key_states, value_states = cached.update(
+                key_states, value_states, self.layer_idx, **update
             )
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get(

@@ -140,6 +140,8 @@ def sdpa_with_sink(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """`sdpa_attention_forward` of transformers, with a sink; without weight in it, bit for bit."""
+    if kwargs.get("cache") is not None:
+        raise ValueError("gates with sinks do not run in continuous batching, on a paged cache")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type != "cpu" or dropout:
         return _beside_kernel(

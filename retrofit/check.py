@@ -85,9 +85,12 @@ def _describe_base(config: PreTrainedConfig, recipe: Recipe, weights: int) -> st
 
 def _describe_gates(config: PreTrainedConfig, recipe: Recipe, gates: int, base: int) -> str:
     layers = len(recipe.gate.layers or range(config.num_hidden_layers))
+    gate = recipe.gate
+    kinds = [f"{gate.sinks} sinks"] if gate.sinks != "none" else []
+    kinds += ["a key bias"] if gate.key_bias else []
+    kinds += [f"{gate.granularity} projection"] if gate.granularity != "none" else []
     return (
-        f"{recipe.gate.granularity} on {layers} layers: {gates:,} weights, "
-        f"{gates / base:.2%} of the model"
+        f"{', '.join(kinds)} on {layers} layers: {gates:,} numbers, {gates / base:.2g} of the model"
     )
 
 

@@ -1,14 +1,24 @@
-"""What gates would cost at best: a base's perplexity with its sink taken away from every head.
+"""What each kind of gate would cost at best: a base whose sink is taken from every head.
 
     python scripts/oracle.py BASE --text wiki.jsonl --values c4-train.jsonl
 
-A head that pays its first token a share `A` puts out `(1 - A) * Y + A * v`. Here each head keeps
-- `gate`: `(1 - A) * Y`, what a gate can at best leave that scales and nothing else;
-- `gate + value`: and `A` times a constant, the mean `v` over the texts of `--values`: the
-  difference is what centered gates (`gate.centered`) are for;
-- `gate read off X + value`: the same with the `1 - A` that a headwise gate can know, for it sees
-  the layer's input, and neither the keys nor how many they are. Fitted by least squares on the
-  texts of `--values`, nothing trained; R2 is the share of its variance explained.
+A head that pays its first token a share `A` puts out `(1 - A) * Y + A * v`. Here every head puts
+out `g * Y + (1 - g) * c` instead, with `c` the mean `v` over the texts of `--values`, and `g` as
+each kind of gate can know it. Everything is fitted on those texts, and nothing is trained:
+
+- `1 - A, nothing left`: the true share, and 0 for `c`; the difference to the next row is what
+  centered gates (`gate.centered`) are for;
+- `1 - A`: the true share;
+- `sigmoid(LSE - q.k0)`: a virtual key `k0`, the mean first key; `LSE` is the log-sum-exp of a
+  head's logits over all other keys;
+- `sigmoid(LSE - X w - b)`: a sink logit read off the layer's input (`gate.sinks=input`);
+- `sigmoid(LSE - s), key bias`: a constant sink logit, and `-k0` added to the keys on the slow pairs
+  of RoPE's channels (`gate.sinks=constant gate.key_bias=true`);
+- `sigmoid(LSE - s)`: a constant sink logit (`gate.sinks=constant`);
+- `2 sigmoid(X w)`: a score read off the layer's input (`gate.granularity=headwise`).
+
+R2 is the share of the variance of `1 - A` that `g` explains, and the last column the loss on the
+second half of a passage that is repeated.
 """
 
 import argparse
@@ -21,7 +31,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import rotate_half
 
+from retrofit.calibrate import closest_logits
+from retrofit.gates.rope import slow_pairs
 from retrofit.measure import cut_windows, read_documents
 from retrofit.metrics import PredictionStatistics
 from retrofit.models import load_model
@@ -30,18 +43,28 @@ from retrofit.process import prepare_process
 NAME = "sink_oracle"
 ROUNDS = 3  # of reweighted least squares
 RIDGE = 1e-3  # of the mean square of an input
+FORMS = (
+    "1 - A, nothing left",
+    "1 - A",
+    "sigmoid(LSE - q.k0)",
+    "sigmoid(LSE - X w - b)",
+    "sigmoid(LSE - s), key bias",
+    "sigmoid(LSE - s)",
+    "2 sigmoid(X w)",
+)
 
 
 class Oracle:
-    """An attention implementation, in one of the modes above, `base`, or `read`, which collects
-    what the others use."""
+    """An attention implementation in one of the forms above, `base`, or `read`, which collects what
+    the others use."""
 
-    def __init__(self):
-        self.mode = "base"
+    def __init__(self, model: PreTrainedModel):
+        self.model = model.get_decoder()
+        self.form = "base"
         self.hidden_states: dict[int, torch.Tensor] = {}  # by layer, what a gate sees
-        self.values: dict[int, torch.Tensor] = {}  # [heads, 1, head_dim]
-        self.gates: dict[int, torch.Tensor] = {}  # W_g, [heads, hidden_size]
-        self.seen: dict[int, list] = defaultdict(list)  # X, A and v of each batch
+        self.seen: dict[str, dict[int, list]] = defaultdict(lambda: defaultdict(list))
+        self.fitted: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+        self.r2: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def see(self, module, args, kwargs):
         """Forward pre-hook of an attention module."""
@@ -49,36 +72,127 @@ class Oracle:
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         index, groups = module.layer_idx, query.shape[1] // key.shape[1]
-        key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output, share = sink_apart(query, key, value, scaling)
-        first = value[:, :, :1]
-        if self.mode == "read":
-            states = self.hidden_states[index][:, 1:].flatten(0, 1)
-            shares = share[:, :, 1:, 0].transpose(1, 2).flatten(0, 1)
-            self.seen[index].append((states, shares, first))
-        if self.mode in ("base", "read"):
-            output += share * first
-        elif self.mode == "gate + value":
-            output += share * self.values[index]
-        elif self.mode == "gate read off X + value":
-            gate = 2 * (self.hidden_states[index] @ self.gates[index].mT).sigmoid()
-            gate = gate.transpose(1, 2).unsqueeze(-1)
-            output *= gate / (1 - share).clamp(min=1e-4)
-            output += (1 - gate) * self.values[index]
-        output[:, :, 0] = value[:, :, 0]  # the first token sees itself alone
+        value = value.repeat_interleave(groups, 1)
+        if self.form.endswith("key bias"):
+            key = key + self.key_bias(index, key.shape[2])
+        logits = causal_logits(query, key.repeat_interleave(groups, 1), scaling)
+        lse = logits[..., 1:].logsumexp(-1)
+        if self.form in ("base", "read"):
+            if self.form == "read":
+                self.read(index, query, key, value, logits, lse, scaling)
+            output = logits.softmax(-1) @ value
+        else:
+            gate = self.gate(index, query, logits[..., 0], lse, scaling).unsqueeze(-1)
+            # The first token has no other keys: it sees itself alone.
+            output = logits[:, :, 1:, 1:].softmax(-1) @ value[:, :, 1:]
+            center = 0.0 if self.form.endswith("left") else self.fitted["value"][index]
+            output = gate[:, :, 1:] * output + (1 - gate[:, :, 1:]) * center
+            output = torch.cat([value[:, :, :1], output], 2)
         return output.transpose(1, 2).contiguous(), None
 
-    def learn(self) -> float:
-        """Values and gates from what was read; the mean R2 of the gates."""
-        explained = []
-        for index, batches in self.seen.items():
-            states, shares, values = (torch.cat(parts) for parts in zip(*batches, strict=True))
-            self.values[index] = values.mean(0)
-            self.gates[index], r2 = fit(states, 1 - shares)
-            explained.append(r2)
+    def read(self, index, query, key, value, logits, lse, scaling) -> None:
+        """Collect what a layer shows, of every token but the first `[tokens, heads, ...]`."""
+        seen = {
+            "value": value[:, :, 0],
+            "key": key[:, :, 0],
+            "states": self.hidden_states[index][:, 1:].flatten(0, 1),
+            "first": by_token(logits[..., 0]),
+            "lse": by_token(lse),
+        }
+        if index in self.fitted["key"]:  # the second time
+            biased = (key + self.key_bias(index, key.shape[2])).repeat_interleave(
+                query.shape[1] // key.shape[1], 1
+            )
+            seen = {
+                "virtual": by_token(self.virtual_logits(index, query, scaling)),
+                "biased": by_token(causal_logits(query, biased, scaling)[..., 1:].logsumexp(-1)),
+            }
+        for name, states in seen.items():
+            self.seen[name][index].append(states)
+
+    def key_bias(self, index: int, length: int) -> torch.Tensor:
+        """`-k0` on the slow pairs, as RoPE turns it at each position, `[kv_heads, T, head_dim]`."""
+        bias = -self.fitted["key"][index].unsqueeze(1)
+        slow, half = slow_pairs(self.model, index), bias.shape[-1] // 2
+        bias = bias * (torch.arange(2 * half) % half >= half - slow)
+        cos, sin = self.model.rotary_emb(bias, torch.arange(length)[None])
+        return bias * cos + rotate_half(bias) * sin
+
+    def virtual_logits(self, index: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        key = self.fitted["key"][index].repeat_interleave(
+            query.shape[1] // len(self.fitted["key"][index]), 0
+        )
+        return (query * key.unsqueeze(1)).sum(-1) * scaling
+
+    def gate(self, index, query, first, lse, scaling) -> torch.Tensor:
+        """`g` of each query, `[batch, heads, T]`."""
+        states = self.hidden_states[index]
+        match self.form:
+            case "sigmoid(LSE - q.k0)":
+                return (lse - self.virtual_logits(index, query, scaling)).sigmoid()
+            case "sigmoid(LSE - X w - b)":
+                weight = self.fitted["logit"][index]
+                logits = states @ weight[:, :-1].mT + weight[:, -1]
+                return (lse - logits.transpose(1, 2)).sigmoid()
+            case "sigmoid(LSE - s), key bias":
+                return (lse - self.fitted["biased"][index].unsqueeze(-1)).sigmoid()
+            case "sigmoid(LSE - s)":
+                return (lse - self.fitted["constant"][index].unsqueeze(-1)).sigmoid()
+            case "2 sigmoid(X w)":
+                return 2 * (states @ self.fitted["gate"][index].mT).sigmoid().transpose(1, 2)
+        return (lse - first).sigmoid()  # 1 - A
+
+    def learn_keys(self) -> None:
+        """Mean first key and value of each layer, from what was read."""
+        for index in self.seen["key"]:
+            self.fitted["key"][index] = torch.cat(self.seen["key"][index]).mean(0)
+            self.fitted["value"][index] = torch.cat(self.seen["value"][index]).mean(0).unsqueeze(1)
+
+    def learn_gates(self) -> None:
+        """Every form's numbers, from what was read, and how much of `1 - A` they explain."""
+        for index in self.seen["lse"]:
+            states, first, lse, virtual, biased = (
+                torch.cat(self.seen[name][index])
+                for name in ("states", "first", "lse", "virtual", "biased")
+            )
+            left = (lse - first).sigmoid()
+            self.fitted["constant"][index] = closest_logits(lse, 1 - left)
+            self.fitted["biased"][index] = closest_logits(biased, 1 - left)
+            self.fitted["logit"][index] = line(states, first)
+            self.fitted["gate"][index], gate_r2 = fit(states, left)
+            read = torch.cat([states, torch.ones(len(states), 1)], 1)
+            gates = {
+                "sigmoid(LSE - q.k0)": (lse - virtual).sigmoid(),
+                "sigmoid(LSE - X w - b)": (lse - read @ self.fitted["logit"][index].mT).sigmoid(),
+                "sigmoid(LSE - s), key bias": (biased - self.fitted["biased"][index]).sigmoid(),
+                "sigmoid(LSE - s)": (lse - self.fitted["constant"][index]).sigmoid(),
+            }
+            for form, gate in gates.items():
+                self.r2[form].append(1 - (gate - left).square().mean(0) / left.var(0))
+            self.r2["2 sigmoid(X w)"].append(gate_r2)
         self.seen.clear()
-        return torch.cat(explained).mean().item()
+
+
+def by_token(states: torch.Tensor) -> torch.Tensor:
+    """`[batch, heads, T]` as `[batch * (T - 1), heads]`, without first tokens."""
+    return states[:, :, 1:].transpose(1, 2).flatten(0, 1)
+
+
+def causal_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    length = query.shape[2]
+    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return (query @ key.mT * scaling).masked_fill(ahead, -torch.inf)
+
+
+def line(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The `[w; b]` of each head `[heads, hidden_size + 1]` with `X w + b` nearest to a target
+    `[tokens, heads]` in least squares."""
+    mean = states.mean(0)
+    centered = states - mean
+    ridge = RIDGE * len(states) * centered.square().mean() * torch.eye(states.shape[1])
+    weight = torch.linalg.solve(centered.mT @ centered + ridge, centered.mT @ target).mT
+    return torch.cat([weight, (target.mean(0) - weight @ mean).unsqueeze(1)], 1)
 
 
 def fit(states: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,17 +222,6 @@ def fit(states: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch
     return weights, 1 - missed / target.var(0)
 
 
-def sink_apart(query, key, value, scaling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention without what the first key adds `[batch, heads, T, head_dim]`, and the share
-    that it draws `[batch, heads, T, 1]`."""
-    length = query.shape[2]
-    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
-    weights = (query @ key.mT * scaling).masked_fill(ahead, -torch.inf).softmax(-1)
-    share = weights[..., :1].clone()
-    weights[..., 0] = 0
-    return weights @ value, share
-
-
 @contextmanager
 def running_on(model: PreTrainedModel, attention: Oracle) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
@@ -128,6 +231,19 @@ def running_on(model: PreTrainedModel, attention: Oracle) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation("sdpa")
+
+
+def numbers(form: str, config) -> int | str:
+    """What a layer's gates are made of."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    return {
+        "sigmoid(LSE - q.k0)": config.num_key_value_heads * head_dim,
+        "sigmoid(LSE - X w - b)": heads * (width + 1),
+        "sigmoid(LSE - s), key bias": heads + config.num_key_value_heads * head_dim,
+        "sigmoid(LSE - s)": heads,
+        "2 sigmoid(X w)": heads * width,
+    }.get(form, "")
 
 
 @torch.inference_mode()
@@ -148,27 +264,46 @@ def main() -> None:
             (options.text, options.windows),
         )
     )
-    oracle, base = Oracle(), None
+    oracle = Oracle(model)
     for layer in model.get_decoder().layers:
         layer.self_attn.register_forward_pre_hook(oracle.see, with_kwargs=True)
     with running_on(model, oracle):
-        oracle.mode = "read"
-        for batch in calibration.split(2):
-            model.get_decoder()(batch, use_cache=False)
-        print(f"R2 of the gates read off X: {oracle.learn():.2f}\n")
-        print("| heads | perplexity | | KL to the base |\n|---|---|---|---|")
-        for mode in ("base", "gate", "gate + value", "gate read off X + value"):
-            oracle.mode = mode
-            statistics = PredictionStatistics(model.get_output_embeddings(), base)
-            for batch in windows.split(2):
-                output = model.get_decoder()(batch, use_cache=False)
-                statistics.add(output.last_hidden_state, batch)
-            base = base or statistics
-            change = statistics.perplexity / base.perplexity - 1
-            kl = 0.0 if statistics is base else statistics.kl_to_base
-            print(
-                f"| {mode} | {statistics.perplexity:.2f} | {change:+.1%} | {kl:.4f} |", flush=True
-            )
+        oracle.form = "read"
+        for learn in (oracle.learn_keys, oracle.learn_gates):
+            for batch in calibration.split(2):
+                model.get_decoder()(batch, use_cache=False)
+            learn()
+        compare(model, oracle, windows)
+
+
+def compare(model: PreTrainedModel, oracle: Oracle, windows: torch.Tensor) -> None:
+    """One row of the table for each form."""
+    print("| gate | numbers a layer | R2 of 1 - A | perplexity | | KL to the base | copied, nats |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    half = windows.shape[1] // 2
+    base = None
+    for form in ("base", *FORMS):
+        oracle.form = form
+        told = predictions(model, windows, base)
+        copied = predictions(model, windows[:, :half].repeat(1, 2), None).nll[:, half:].mean()
+        base = base or told
+        change = told.perplexity / base.perplexity - 1
+        kl = 0.0 if told is base else told.kl_to_base
+        r2 = f"{torch.cat(oracle.r2[form]).mean():.2f}" if oracle.r2[form] else ""
+        count = numbers(form, model.config)
+        print(
+            f"| `{form}` | {count} | {r2} | {told.perplexity:.2f} | {change:+.1%} | {kl:.4f} "
+            f"| {copied:.3f} |",
+            flush=True,
+        )
+
+
+def predictions(model, windows: torch.Tensor, base) -> PredictionStatistics:
+    statistics = PredictionStatistics(model.get_output_embeddings(), base)
+    for batch in windows.split(2):
+        output = model.get_decoder()(batch, use_cache=False)
+        statistics.add(output.last_hidden_state, batch)
+    return statistics
 
 
 if __name__ == "__main__":

@@ -239,6 +239,6 @@ def test_check_describes_and_writes_nothing(recipe_file, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     result = run("check", str(recipe_file))
     assert result.returncode == 0, result.stderr
-    assert "headwise on 3 layers: 768 weights" in result.stdout
+    assert "headwise projection on 3 layers: 768 numbers" in result.stdout
     assert "stock qwen3_5_text checkpoint" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
