@@ -28,7 +28,7 @@ from peft import PeftModel
 
 from retrofit.adapters._family import GatedAttention
 from retrofit.balance import vanilla_load
-from retrofit.gates import gates_off
+from retrofit.gates import gate_layers, gates_off
 from retrofit.sampling import SampledRows, attention_of_rows, sample_rows
 
 STEP = 0.8  # of a logit, at most, at the highest rate
@@ -56,6 +56,15 @@ class Calibration:
     sink_logits: dict[int, torch.Tensor]
     mean_queries: dict[int, torch.Tensor]
     input_sizes: dict[int, float]
+
+    def give_to(self, model: PeftModel) -> None:
+        """Let the gates of a model start from what its base shows."""
+        for index, layer in gate_layers(model).items():
+            for gate in layer.g_proj.values():
+                if gate.center is not None:
+                    gate.center.copy_(self.values[index])
+                if gate.sink_odds is not None and index in self.sink_logits:
+                    gate.start_sinks_from(self.sink_logits[index], self.mean_queries[index])
 
     def cpu(self) -> "Calibration":
         """The same on the CPU, to be told to other ranks."""

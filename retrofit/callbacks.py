@@ -2,7 +2,6 @@
 
 import signal
 import time
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -35,12 +34,13 @@ class GradientCheck(TrainerCallback):
         if self.checked:
             return
         self.checked = True
-        trainable = defaultdict(list)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                # What moves a slot's logit has no effect before the slot has weight.
-                trainable[name.rpartition(".")[0]].append(parameter)
-        dead = [name for name, gate in trainable.items() if not any(map(_has_gradient, gate))]
+        trainable = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            # What moves a slot's logit has no effect before the slot has weight.
+            if parameter.requires_grad and not name.endswith(".sink_weight")
+        ]
+        dead = [n for n, p in trainable if p.grad is None or not p.grad.abs().sum() > 0]
         if dead or not trainable:
             names = ", ".join(name.removeprefix("base_model.model.") for name in dead[:5])
             more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
@@ -48,10 +48,6 @@ class GradientCheck(TrainerCallback):
                 f"no gradient reached {len(dead)} of {len(trainable)} gates after the first step: "
                 f"{names}{more}"
             )
-
-
-def _has_gradient(parameter: torch.nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
 
 
 class Interrupt(TrainerCallback):

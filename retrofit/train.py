@@ -177,7 +177,7 @@ def _calibrate(trainer: GateTrainer, recipe: Recipe, resumed: bool) -> None:
         return
     calibration = trainer.calibrate()
     if constants:
-        trainer.start_from(calibration)
+        calibration.give_to(trainer.model)
     if automatic:
         trainer.learning_rates = calibration.learning_rates
 

@@ -153,17 +153,6 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             dataset = _OneStream(dataset)
         return super()._get_dataloader(dataset, *args, **kwargs)
 
-    def start_from(self, calibration: Calibration) -> None:
-        """Give the gates of each layer the constants that `calibrate` has read off the base."""
-        for index, layer in gate_layers(self.model).items():
-            for gate in layer.g_proj.values():
-                if gate.center is not None:
-                    gate.center.copy_(calibration.values[index])
-                if gate.sinks is not None and index in calibration.sink_logits:
-                    gate.sinks.start_from(
-                        calibration.sink_logits[index], calibration.mean_queries[index]
-                    )
-
     def create_optimizer(self, model=None):
         """The Trainer's own, with a rate for each layer if `learning_rates` has them."""
         created = self.optimizer is not None
@@ -260,7 +249,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
 def weights_and_constants(layer: GateLayer) -> tuple[list, list]:
     """The parameters of a layer that multiply its input, and those that do not."""
     parameters = list(layer.named_parameters())
-    is_constant = [name.endswith((".odds", ".key_bias")) for name, _ in parameters]
+    is_constant = [name.endswith((".sink_odds", ".key_bias")) for name, _ in parameters]
     split: tuple[list, list] = ([], [])
     for constant, (_, parameter) in zip(is_constant, parameters, strict=True):
         split[constant].append(parameter)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny import tiny_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -11,8 +11,9 @@ from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS, Sink, read_log_su
 from retrofit.calibrate import calibrate, closest_logits
 from retrofit.errors import UserError
 from retrofit.gates import gate_layers, gates_off
+from retrofit.gates.layer import GateProjection
 from retrofit.gates.rope import slow_pairs
-from retrofit.gates.sinks import UNIT, SinkLogits
+from retrofit.gates.sinks import UNIT
 from retrofit.packed_attention import NAME as BY_DOCUMENT
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 6, 2, 16, 0.3
@@ -148,7 +149,7 @@ def test_sinks_start_as_the_base_bit_for_bit(family, kind, dtype, attention, pad
         )
     gated.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     for layer in gate_layers(gated).values():
-        assert layer.g_proj["default"].sinks.odds.grad.abs().min() > 0
+        assert layer.g_proj["default"].sink_odds.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
@@ -221,7 +222,7 @@ def test_torch_compile_gives_the_same_numbers(kind):
     input_ids = batch(padded=False)["input_ids"]
     base = tiny_model("llama", num_hidden_layers=2)
     model = get_peft_model(base, config_of(kind, init_weights=False)).train()
-    odds = gate_layers(model)[1].g_proj["default"].sinks.odds
+    odds = gate_layers(model)[1].g_proj["default"].sink_odds
     eager = model(input_ids, labels=input_ids).loss
     (expected,) = torch.autograd.grad(eager, odds)
     loss = torch.compile(model, backend="aot_eager")(input_ids, labels=input_ids).loss
@@ -233,29 +234,28 @@ def test_an_adapter_with_sinks_comes_back(family, tmp_path):
     kind = {"sinks": "constant", "key_bias": True, "centered": True}
     model = get_peft_model(tiny_model(family), config_of(kind, init_weights=False)).eval()
     model.save_pretrained(tmp_path)
-    from peft import PeftModel
-
     inputs = batch(padded=True)
     with torch.no_grad():
         expected = model(**inputs).logits
-        loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
+        loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path, "other").eval()
         assert torch.equal(loaded(**inputs).logits, expected)
         with gates_off(loaded):
             assert torch.equal(loaded(**inputs).logits, tiny_model(family)(**inputs).logits)
 
 
 def test_odds_rise_from_zero_and_come_back_from_below():
-    sinks = SinkLogits(8, 2, 1, 2, config_of({"sinks": "constant"}))
-    sinks.odds.data = torch.tensor([0.0, -0.05])
-    sink = sinks(torch.zeros(1, 3, 8), None)
-    assert sink.odds.eq(0).all()
-    (rising,) = torch.autograd.grad(-sink.odds.sum(), sinks.odds)
+    gate = GateProjection(8, 2, 4, 1, config_of({"sinks": "constant"}))
+    gate.sink_odds.data = torch.tensor([0.0, -0.05])
+    odds = gate.sink(torch.zeros(1, 3, 8), None).odds
+    assert odds.eq(0).all()
+    (rising,) = torch.autograd.grad(-odds.sum(), gate.sink_odds)
     assert rising.tolist() == [-UNIT, -UNIT]
-    (falling,) = torch.autograd.grad(sinks(torch.zeros(1, 3, 8), None).odds.sum(), sinks.odds)
+    odds = gate.sink(torch.zeros(1, 3, 8), None).odds
+    (falling,) = torch.autograd.grad(odds.sum(), gate.sink_odds)
     assert falling.tolist() == [UNIT, 0.0]
-    sinks.odds.data = torch.tensor([0.1, 0.3])
+    gate.sink_odds.data = torch.tensor([0.1, 0.3])
     expected = torch.expm1(torch.tensor([1.0, 3.0])).log()
-    torch.testing.assert_close(sinks.effective_logits(), expected)
+    torch.testing.assert_close(gate.effective_logits(), expected)
 
 
 def test_a_key_bias_is_that_of_the_slow_channels_and_the_sink_goes_along(family):
@@ -264,15 +264,15 @@ def test_a_key_bias_is_that_of_the_slow_channels_and_the_sink_goes_along(family)
         tiny_model(family), config_of({"sinks": "constant", "key_bias": True}, init_weights=False)
     )
     layer = gate_layers(model)[0]
-    sinks = layer.g_proj["default"].sinks
+    gate = layer.g_proj["default"]
     slow = slow_pairs(model.get_base_model().model, 0)
     assert 0 < slow < 8
     keys = torch.zeros(1, 3, 2, 16)
     moved = layer.bias_keys(keys)[0, 0].unflatten(-1, (2, 8))
     assert moved[..., : 8 - slow].eq(0).all()
-    torch.testing.assert_close(moved[..., 8 - slow :], UNIT * sinks.key_bias.data)
-    shift = sinks.constant() - sinks.logits
-    by_query = (sinks.mean_query * UNIT * sinks.key_bias.repeat_interleave(2, 0)).sum((1, 2))
+    torch.testing.assert_close(moved[..., 8 - slow :], UNIT * gate.key_bias.data)
+    shift = gate.constant_logits() - gate.sink_logits
+    by_query = (gate.mean_query * UNIT * gate.key_bias.repeat_interleave(2, 0)).sum((1, 2))
     torch.testing.assert_close(shift, by_query)
 
 
@@ -335,12 +335,7 @@ def calibrated(model) -> None:
     input_ids = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(80).expand(2, -1)
     model.train()
-    shown = calibrate(model, [{"input_ids": input_ids, "position_ids": positions}])
-    for index, layer in gate_layers(model).items():
-        gate = layer.g_proj["default"]
-        gate.sinks.start_from(shown.sink_logits[index], shown.mean_queries[index])
-        if gate.center is not None:
-            gate.center.copy_(shown.values[index])
+    calibrate(model, [{"input_ids": input_ids, "position_ids": positions}]).give_to(model)
     model.eval()
 
 
@@ -349,9 +344,9 @@ def test_calibration_reads_the_mean_share_of_first_tokens(family):
     model = get_peft_model(base, config_of({"sinks": "constant", "key_bias": True}))
     calibrated(model)
     layer = gate_layers(model)[1]
-    sinks = layer.g_proj["default"].sinks
-    assert sinks.logits.std() > 0
-    assert sinks.mean_query.shape == (4, 2, layer.slow_pairs) and sinks.mean_query.std() > 0
+    gate = layer.g_proj["default"]
+    assert gate.sink_logits.std() > 0
+    assert gate.mean_query.shape == (4, 2, layer.slow_pairs) and gate.mean_query.std() > 0
 
 
 def batch(padded: bool) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class GateProjection(nn.Module):
+class GateProjection(SinkLogits):
     """The gate of one adapter, `g = activation(X W_g)`: what each head or channel is scaled by; and
     its sink logits, where it has them.
 
@@ -51,7 +51,6 @@ class GateProjection(nn.Module):
 
     weight: Any
     channel_weight: Any
-    sinks: Any
 
     def __init__(
         self,
@@ -81,14 +80,14 @@ class GateProjection(nn.Module):
         # Not trained, so no parameter: it is what the base's sink adds.
         center = torch.zeros(num_centers, head_dim) if config.centered else None
         self.register_buffer("center", center)
+        self.add_sinks(hidden_size, num_heads, num_centers, slow_pairs, config)
         if not config.init_weights:
-            for weight in self.parameters():
-                nn.init.normal_(weight, std=width**-0.5)
+            for tensor in (self.weight, self.channel_weight):
+                if tensor is not None:
+                    nn.init.normal_(tensor, std=width**-0.5)
             if center is not None:
                 nn.init.normal_(center)
-        self.sinks = None
-        if config.sinks != "none":
-            self.sinks = SinkLogits(hidden_size, num_heads, num_centers, slow_pairs, config)
+            self.draw_sinks()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The gate of each token, `[..., num_heads or 1, head_dim or 1]`, from `X`
@@ -216,8 +215,9 @@ class GateLayer(nn.Module, BaseTunerLayer):
     def bias_keys(self, key_states: torch.Tensor) -> torch.Tensor:
         """Add the key biases to keys `[..., num_key_value_heads, head_dim]` before RoPE."""
         for gate in self._active_adapters():
-            if gate.sinks is not None and gate.sinks.key_bias is not None:
-                key_states = key_states + gate.sinks.bias(self.head_dim).to(key_states.dtype)
+            if gate.key_bias is not None:
+                bias = gate.bias_of_keys(self.head_dim)
+                key_states = key_states + bias.to(key_states.dtype)
         return key_states
 
     def sink(self, hidden_states: torch.Tensor) -> Sink | None:
@@ -227,11 +227,11 @@ class GateLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if two active adapters have sink logits.
         """
-        active = [gate for gate in self._active_adapters() if gate.sinks is not None]
+        active = [gate for gate in self._active_adapters() if gate.sink_odds is not None]
         if len(active) > 1:
             raise ValueError("two active adapters have sink logits, and a softmax has one slot")
         for gate in active:
-            return gate.sinks(hidden_states, gate.center_by_head())
+            return gate.sink(hidden_states, gate.center_by_head())
         return None
 
     def _active_adapters(self) -> list[GateProjection]:

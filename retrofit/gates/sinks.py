@@ -28,100 +28,102 @@ class SinkLogits(nn.Module):
     bit, and the gradient of `m` is what the base's own sink would have: `s` starts as
     `retrofit.calibrate` has read it off the base.
 
-    Args:
-        hidden_size: width of the attention module's input `X`.
-        num_heads: query heads.
-        num_key_value_heads: key and value heads.
-        slow_pairs: RoPE's channel pairs that turn less than once in the context.
-        config: of the adapter.
+    PEFT takes an adapter's name off the names of direct children alone, so this is no module of its
+    own but part of `GateProjection`.
 
     Attributes:
-        odds: `[num_heads]`, trained; `m = exp(10 * odds) - 1`, which moves from 0 in a straight
-            line and then multiplies.
-        logits: `[num_heads]`, the part of `s` that is not trained.
-        weight: `[num_heads, hidden_size]`, trained, where `s` reads the layer's input; or `None`.
+        sink_odds: `[num_heads]`, trained; `m = exp(10 * sink_odds) - 1`, which moves from 0 in a
+            straight line and then multiplies. `None` of an adapter without sink logits.
+        sink_logits: `[num_heads]`, the part of `s` that is not trained.
+        sink_weight: `[num_heads, hidden_size]`, trained, where `s` reads the layer's input, or
+            `None`.
         key_bias: `[num_key_value_heads, 2, slow_pairs]`, trained, a tenth of what is added to the
-            keys; or `None`.
+            keys, or `None`.
         mean_query: `[num_heads, 2, slow_pairs]`, the base's mean query after RoPE, scaled as the
             logits are: what `key_bias` moves all logits by, which `s` goes along with.
     """
 
-    weight: Any
+    sink_odds: Any
+    sink_weight: Any
     key_bias: Any
     mean_query: Any
 
-    def __init__(
+    def add_sinks(
         self,
         hidden_size: int,
         num_heads: int,
         num_key_value_heads: int,
         slow_pairs: int,
         config: GateConfig,
-    ):
-        super().__init__()
-        self.odds = nn.Parameter(torch.zeros(num_heads))
-        self.register_buffer("logits", torch.zeros(num_heads))
-        self.weight = None
-        if config.sinks == "input":
-            self.weight = nn.Parameter(torch.zeros(num_heads, hidden_size))
-        self.key_bias = None
-        self.register_buffer("mean_query", None)
-        if config.key_bias:
-            self.key_bias = nn.Parameter(torch.zeros(num_key_value_heads, 2, slow_pairs))
-            self.mean_query = torch.zeros(num_heads, 2, slow_pairs)
-        if not config.init_weights:
-            nn.init.uniform_(self.odds, 0.02, 0.2)
-            for tensor in (self.logits, self.mean_query, self.key_bias):
-                if tensor is not None:
-                    nn.init.normal_(tensor, std=0.3)
-            if self.weight is not None:
-                nn.init.normal_(self.weight, std=hidden_size**-0.5)
+    ) -> None:
+        """Create the numbers that `config` asks for, all of a slot without weight."""
+        has_sinks, has_bias = config.sinks != "none", config.key_bias
+        reads_input = config.sinks == "input"
+        self.sink_odds = nn.Parameter(torch.zeros(num_heads)) if has_sinks else None
+        self.register_buffer("sink_logits", torch.zeros(num_heads) if has_sinks else None)
+        self.sink_weight = (
+            nn.Parameter(torch.zeros(num_heads, hidden_size)) if reads_input else None
+        )
+        self.key_bias = (
+            nn.Parameter(torch.zeros(num_key_value_heads, 2, slow_pairs)) if has_bias else None
+        )
+        self.register_buffer(
+            "mean_query", torch.zeros(num_heads, 2, slow_pairs) if has_bias else None
+        )
 
-    def start_from(self, logits: torch.Tensor, mean_query: torch.Tensor) -> None:
+    def draw_sinks(self) -> None:
+        """Small random numbers instead of the ones that training starts from."""
+        if self.sink_odds is not None:
+            nn.init.uniform_(self.sink_odds, 0.02, 0.2)
+        for tensor in (self.sink_logits, self.mean_query, self.key_bias):
+            if tensor is not None:
+                nn.init.normal_(tensor, std=0.3)
+        if self.sink_weight is not None:
+            nn.init.normal_(self.sink_weight, std=self.sink_weight.shape[1] ** -0.5)
+
+    def start_sinks_from(self, logits: torch.Tensor, mean_query: torch.Tensor) -> None:
         """Take what `retrofit.calibrate` has read off the base: the logits `[num_heads]`, and the
         mean query of each head, scaled as logits are, `[num_heads, head_dim]`."""
-        self.logits.copy_(logits)
+        self.sink_logits.copy_(logits)
         if self.mean_query is not None:
             pairs = mean_query.unflatten(-1, (2, -1))
             self.mean_query.copy_(pairs[..., -self.mean_query.shape[-1] :])
 
-    def forward(self, hidden_states: torch.Tensor, center: torch.Tensor | None) -> Sink:
+    def sink(self, hidden_states: torch.Tensor, center: torch.Tensor | None) -> Sink:
         """The slots of the queries of `hidden_states` `[batch, T, hidden_size]`.
 
         Args:
             hidden_states: what the attention module reads.
             center: `[num_heads, head_dim]`, the value of a slot; `None` for 0.
         """
-        logits = self.constant()
-        if self.weight is not None:
-            read = F.linear(hidden_states, self.weight.to(hidden_states.dtype))
+        logits = self.constant_logits()
+        if self.sink_weight is not None:
+            read = F.linear(hidden_states, self.sink_weight.to(hidden_states.dtype))
             logits = logits[:, None] + read.float().transpose(1, 2)
-        return Sink(logits, _Odds.apply(self.odds), center)
+        return Sink(logits, _Odds.apply(self.sink_odds), center)
 
-    def constant(self) -> torch.Tensor:
+    def constant_logits(self) -> torch.Tensor:
         """The part of `s` that is the same for all tokens, `[num_heads]`, without `log(m)`."""
         if self.key_bias is None:
-            return self.logits
-        bias = UNIT * self.key_bias.repeat_interleave(self._groups(), 0)
-        return self.logits + (self.mean_query * bias).sum((1, 2))
+            return self.sink_logits
+        groups = len(self.sink_odds) // len(self.key_bias)
+        bias = UNIT * self.key_bias.repeat_interleave(groups, 0)
+        return self.sink_logits + (self.mean_query * bias).sum((1, 2))
 
     def effective_logits(self) -> torch.Tensor:
         """`s + log(m)`, `[num_heads]`: a constant slot's logit as gpt-oss stores it; minus infinity
         for a slot without weight."""
-        return self.constant() + _Odds.apply(self.odds).log()
+        return self.constant_logits() + _Odds.apply(self.sink_odds).log()
 
-    def bias(self, head_dim: int) -> torch.Tensor:
+    def bias_of_keys(self, head_dim: int) -> torch.Tensor:
         """What is added to the keys before RoPE, `[num_key_value_heads, head_dim]`."""
         # Channel i turns with channel i + head_dim / 2, and the last pairs are the slow ones.
         fast = head_dim // 2 - self.key_bias.shape[-1]
         return F.pad(UNIT * self.key_bias, (fast, 0)).flatten(1)
 
-    def _groups(self) -> int:
-        return len(self.odds) // len(self.key_bias)
-
 
 class _Odds(torch.autograd.Function):
-    """`m = exp(10 * odds) - 1`, and 0 below 0, from where the gradient still leads back."""
+    """`m = exp(10 * sink_odds) - 1`, and 0 below 0, from where the gradient still leads back."""
 
     @staticmethod
     def forward(ctx, odds):
