@@ -29,6 +29,7 @@ from peft import PeftModel
 from retrofit.adapters._family import GatedAttention
 from retrofit.balance import vanilla_load
 from retrofit.gates import gate_layers, gates_off
+from retrofit.gates.rope import attention_scaling
 from retrofit.sampling import SampledRows, attention_of_rows, sample_rows
 
 STEP = 0.8  # of a logit, at most, at the highest rate
@@ -46,8 +47,11 @@ class Calibration:
             attend to them, `[num_key_value_heads, head_dim]` in float32.
         sink_logits: by layer, the constant logit closest to what a head pays first tokens,
             `[num_heads]` in float32; empty where no text is long enough to tell.
-        mean_queries: by layer, the mean query after RoPE times the scaling of the logits,
-            `[num_heads, head_dim]` in float32; empty likewise.
+        mean_queries: by layer, what one of a key before RoPE is multiplied by to be a logit, on
+            channels that do not turn: the mean query after RoPE, times all scalings, `[num_heads,
+            head_dim]` in float32; empty likewise.
+        first_keys: by layer, the mean key of documents' first tokens before RoPE,
+            `[num_key_value_heads, head_dim]` in float32; empty likewise.
         input_sizes: by layer, the mean of `sum |X|` over tokens, `X` `[hidden_size]` what a gate
             reads.
     """
@@ -55,6 +59,7 @@ class Calibration:
     values: dict[int, torch.Tensor]
     sink_logits: dict[int, torch.Tensor]
     mean_queries: dict[int, torch.Tensor]
+    first_keys: dict[int, torch.Tensor]
     input_sizes: dict[int, float]
 
     def give_to(self, model: PeftModel) -> None:
@@ -64,11 +69,13 @@ class Calibration:
                 if gate.center is not None:
                     gate.center.copy_(self.values[index])
                 if gate.sink_odds is not None and index in self.sink_logits:
-                    gate.start_sinks_from(self.sink_logits[index], self.mean_queries[index])
+                    gate.start_sinks_from(
+                        self.sink_logits[index], self.mean_queries[index], self.first_keys[index]
+                    )
 
     def cpu(self) -> "Calibration":
         """The same on the CPU, to be told to other ranks."""
-        by_layer = ("values", "sink_logits", "mean_queries")
+        by_layer = ("values", "sink_logits", "mean_queries", "first_keys")
         moved = {
             name: {index: tensor.cpu() for index, tensor in getattr(self, name).items()}
             for name in by_layer
@@ -84,8 +91,9 @@ class Calibration:
 class _Reader:
     """Reads one layer as it runs, called as `GatedAttention.auxiliary`."""
 
-    def __init__(self, attention: GatedAttention):
+    def __init__(self, attention: GatedAttention, rope_scaling: float):
         self.attention = attention
+        self.rope_scaling = rope_scaling
         self.starts = torch.empty(0)  # bool [batch, T - 1]: the first tokens of documents
         self.sampled: SampledRows | None = None
         self.values: list[torch.Tensor] = []  # [documents, heads * head_dim]
@@ -93,6 +101,7 @@ class _Reader:
         self.shares: list[torch.Tensor] = []  # [rows, heads]
         self.others: list[torch.Tensor] = []  # [rows, heads], log-sum-exp of all other keys
         self.queries: list[torch.Tensor] = []  # [rows, heads, head_dim]
+        self.keys: list[torch.Tensor] = []  # [rows, kv_heads, head_dim], of first tokens
         self.handle = attention.v_proj.register_forward_hook(self._read_values)
         self.auxiliary, attention.auxiliary = attention.auxiliary, self
 
@@ -114,8 +123,8 @@ class _Reader:
         shares = 1 - vanilla_load(weights, sampled.starts)
         queries = _of_rows(query_states, sampled.rows) * self.attention.scaling
         groups = query_states.shape[1] // key_states.shape[1]
-        first = _of_rows(key_states, sampled.starts).repeat_interleave(groups, 1)
-        logits = (queries * first).sum(-1, dtype=torch.float32)
+        keys = _of_rows(key_states, sampled.starts)
+        logits = (queries * keys.repeat_interleave(groups, 1)).sum(-1, dtype=torch.float32)
         # `A = sigmoid(logit - LSE)` of the first key.
         others = logits - shares.logit(eps=1e-7)
         # A row that only fills up sees itself alone, and would pay its own first token all.
@@ -123,6 +132,7 @@ class _Reader:
             (self.shares, shares),
             (self.others, others),
             (self.queries, queries.float()),
+            (self.keys, keys.float()),
         ):
             seen.append(states.transpose(1, 2)[sampled.counts])
 
@@ -130,7 +140,11 @@ class _Reader:
         return closest_logits(torch.cat(self.others), torch.cat(self.shares))
 
     def mean_query(self) -> torch.Tensor:
-        return torch.cat(self.queries).mean(0)
+        return torch.cat(self.queries).mean(0) * self.rope_scaling
+
+    def first_key(self) -> torch.Tensor:
+        # RoPE does not turn the first position.
+        return torch.cat(self.keys).mean(0) / self.rope_scaling
 
     def mean_value(self) -> torch.Tensor:
         value = torch.cat(self.values).mean(0).view(-1, self.attention.head_dim)
@@ -179,7 +193,7 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
     """
     decoder = model.get_base_model().base_model  # without the logits
     readers = {
-        module.layer_idx: _Reader(module)
+        module.layer_idx: _Reader(module, attention_scaling(decoder, module.layer_idx))
         for module in model.modules()
         if isinstance(module, GatedAttention)
     }
@@ -200,5 +214,6 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
         values={index: reader.mean_value() for index, reader in readers.items()},
         sink_logits={index: reader.sink_logits() for index, reader in told.items()},
         mean_queries={index: reader.mean_query() for index, reader in told.items()},
+        first_keys={index: reader.first_key() for index, reader in told.items()},
         input_sizes={index: reader.mean_size() for index, reader in readers.items()},
     )

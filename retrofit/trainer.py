@@ -249,7 +249,9 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
 def weights_and_constants(layer: GateLayer) -> tuple[list, list]:
     """The parameters of a layer that multiply its input, and those that do not."""
     parameters = list(layer.named_parameters())
-    is_constant = [name.endswith((".sink_odds", ".key_bias")) for name, _ in parameters]
+    is_constant = [
+        name.endswith((".sink_odds", ".key_bias", ".first_key_off")) for name, _ in parameters
+    ]
     split: tuple[list, list] = ([], [])
     for constant, (_, parameter) in zip(is_constant, parameters, strict=True):
         split[constant].append(parameter)

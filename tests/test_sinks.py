@@ -25,6 +25,9 @@ KINDS = [
 KIND_IDS = ["constant", "key-bias", "input-headwise"]
 
 
+SEEN = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(3))
+
+
 class Attention(torch.nn.Module):
     num_key_value_groups = HEADS // KV_HEADS
     is_causal = True
@@ -270,9 +273,10 @@ def test_a_key_bias_is_that_of_the_slow_channels_and_the_sink_goes_along(family)
     keys = torch.zeros(1, 3, 2, 16)
     moved = layer.bias_keys(keys)[0, 0].unflatten(-1, (2, 8))
     assert moved[..., : 8 - slow].eq(0).all()
-    torch.testing.assert_close(moved[..., 8 - slow :], UNIT * gate.key_bias.data)
+    bias = UNIT * (gate.key_bias - gate.first_key_off.view(-1, 1, 1) * gate.first_key)
+    torch.testing.assert_close(moved[..., 8 - slow :], bias)
     shift = gate.constant_logits() - gate.sink_logits
-    by_query = (gate.mean_query * UNIT * gate.key_bias.repeat_interleave(2, 0)).sum((1, 2))
+    by_query = (gate.mean_query * bias.repeat_interleave(2, 0)).sum((1, 2))
     torch.testing.assert_close(shift, by_query)
 
 
@@ -332,10 +336,9 @@ def test_the_closest_constant_takes_the_same_share():
 
 def calibrated(model) -> None:
     """Give the gates what the base shows of random tokens."""
-    input_ids = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(80).expand(2, -1)
     model.train()
-    calibrate(model, [{"input_ids": input_ids, "position_ids": positions}]).give_to(model)
+    calibrate(model, [{"input_ids": SEEN, "position_ids": positions}]).give_to(model)
     model.eval()
 
 
@@ -347,6 +350,16 @@ def test_calibration_reads_the_mean_share_of_first_tokens(family):
     gate = layer.g_proj["default"]
     assert gate.sink_logits.std() > 0
     assert gate.mean_query.shape == (4, 2, layer.slow_pairs) and gate.mean_query.std() > 0
+    keys = []
+    handle = base.model.layers[1].self_attn.k_proj.register_forward_hook(
+        lambda _module, _args, output: keys.append(output[:, 0])
+    )
+    with torch.no_grad(), gates_off(model):
+        model(SEEN)
+    handle.remove()
+    if not hasattr(base.model.layers[1].self_attn, "k_norm"):
+        first = torch.cat(keys).mean(0).view(2, 2, 8)[..., 8 - layer.slow_pairs :]
+        torch.testing.assert_close(gate.first_key, first)
 
 
 def batch(padded: bool) -> dict[str, torch.Tensor]:

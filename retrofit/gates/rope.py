@@ -17,9 +17,7 @@ def slow_pairs(decoder: PreTrainedModel, layer: int) -> int:
         decoder: a model without its language-model head.
         layer: index of the layer.
     """
-    config = decoder.config
-    layer_types = getattr(config, "layer_types", None)
-    kind = layer_types[layer] if layer_types else "full_attention"
+    config, kind = decoder.config, _kind(decoder, layer)
     context = config.max_position_embeddings
     if kind == "sliding_attention":
         context = min(context, config.sliding_window)
@@ -29,3 +27,14 @@ def slow_pairs(decoder: PreTrainedModel, layer: int) -> int:
     by_kind = getattr(rotary, f"{kind}_inv_freq", None)
     frequencies = rotary.inv_freq if by_kind is None else by_kind
     return int((2 * math.pi / frequencies > context).sum())
+
+
+def attention_scaling(decoder: PreTrainedModel, layer: int) -> float:
+    """What RoPE multiplies the queries and keys of a layer by besides, as YaRN's does."""
+    by_kind = getattr(decoder.rotary_emb, f"{_kind(decoder, layer)}_attention_scaling", None)
+    return decoder.rotary_emb.attention_scaling if by_kind is None else by_kind
+
+
+def _kind(decoder: PreTrainedModel, layer: int) -> str:
+    layer_types = getattr(decoder.config, "layer_types", None)
+    return layer_types[layer] if layer_types else "full_attention"

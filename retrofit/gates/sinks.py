@@ -39,6 +39,9 @@ class SinkLogits(nn.Module):
             `None`.
         key_bias: `[num_key_value_heads, 2, slow_pairs]`, trained, a tenth of what is added to the
             keys, or `None`.
+        first_key: the same shape, the base's first key, not trained: with it taken off all keys, a
+            constant slot pays what the first token was paid.
+        first_key_off: `[num_key_value_heads]`, trained, a tenth of how much of it is.
         mean_query: `[num_heads, 2, slow_pairs]`, the base's mean query after RoPE, scaled as the
             logits are: what `key_bias` moves all logits by, which `s` goes along with.
     """
@@ -46,6 +49,8 @@ class SinkLogits(nn.Module):
     sink_odds: Any
     sink_weight: Any
     key_bias: Any
+    first_key: Any
+    first_key_off: Any
     mean_query: Any
 
     def add_sinks(
@@ -67,6 +72,10 @@ class SinkLogits(nn.Module):
         self.key_bias = (
             nn.Parameter(torch.zeros(num_key_value_heads, 2, slow_pairs)) if has_bias else None
         )
+        self.first_key_off = nn.Parameter(torch.zeros(num_key_value_heads)) if has_bias else None
+        self.register_buffer(
+            "first_key", torch.zeros(num_key_value_heads, 2, slow_pairs) if has_bias else None
+        )
         self.register_buffer(
             "mean_query", torch.zeros(num_heads, 2, slow_pairs) if has_bias else None
         )
@@ -75,19 +84,23 @@ class SinkLogits(nn.Module):
         """Small random numbers instead of the ones that training starts from."""
         if self.sink_odds is not None:
             nn.init.uniform_(self.sink_odds, 0.02, 0.2)
-        for tensor in (self.sink_logits, self.mean_query, self.key_bias):
+        for tensor in (self.sink_logits, self.mean_query, self.first_key, self.key_bias):
             if tensor is not None:
                 nn.init.normal_(tensor, std=0.3)
         if self.sink_weight is not None:
             nn.init.normal_(self.sink_weight, std=self.sink_weight.shape[1] ** -0.5)
 
-    def start_sinks_from(self, logits: torch.Tensor, mean_query: torch.Tensor) -> None:
-        """Take what `retrofit.calibrate` has read off the base: the logits `[num_heads]`, and the
-        mean query of each head, scaled as logits are, `[num_heads, head_dim]`."""
+    def start_sinks_from(
+        self, logits: torch.Tensor, mean_query: torch.Tensor, first_key: torch.Tensor
+    ) -> None:
+        """Take what `retrofit.calibrate` has read off the base: the logits `[num_heads]`, the mean
+        query of each head, scaled as logits are, `[num_heads, head_dim]`, and the first key
+        `[num_key_value_heads, head_dim]`."""
         self.sink_logits.copy_(logits)
-        if self.mean_query is not None:
-            pairs = mean_query.unflatten(-1, (2, -1))
-            self.mean_query.copy_(pairs[..., -self.mean_query.shape[-1] :])
+        if self.key_bias is not None:
+            slow = slice(-self.key_bias.shape[-1], None)
+            self.mean_query.copy_(mean_query.unflatten(-1, (2, -1))[..., slow])
+            self.first_key.copy_(first_key.unflatten(-1, (2, -1))[..., slow])
 
     def sink(self, hidden_states: torch.Tensor, center: torch.Tensor | None) -> Sink:
         """The slots of the queries of `hidden_states` `[batch, T, hidden_size]`.
@@ -107,7 +120,7 @@ class SinkLogits(nn.Module):
         if self.key_bias is None:
             return self.sink_logits
         groups = len(self.sink_odds) // len(self.key_bias)
-        bias = UNIT * self.key_bias.repeat_interleave(groups, 0)
+        bias = self._slow_bias().repeat_interleave(groups, 0)
         return self.sink_logits + (self.mean_query * bias).sum((1, 2))
 
     def effective_logits(self) -> torch.Tensor:
@@ -119,7 +132,11 @@ class SinkLogits(nn.Module):
         """What is added to the keys before RoPE, `[num_key_value_heads, head_dim]`."""
         # Channel i turns with channel i + head_dim / 2, and the last pairs are the slow ones.
         fast = head_dim // 2 - self.key_bias.shape[-1]
-        return F.pad(UNIT * self.key_bias, (fast, 0)).flatten(1)
+        return F.pad(self._slow_bias(), (fast, 0)).flatten(1)
+
+    def _slow_bias(self) -> torch.Tensor:
+        """`[num_key_value_heads, 2, slow_pairs]`."""
+        return UNIT * (self.key_bias - self.first_key_off[:, None, None] * self.first_key)
 
 
 class _Odds(torch.autograd.Function):
