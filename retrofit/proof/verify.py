@@ -20,6 +20,7 @@ from retrofit.errors import CheckError, UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.remote_code import CLASSES, code_of
 from retrofit.files import read_json
+from retrofit.pickles import pickles_in, refuse_pickles
 from retrofit.proof import streamed
 from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
 
@@ -89,7 +90,8 @@ def trained_reference(base: Path, adapter: Path, text: str, kind: str, path: Pat
     Raises:
         UserError: if `text` is too short to be compared on.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    refuse_pickles([adapter / "adapter_model.bin"])
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     input_ids = _windows(tokenizer, text)
     untrained, _ = streamed.load(base)
     on_disk = next(untrained.parameters()).is_meta
@@ -150,6 +152,7 @@ def verify(
     format, kind = checkpoint["format"], checkpoint["dtype"]
     engine = engine or ("llama.cpp" if format == "gguf" else "transformers")
     _check_engine(engine, format, python)
+    refuse_pickles(pickles_in(folder))
     if format == "remote-code":
         _check_code(folder, report["base"]["model_type"])
     with _readable(folder, checkpoint) as model:
