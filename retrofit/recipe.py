@@ -32,6 +32,11 @@ class Model(_Section):
     trust_remote_code: bool = False
 
     @property
+    def location(self) -> str:
+        """The base as libraries find it, which know no `~`."""
+        return str(Path(self.base).expanduser()) if self.base.startswith("~") else self.base
+
+    @property
     def takes_lengths(self) -> bool:
         """Whether packed rows lie end to end, for a kernel that reads where documents end."""
         return "flash" in (self.attn_implementation or "")
