@@ -22,11 +22,10 @@ from transformers import (
 from retrofit.errors import UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.source import check_ungated, has_published_gates
-from retrofit.files import read_json
-from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.foreign_code import with_consent
 from retrofit.gates import GateConfig
 from retrofit.opening import DAMAGES, check_complete, one_line, opening
+from retrofit.origin import adapter_in, check_base, run_of
 from retrofit.pickles import refuse_pickled_weights, refuse_pickles
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
 
@@ -57,6 +56,7 @@ def load_base(spec: Model) -> PreTrainedModel:
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told of below
             **kwargs,
         )
     check_complete(loading, spec.base)
@@ -121,8 +121,8 @@ def load_model(
     Raises:
         UserError: if there is nothing there, or the adapter does not fit its base.
     """
-    folder = Path(source).expanduser()
-    adapter = folder / "adapter" if (folder / "run.json").is_file() else folder
+    folder = run_of(Path(source).expanduser())
+    adapter = adapter_in(folder)
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
             raise UserError(f"{source} is an unfinished run; finish it with --resume")
@@ -141,7 +141,8 @@ def load_model(
     if quantization:
         spec = spec.model_copy(update={"quantization": quantization})
     base = load_base(spec)
-    _check_base(base, folder, spec)
+    asked = dtype != "auto" or quantization is not None
+    check_base(base, folder, spec.quantization, _folder_of(spec) if asked else None)
     return load_adapter(base, adapter).eval(), load_tokenizer(spec)
 
 
@@ -218,22 +219,6 @@ def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:
     return Model(
         base=config.base_model_name_or_path, revision=config.revision, trust_remote_code=trusted
     )
-
-
-def _check_base(base: PreTrainedModel, folder: Path, spec: Model) -> None:
-    """The weights must be those the run was trained on, where the run says so and they are held
-    in the same form."""
-    if not (folder / "run.json").is_file():
-        return
-    trained_on = read_json(folder / "run.json")["base"]
-    held = str(base.dtype).removeprefix("torch.")
-    if trained_on["dtype"] != held or trained_on["quantization"] != spec.quantization:
-        return
-    if weights_sha256(base_weights(base)) != trained_on["weights_sha256"]:
-        raise UserError(
-            f"the weights in {spec.base} are not those that {folder} was trained on (their sha256 "
-            "differs); point model.base of its recipe.resolved.yaml at the original"
-        )
 
 
 def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:

@@ -46,17 +46,15 @@ def check_complete(loading: dict[str, Any], base: str) -> None:
     Raises:
         UserError: if transformers left a weight random, or a stored one out.
     """
-    for kind, told in (
-        ("missing_keys", "lacks the tensor"),
-        ("mismatched_keys", "has another shape than its config.json says of"),
-        ("unexpected_keys", "also has a tensor that its config.json has no place for,"),
+    mismatched = [name for name, *_ in loading["mismatched_keys"]]
+    for wrong, told in (
+        (loading["missing_keys"], "lacks the tensor {}"),
+        (mismatched, "stores {} in another shape than its config.json says"),
+        (loading["unexpected_keys"], "stores {}, for which its config.json has no place"),
     ):
-        if names := sorted(str(name) for name in loading[kind]):
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(
-                f"base {base!r} {told} {names[0]}{more}; its files do not belong together: "
-                "download it again"
-            )
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise UserError(f"base {base!r} {told.format(min(wrong) + more)}; download it again")
 
 
 def not_opened(base: str, error: Exception) -> UserError:

@@ -49,7 +49,9 @@ def make_run(run: Path, base: Path, granularity: Any = "headwise", centered: boo
     )
     get_peft_model(model, config).save_pretrained(str(run / "adapter"))
     (run / "run.json").write_text(json.dumps({"base": facts, "steps": 3, "tokens": 3000}))
-    (run / "recipe.resolved.yaml").write_text(f"model:\n  base: {base}\n")
+    recipe = {"output_dir": str(run), "model": {"base": str(base)}}
+    recipe["data"] = {"sources": [{"path": "gone.jsonl"}]}
+    (run / "recipe.resolved.yaml").write_text(json.dumps(recipe))
     metrics = {"perplexity": 20.5, "peak_column_share": 0.33, "kl_to_base": None}
     models = [{"name": "base", "metrics": metrics}, {"name": "gated", "metrics": metrics}]
     settings = {"text": "wiki.jsonl", "length": 512, "tokens": 8192}
@@ -222,7 +224,7 @@ def test_remote_code_round_trips(windowed, tmp_path):
 
 
 def test_measure_opens_remote_code_if_it_is_trusted(windowed):
-    with pytest.raises(UserError, match="brings code of its own; .* with trust_remote_code"):
+    with pytest.raises(UserError, match="brings code of its own; .* with --trust-remote-code"):
         load_model(str(windowed[0]))
     model, _ = load_model(str(windowed[0]), trust_remote_code=True)
     with probe(model) as layers, torch.no_grad():
@@ -354,7 +356,7 @@ def test_a_bare_adapter_of_chosen_layers(tmp_path, tiny_base, in_process):
 
 def test_gates_trained_in_4_bits_merge_into_the_original(run, tmp_path, in_process):
     facts = json.loads((run / "run.json").read_text())
-    facts["base"] |= {"quantization": "nf4", "weights_sha256": "of the packed weights"}
+    facts["base"] |= {"quantization": "nf4", "weights_sha256": "0" * 64}  # of the packed weights
     (run / "run.json").write_text(json.dumps(facts))
     merge(run, tmp_path / "out")
     assert "trained on the base in nf4" in (tmp_path / "out/README.md").read_text()
@@ -507,7 +509,9 @@ def float16_base(run, base, tmp_path):
     weights = {name: tensor.half() for name, tensor in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
     facts = json.loads((run / "run.json").read_text())
-    edit_json(run / "run.json", base=facts["base"] | {"weights_sha256": None})
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="float32")
+    sha256 = weights_sha256(base_weights(base))
+    edit_json(run / "run.json", base=facts["base"] | {"weights_sha256": sha256})
     return {"base": str(tmp_path / "base")}
 
 
