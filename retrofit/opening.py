@@ -46,7 +46,7 @@ def check_complete(loading: dict[str, Any], base: str) -> None:
     Raises:
         UserError: if transformers left a weight random, or a stored one out.
     """
-    mismatched = [name for name, *_ in loading["mismatched_keys"]]
+    mismatched = [name for name, *_ in loading.get("mismatched_keys", ())]
     for wrong, told in (
         (loading["missing_keys"], "lacks the tensor {}"),
         (mismatched, "stores {} in another shape than its config.json says"),

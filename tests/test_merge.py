@@ -550,6 +550,14 @@ def no_native_form(run, base, tmp_path):
     return {}
 
 
+def further_tensor(run, base, tmp_path):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    further = {"model.layers.3.mlp.up_proj.weight": torch.ones(2, 2)}
+    save_file(load_file(path) | further, path, metadata={"format": "pt"})
+    return {"base": str(tmp_path / "base")}
+
+
 def pickled_base(run, base, tmp_path):
     shutil.copytree(base("llama"), tmp_path / "base")
     (tmp_path / "base/model.safetensors").rename(tmp_path / "base/pytorch_model.bin")
@@ -622,6 +630,7 @@ def short_text(run, base, tmp_path):
             no_native_form,
             "no native checkpoint of .* has no sliding window; .* --format remote-code",
         ),
+        (further_tensor, "stores model.layers.3.mlp.up_proj.weight, for which its config.json"),
         (pickled_base, "has no model.safetensors; only safetensors checkpoints are read"),
         (nan_gate, r"gate of layer \d has NaN or infinite weights: training diverged"),
         (ablation, "no checkpoint can carry the gates of .*: only sigmoid gates at G1"),

@@ -20,6 +20,7 @@ from retrofit.errors import CheckError, UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.remote_code import CLASSES, code_of
 from retrofit.files import read_json
+from retrofit.opening import check_complete
 from retrofit.pickles import pickles_in, refuse_pickles
 from retrofit.proof import streamed
 from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
@@ -88,12 +89,13 @@ def trained_reference(base: Path, adapter: Path, text: str, kind: str, path: Pat
         part of the difference that is the price of storing it so.
 
     Raises:
-        UserError: if `text` is too short to be compared on.
+        UserError: if `text` is too short to be compared on, or the base's files hold too much.
     """
     refuse_pickles([adapter / "adapter_model.bin"])
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     input_ids = _windows(tokenizer, text)
-    untrained, _ = streamed.load(base)
+    untrained, wrong = streamed.load(base)
+    check_complete({f"{kind}_keys": names for kind, names in wrong.items()}, str(base))
     on_disk = next(untrained.parameters()).is_meta
     model = PeftModel.from_pretrained(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
     weights = _Rounded(streamed.StoredFloats(base))
