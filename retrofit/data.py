@@ -5,6 +5,7 @@ sources, says what is wrong with them, and mixes their rows by weight.
 """
 
 from dataclasses import dataclass
+from glob import escape  # datasets takes what it is given for a pattern
 from pathlib import Path
 
 import datasets
@@ -70,7 +71,7 @@ def _load(source: Source, streaming: bool) -> LoadedSource:
             # One document a text file: cut at line ends it would be a heap of short ones.
             kwargs = {"sample_by": "document"} if builder == "text" else {}
             rows = datasets.load_dataset(
-                builder, data_files=str(path), split="train", streaming=streaming, **kwargs
+                builder, data_files=escape(str(path)), split="train", streaming=streaming, **kwargs
             )
         else:
             rows = datasets.load_dataset(

@@ -22,10 +22,10 @@ from retrofit import callbacks
 from retrofit.adapters import family_of
 from retrofit.callbacks import DeadGateError, GradientCheck, Interrupt
 from retrofit.checkpoint import accumulation_steps
-from retrofit.data import mix
+from retrofit.data import load_sources, mix
 from retrofit.errors import UserError
 from retrofit.gates import GateLayer, gate_layers
-from retrofit.recipe import Recipe
+from retrofit.recipe import Data, Recipe
 from retrofit.train import gate_trainer, train
 
 WORDS = "the sink token head gate layer draws all attention to first last union people".split()
@@ -333,6 +333,21 @@ def test_local_files_of_every_kind_train(make_recipe, tmp_path, suffix):
     source = {"path": str(path), "text_field": "text" if suffix == ".txt" else "body"}
     run = train(make_recipe(sources=[source], train={"max_steps": 2}))
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["[12]", "*", "?", "**", "{a,1}", "a!b", "[!1]"])
+def test_a_path_is_the_file_of_that_name_and_no_pattern(tmp_path, name, streaming):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "right"}) + "\n")
+    for other in ("1", "2", "a"):
+        (tmp_path / f"{other}.jsonl").write_text(json.dumps({"text": "wrong"}) + "\n")
+    for folder in (tmp_path, tmp_path / name):
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}.jsonl"
+        path.write_text(json.dumps({"text": "right"}) + "\n")
+        data = Data.model_validate({"sources": [{"path": str(path)}], "streaming": streaming})
+        (source,) = load_sources(data)
+        assert [row["text"] for row in source.rows] == ["right"]
 
 
 def test_prompt_completion_data_trains_on_completions_and_learns_where_they_end(
