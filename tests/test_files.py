@@ -2,7 +2,7 @@
 
 import pytest
 
-from retrofit.files import appearing_whole
+from retrofit.files import appearing_whole, write_json
 
 
 @pytest.mark.parametrize("name", ["*", "?ut", "[o]ut", "o*"])
@@ -13,3 +13,10 @@ def test_a_name_is_no_pattern_for_what_is_tidied_up(tmp_path, name):
     with appearing_whole(tmp_path / name):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_is_what_every_reader_takes(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"loss": value})
+    assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from retrofit.adapters import family_of
 from retrofit.callbacks import DeadGateError, GradientCheck, Interrupt
 from retrofit.checkpoint import accumulation_steps
 from retrofit.data import load_sources, mix
+from retrofit.divergence import DivergedError
 from retrofit.errors import UserError
 from retrofit.gates import GateLayer, gate_layers
 from retrofit.recipe import Data, Recipe
@@ -256,6 +257,50 @@ def test_every_gate_must_get_a_gradient_or_the_run_stops_and_names_it(make_recip
     gate_layers(trainer.model)[1].bypass = True
     with pytest.raises(DeadGateError, match=r"1 of 3 gates.*layers\.1\.self_attn\.g1"):
         trainer.train()
+
+
+def poisoned(monkeypatch, name, value, at):
+    """Let the loss, or its gradient, be `value` at one step."""
+    from retrofit.trainer import GateTrainer
+
+    original = GateTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step != at:
+            return loss
+        if name == "loss":
+            return loss + value
+        loss.register_hook(lambda grad: grad * value)
+        return loss * 1.0
+
+    monkeypatch.setattr(GateTrainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_run_whose_loss_or_gradient_is_no_number_stops_at_once(
+    make_recipe, monkeypatch, tmp_path, name, value, at
+):
+    poisoned(monkeypatch, name, value, at)
+    with pytest.raises(DivergedError) as raised:
+        train(make_recipe(train={"save_steps": 1}))
+    message = str(raised.value)
+    assert f"the {name} is " in message and "\n" not in message
+    assert ("at the first step" if at == 0 else "at step 3; lower train.learning_rate") in message
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert len(list((tmp_path / "run").glob("checkpoints/checkpoint-*"))) == at
+
+
+def test_a_learning_rate_that_is_far_too_high_is_told(make_recipe, tmp_path):
+    recipe = make_recipe(
+        gate={"activation": "linear"},
+        train={"learning_rate": 1e37, "max_steps": 20, "schedule": "constant_with_warmup"},
+    )
+    with pytest.raises(DivergedError, match=r"lower train.learning_rate \(it is 1e\+37"):
+        train(recipe)
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_a_changed_base_weight_fails_the_run(make_recipe, monkeypatch):
