@@ -17,10 +17,11 @@ from retrofit.auxiliary import add_auxiliary
 from retrofit.calibrate import Calibration, calibrate
 from retrofit.checkpoint import SafetensorsCheckpoints
 from retrofit.collate import PackedRows
-from retrofit.data import LoadedSource, mix
+from retrofit.data import LoadedSource
 from retrofit.divergence import check_finite
 from retrofit.errors import UserError
 from retrofit.gates import GateConfig, GateLayer, gate_layers
+from retrofit.mixture import mix
 from retrofit.objectives import add_objectives
 from retrofit.packed_attention import attend_by_document
 from retrofit.recipe import Objective

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,10 +23,11 @@ from retrofit import callbacks
 from retrofit.adapters import family_of
 from retrofit.callbacks import DeadGateError, GradientCheck, Interrupt
 from retrofit.checkpoint import accumulation_steps
-from retrofit.data import load_sources, mix
+from retrofit.data import load_sources
 from retrofit.divergence import DivergedError
 from retrofit.errors import UserError
 from retrofit.gates import GateLayer, gate_layers
+from retrofit.mixture import mix
 from retrofit.recipe import Data, Recipe
 from retrofit.train import gate_trainer, train
 
@@ -421,15 +423,18 @@ def test_chat_data_goes_through_the_chat_template(make_recipe, tmp_path):
     assert text == "<s>user\nhi</s>\n<s>assistant\nyo</s>\n"
 
 
-def test_sources_of_two_formats_mix_in_the_given_shares(make_recipe, tmp_path, text):
+@pytest.mark.parametrize("packing", [True, False])
+def test_sources_of_two_formats_mix_in_the_given_shares(make_recipe, tmp_path, text, packing):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "Q" * 20, "completion": "A" * 30} for _ in range(400)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [{"path": str(text), "weight": 1.0}, {"path": str(path), "weight": 3.0}]
-    trainer = gate_trainer(make_recipe(sources=sources))
+    trainer = gate_trainer(make_recipe(sources=sources, data={"packing": packing}))
     letters = trainer.processing_class("QA")["input_ids"]
     of_pairs = [row["input_ids"][0] in letters for row in trainer.train_dataset]
-    assert sum(of_pairs) / len(of_pairs) == pytest.approx(0.75, abs=0.07)
+    tokens = [len(row["input_ids"]) for row in trainer.train_dataset]
+    in_pairs = sum(n for n, pair in zip(tokens, of_pairs, strict=True) if pair)
+    assert in_pairs / sum(tokens) == pytest.approx(0.75, abs=0.005)
     assert all(
         label in (-100, letters[1], 257)
         for row, pair in zip(trainer.train_dataset, of_pairs, strict=True)
@@ -441,6 +446,35 @@ def test_sources_of_two_formats_mix_in_the_given_shares(make_recipe, tmp_path, t
 def test_mix_keeps_every_row_when_no_weights_are_given():
     parts = [Dataset.from_dict({"x": [1] * 5}), Dataset.from_dict({"x": [2] * 7})]
     assert sorted(mix(parts, [None, None], seed=0)["x"]) == [1] * 5 + [2] * 7
+
+
+def documents(length, count, token):
+    return Dataset.from_dict({"input_ids": [[token] * length] * count})
+
+
+def share_of(token, rows, first=None):
+    tokens = [t for row in islice(iter(rows), first) for t in row["input_ids"]]
+    return tokens.count(token) / len(tokens)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.03])
+@pytest.mark.parametrize("lengths", [(2, 64), (64, 2), (7, 7)])
+def test_a_weight_is_a_share_of_tokens_and_no_row_is_left_out(share, lengths):
+    parts = [documents(lengths[0], 150, 1), documents(lengths[1], 100, 2)]
+    mixed = mix(parts, [share, 1 - share], seed=0)
+    assert share_of(1, mixed) == pytest.approx(share, rel=0.02)
+    rows = [row["input_ids"][0] for row in mixed]
+    assert rows.count(1) >= 150 and rows.count(2) >= 100
+    assert rows.count(1) == 150 or rows.count(2) == 100
+    streams = [part.to_iterable_dataset() for part in parts]
+    mixed = mix(streams, [share, 1 - share], seed=0)
+    assert share_of(1, mixed, 8000) == pytest.approx(share, rel=0.1, abs=0.02)
+
+
+def test_rows_of_unequal_length_are_taken_in_turn():
+    uneven = Dataset.from_dict({"input_ids": [[1] * n for n in (1, 30, 2, 40, 3)]})
+    mixed = mix([uneven, documents(10, 500, 2)], [1.0, 1.0], seed=0)
+    assert share_of(1, mixed) == pytest.approx(0.5, abs=0.005)
 
 
 def test_streaming_trains(make_recipe):
