@@ -28,6 +28,7 @@ from retrofit.opening import DAMAGES, check_complete, one_line, opening
 from retrofit.origin import adapter_in, check_base, run_of
 from retrofit.pickles import refuse_pickled_weights, refuse_pickles
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
+from retrofit.tokenizer_file import check_tokenizer
 
 
 def load_base(spec: Model) -> PreTrainedModel:
@@ -79,12 +80,13 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer.
 
     Raises:
-        UserError: if there is none, or it is damaged.
+        UserError: if there is none, it is damaged, or transformers makes another one of it.
     """
     with opening(spec.base):
         tokenizer = AutoTokenizer.from_pretrained(
             spec.location, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
+        check_tokenizer(tokenizer, spec.location, spec.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

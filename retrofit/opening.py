@@ -37,8 +37,11 @@ def opening(base: str) -> Iterator[None]:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except DAMAGES as error:
-        raise not_opened(base, error) from None
+    except Exception as error:
+        # The tokenizers library raises nothing more special.
+        if isinstance(error, DAMAGES) or type(error) is Exception:
+            raise not_opened(base, error) from None
+        raise
 
 
 def check_complete(loading: dict[str, Any], base: str) -> None:

@@ -159,6 +159,24 @@ def test_an_engine_that_cannot_be_asked_says_so(merged, engine, python, message)
         verify.verify(verify.read_report(merged[0]), merged[0], engine, python)
 
 
+def test_a_mismatch_says_in_words_what_differs():
+    figures = {
+        "missing": ["a", "b", "c", "d", "e", "f"],
+        "unexpected": ["g"],
+        "same_tokens": False,
+        "unused_gates": ["model.layers.1"],
+        "kl": float("nan"),
+        "max_logprob_difference": 0.5,
+    }
+    assert list(verify._differences(figures, 1e-4, 1.0)) == [
+        "it lacks a, b, c, d, e and 1 more",
+        "it holds g, which the engine leaves out",
+        "its tokenizer cuts the text into other tokens",
+        "the engine does not use the gates of model.layers.1",
+        "KL nan where 1.0e-04 is allowed",
+    ]
+
+
 def test_an_engine_that_lists_other_tokens_is_not_taken_for_the_same():
     ours = [-0.1, -3.0, -5.0]
     same = compare([7, 8, 9], ours, {7: -0.1, 8: -3.0, 9: -5.0, 4: -6.0})

@@ -24,6 +24,7 @@ from retrofit.opening import check_complete
 from retrofit.pickles import pickles_in, refuse_pickles
 from retrofit.proof import streamed
 from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
+from retrofit.tokenizer_file import check_tokenizer
 
 REPORT = "retrofit-merge.json"
 
@@ -93,6 +94,7 @@ def trained_reference(base: Path, adapter: Path, text: str, kind: str, path: Pat
     """
     refuse_pickles([adapter / "adapter_model.bin"])
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    check_tokenizer(tokenizer, str(base))
     input_ids = _windows(tokenizer, text)
     untrained, wrong = streamed.load(base)
     check_complete({f"{kind}_keys": names for kind, names in wrong.items()}, str(base))
@@ -160,14 +162,34 @@ def verify(
     with _readable(folder, checkpoint) as model:
         figures = _run(_ENGINES[engine], [model, folder / FILE], _OPTIONS.get(format, []), python)
     kl, max_logprob_difference = _TOLERANCE[engine][kind]
-    if not (
-        figures["kl"] <= kl + 2 * rounding_kl
-        and figures["max_logprob_difference"] <= max_logprob_difference
-        and figures["same_tokens"]
-        and not any(figures.get(name) for name in ("missing", "unexpected", "unused_gates"))
-    ):
-        raise MergeMismatchError(f"the checkpoint differs from the trained model: {figures}")
+    if wrong := list(_differences(figures, kl + 2 * rounding_kl, max_logprob_difference)):
+        raise MergeMismatchError(f"the checkpoint differs from the trained model: {_said(wrong)}")
     return figures
+
+
+def _differences(figures: dict, kl: float, max_logprob_difference: float) -> Iterator[str]:
+    """What is wrong, in words, the causes before what follows from them."""
+    if names := figures.get("missing"):
+        yield f"it lacks {_said(names)}"
+    if names := figures.get("unexpected"):
+        yield f"it holds {_said(names)}, which the engine leaves out"
+    if not figures["same_tokens"]:
+        yield "its tokenizer cuts the text into other tokens"
+    if names := figures.get("unused_gates"):
+        yield f"the engine does not use the gates of {_said(names)}"
+    # A NaN is not below anything.
+    if not figures["kl"] <= kl:
+        yield f"KL {figures['kl']:.1e} where {kl:.1e} is allowed"
+    if not figures["max_logprob_difference"] <= max_logprob_difference:
+        yield (
+            f"a log probability differs by {figures['max_logprob_difference']:.1e} where "
+            f"{max_logprob_difference:.1e} is allowed"
+        )
+
+
+def _said(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @contextmanager
