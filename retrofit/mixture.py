@@ -29,8 +29,8 @@ def mix(
         joined = datasets.concatenate_datasets(rows)
         return joined.shuffle(seed=seed)
     if isinstance(rows[0], IterableDataset):
-        lengths = [np.mean([len(row["input_ids"]) for row in _first(each)]) for each in rows]
-        drawn = shares / lengths
+        means = [np.mean([len(row["input_ids"]) for row in _first(each)]) for each in rows]
+        drawn = shares / means
         return datasets.interleave_datasets(
             rows,
             probabilities=list(drawn / drawn.sum()),
