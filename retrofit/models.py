@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from retrofit.adapter_config import read_adapter_config
 from retrofit.errors import UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.source import check_ungated, has_published_gates
 from retrofit.foreign_code import with_consent
-from retrofit.gates import GateConfig
 from retrofit.opening import DAMAGES, check_complete, one_line, opening
 from retrofit.origin import adapter_in, check_base, run_of
 from retrofit.pickles import refuse_pickled_weights, refuse_pickles
@@ -156,6 +156,7 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
             pickle.
     """
     check_adapter_files(adapter)
+    read_adapter_config(adapter)
     try:
         model = PeftModel.from_pretrained(base, str(adapter))
         # PEFT only warns of a missing weight, and the gate would stay the identity.
@@ -217,10 +218,10 @@ def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:
         spec = load_recipe(str(resolved)).model
         with opening(spec.base):
             return with_consent(spec, trusted)
-    config = GateConfig.from_pretrained(str(adapter))
-    return Model(
-        base=config.base_model_name_or_path, revision=config.revision, trust_remote_code=trusted
-    )
+    told = read_adapter_config(adapter)
+    if not (base := told.get("base_model_name_or_path")):
+        raise UserError(f"{adapter} does not say which base its gates were trained on")
+    return Model(base=base, revision=told.get("revision"), trust_remote_code=trusted)
 
 
 def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:

@@ -150,6 +150,47 @@ def test_an_adapter_whose_run_json_is_gone_is_no_run(run):
         load_model(str(run))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"granularity": "rowwise"}, "granularity: input should be 'headwise', 'elementwise' or"),
+        ({"granularity": 3}, "granularity: input should be"),
+        ({"position": ["G1"]}, "position: input should be"),
+        ({"input_dependent": "no"}, "input_dependent: input should be a valid boolean"),
+        ({"layers_to_transform": "all"}, "layers_to_transform: input should be a valid list"),
+        ({"layers_to_transform": []}, "layers_to_transform: list should have at least 1 item"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform: input should be greater than or"),
+        ({"layers_to_transform": [True]}, "layers_to_transform: input should be a valid integer"),
+        ({"layers_to_transform": [0, 1, 99]}, "does not fit its base"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: input should be a valid list"),
+        ({"task_type": "POETRY"}, "'poetry' is no task of peft's"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path: input should be a valid str"),
+        ({"revision": 3}, "revision: input should be a valid string"),
+        ({"peft_type": "LORA"}, "holds a LORA adapter, not gates"),
+        ({"gate_scale": 2.0}, "says gate_scale, which this version of retrofit does not know"),
+    ],
+)
+def test_what_an_adapter_says_is_known_or_refused(run, changes, message):
+    edit_json(run / "adapter" / "adapter_config.json", **changes)
+    (run / "run.json").unlink()
+    with pytest.raises(UserError) as raised:
+        load_model(str(run / "adapter"))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_field_that_is_not_known_and_empty_is_let_pass(run):
+    edit_json(run / "adapter" / "adapter_config.json", of_a_later_peft=None)
+    load_model(str(run))
+
+
+@pytest.mark.parametrize("told", ["", "[]", "3", "[" * 10**5, '{"peft_type": '])
+def test_an_adapter_config_of_another_shape_is_one_line(run, told):
+    (run / "adapter" / "adapter_config.json").write_text(told)
+    with pytest.raises(UserError, match="adapter_config.json") as raised:
+        load_model(str(run))
+    assert "\n" not in str(raised.value)
+
+
 def spoil(path, change):
     tensors = load_file(path)
     change(tensors)
