@@ -29,6 +29,7 @@ from retrofit.models import load_model
 from retrofit.probe import probe
 from retrofit.proof import verify
 from retrofit.proof.reference import Reference, compare
+from retrofit.proof.report import read_report
 
 WINDOWED = {"sliding_window": 16}
 
@@ -129,17 +130,17 @@ def test_shards_follow_the_index(merged):
 
 def test_the_proof_can_be_repeated_and_notices_a_changed_weight(merged, tmp_path):
     out, report = merged
-    again = verify.verify(verify.read_report(out), out)
+    again = verify.verify(read_report(out), out)
     assert again == {name: report["verification"][name] for name in again}
     changed = shutil.copytree(out, tmp_path / "changed")
     shard = sorted(changed.glob("model-*.safetensors"))[-1]
     tensors = load_file(shard)
     save_file({name: t * 1.01 for name, t in tensors.items()}, shard, metadata={"format": "pt"})
     with pytest.raises(MergeMismatchError, match="differs from the trained model"):
-        verify.verify(verify.read_report(changed), changed)
+        verify.verify(read_report(changed), changed)
     (changed / "retrofit-reference.json").unlink()
     with pytest.raises(UserError, match="no retrofit-reference.json"):
-        verify.read_report(changed)
+        read_report(changed)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,34 @@ def test_the_proof_can_be_repeated_and_notices_a_changed_weight(merged, tmp_path
 )
 def test_an_engine_that_cannot_be_asked_says_so(merged, engine, python, message):
     with pytest.raises(UserError, match=message):
-        verify.verify(verify.read_report(merged[0]), merged[0], engine, python)
+        verify.verify(read_report(merged[0]), merged[0], engine, python)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("checkpoint", {"format": "remote-code"}, "says format remote-code, but the folder holds"),
+        ("checkpoint", {"format": "adapter"}, "says format adapter, but the folder holds native"),
+        ("checkpoint", {"format": "gguf", "file": "../x.gguf"}, "checkpoint.file: string should"),
+        ("checkpoint", {"format": "gguf", "file": "x.gguf"}, "says format gguf, but the folder"),
+        ("checkpoint", {"format": "nonsense"}, "checkpoint.format: input should be"),
+        ("checkpoint", {"format": None}, "checkpoint.format: input should be"),
+        ("checkpoint", {"dtype": "bfloat16"}, "says dtype bfloat16, but the folder holds float32"),
+        ("checkpoint", {"model_type": "llama"}, "says model_type llama, but the folder holds qwen"),
+        ("verification", {"rounding_kl": float("inf")}, "rounding_kl: input should be a finite"),
+        ("verification", {"rounding_kl": "0"}, "rounding_kl: input should be a valid number"),
+        ("base", {"model_type": 3}, "base.model_type: input should be a valid string"),
+    ],
+)
+def test_a_report_that_says_something_else_than_the_folder_is_refused(
+    merged, tmp_path, part, changes, message
+):
+    changed = shutil.copytree(merged[0], tmp_path / "changed")
+    report = read_report(changed)
+    edit_json(changed / "retrofit-merge.json", **{part: report[part] | changes})
+    with pytest.raises(UserError) as raised:
+        read_report(changed)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_mismatch_says_in_words_what_differs():
@@ -255,18 +283,18 @@ def test_remote_code_that_somebody_changed_is_not_run(windowed, tmp_path):
     with (changed / "mistral.py").open("a") as file:
         file.write("raise SystemExit('run')\n")
     with pytest.raises(MergeMismatchError, match="mistral.py is not the file that this version"):
-        verify.verify(verify.read_report(changed), changed)
+        verify.verify(read_report(changed), changed)
 
 
 def test_code_beside_ours_is_not_run_either(windowed, tmp_path):
     changed = shutil.copytree(windowed[0], tmp_path / "changed")
     (changed / "other.py").write_text("raise SystemExit('run')\n")
     with pytest.raises(MergeMismatchError, match="other.py is not the file that this version"):
-        verify.verify(verify.read_report(changed), changed)
+        verify.verify(read_report(changed), changed)
     (changed / "other.py").unlink()
     edit_json(changed / "config.json", auto_map={"AutoConfig": "a/b--other.Config"})
     with pytest.raises(MergeMismatchError, match="names code of somebody else's"):
-        verify.verify(verify.read_report(changed), changed)
+        verify.verify(read_report(changed), changed)
 
 
 def test_a_model_without_gates_is_not_one_whose_gates_are_all_used(tiny_base):

@@ -26,8 +26,6 @@ from retrofit.proof import streamed
 from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
 from retrofit.tokenizer_file import check_tokenizer
 
-REPORT = "retrofit-merge.json"
-
 
 class MergeMismatchError(CheckError):
     """The written checkpoint does not compute what was trained. Nothing is left on disk."""
@@ -244,23 +242,6 @@ def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
     stored = quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
     return torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType.Q8_0))
-
-
-def read_report(folder: Path) -> dict:
-    """`retrofit-merge.json` of a folder that a merge wrote.
-
-    Raises:
-        UserError: if it, the reference, or what the merge wrote is missing or damaged.
-    """
-    for name in (REPORT, FILE):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} has no {name}: it is not a folder that `retrofit merge` wrote"
-            )
-    try:
-        return read_json(folder / REPORT)
-    except ValueError as error:
-        raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
 
 
 def _windows(tokenizer, text: str) -> torch.Tensor:
