@@ -48,8 +48,8 @@ class GateConfig(PeftConfig):
             refused on another family.
 
     Raises:
-        ValueError: for an unknown granularity, activation or position, or a center elsewhere than
-            at G1.
+        ValueError: for an unknown granularity, activation or position, a center elsewhere than at
+            G1, or layers that would not be read as they are given.
     """
 
     granularity: Granularity = "headwise"
@@ -74,10 +74,22 @@ class GateConfig(PeftConfig):
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         if self.centered and self.position != "G1":
             raise ValueError(f"centered gates are at G1, not {self.position}")
+        self._check_layers()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+
+    def _check_layers(self) -> None:
+        if self.layers_to_transform == []:
+            raise ValueError("layers_to_transform names no layer; None gates all of them")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts: give both")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform is not read where target_modules is a pattern, which has to "
+                "say itself which layers it means"
+            )
 
     @property
     def is_mergeable(self) -> bool:
