@@ -18,6 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from retrofit.errors import UserError
 from retrofit.files import read_json
+from retrofit.pickles import pickles_in, refuse_pickles
 from retrofit.sharded import whole
 
 _STATE = "state.json"
@@ -35,6 +36,11 @@ class SafetensorsCheckpoints(Trainer):
         super()._save(output_dir, state_dict)
         # A pickle of the arguments, which the recipe replaces.
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._sharded():
+            refuse_pickles(pickles_in(Path(resume_from_checkpoint)))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.args.should_save:

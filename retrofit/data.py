@@ -1,10 +1,11 @@
-"""Training data: local files or hub datasets, plain text, prompt/completion or chat, mixed.
+"""Training data: local files or hub datasets, plain text, prompt/completion or chat.
 
 Loading, tokenizing, loss masks and packing are those of datasets and TRL; this file finds the
-sources, says what is wrong with them, and mixes their rows by weight.
+sources and says what is wrong with them.
 """
 
 from dataclasses import dataclass
+from glob import escape  # datasets takes what it is given for a pattern
 from pathlib import Path
 
 import datasets
@@ -35,28 +36,6 @@ def load_sources(data: Data) -> list[LoadedSource]:
     return [_load(source, data.streaming) for source in data.sources]
 
 
-def mix(
-    rows: list[Dataset] | list[IterableDataset], weights: list[float | None], seed: int
-) -> Dataset | IterableDataset:
-    """One dataset of tokenized rows: in the given shares, or all of each if there are none.
-
-    With packing every row has the same length, so a share of rows is a share of tokens. Small
-    sources repeat until the largest has been seen once.
-    """
-    if len(rows) == 1:
-        return rows[0]
-    shares = [weight for weight in weights if weight is not None]
-    if not shares:
-        joined = datasets.concatenate_datasets(rows)
-        return joined.shuffle(seed=seed)
-    return datasets.interleave_datasets(
-        rows,
-        probabilities=[share / sum(shares) for share in shares],
-        seed=seed,
-        stopping_strategy="all_exhausted",
-    )
-
-
 def _load(source: Source, streaming: bool) -> LoadedSource:
     path = Path(source.path).expanduser()
     builder = _BUILDERS.get(path.suffix)
@@ -70,7 +49,7 @@ def _load(source: Source, streaming: bool) -> LoadedSource:
             # One document a text file: cut at line ends it would be a heap of short ones.
             kwargs = {"sample_by": "document"} if builder == "text" else {}
             rows = datasets.load_dataset(
-                builder, data_files=str(path), split="train", streaming=streaming, **kwargs
+                builder, data_files=escape(str(path)), split="train", streaming=streaming, **kwargs
             )
         else:
             rows = datasets.load_dataset(

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """JSON as the standard has it, which knows no NaN and no infinity."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -58,8 +60,9 @@ def appearing_whole(out: Path) -> Iterator[Path]:
     import psutil
     from safetensors import SafetensorError
 
-    for left in out.parent.glob(f".{out.name}.partial-*"):  # of a merge that was killed
-        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+    for left in out.parent.glob(f".{escape(out.name)}.partial-*"):  # of a merge that was killed
+        process = left.name.rpartition("-")[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:

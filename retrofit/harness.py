@@ -9,6 +9,7 @@ and no other way to give it one. Needs the extra `tasks`.
 
 import sys
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def _task(name: str, documents: Path) -> dict[str, Any]:
     return {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(documents)}},
+        # datasets takes what it is given for a pattern.
+        "dataset_kwargs": {"data_files": {"test": escape(str(documents))}},
         "test_split": "test",
         "num_fewshot": 0,
         "metadata": {"version": 1.0},

@@ -35,7 +35,8 @@ from retrofit.files import (
 )
 from retrofit.proof.passage import PASSAGE
 from retrofit.proof.reference import FILE
-from retrofit.proof.verify import REPORT, MergeMismatchError, trained_reference, verify
+from retrofit.proof.report import REPORT
+from retrofit.proof.verify import MergeMismatchError, trained_reference, verify
 
 __all__ = ["MergeMismatchError", "merge"]
 

@@ -19,23 +19,28 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from retrofit.adapter_config import read_adapter_config
 from retrofit.errors import UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.source import check_ungated, has_published_gates
-from retrofit.files import read_json
-from retrofit.fingerprint import base_weights, weights_sha256
-from retrofit.gates import GateConfig
+from retrofit.foreign_code import with_consent
+from retrofit.opening import DAMAGES, check_complete, one_line, opening
+from retrofit.origin import adapter_in, check_base, run_of
+from retrofit.pickles import refuse_pickled_weights, refuse_pickles
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
+from retrofit.tokenizer_file import check_tokenizer
 
 
 def load_base(spec: Model) -> PreTrainedModel:
     """The base model of a recipe, in eval mode, on the GPU if there is one.
 
     Raises:
-        UserError: if it cannot be found, or is quantized without bitsandbytes.
+        UserError: if it cannot be found, is damaged, lacks a weight or has one too many, is stored
+            in pickles, or is quantized without bitsandbytes.
     """
     config = load_config(spec)
     check_ungated(config, spec.base)
+    _check_files(spec, config)
     kwargs: dict[str, Any] = {}
     if spec.quantization:
         kwargs["quantization_config"] = _quantization(spec, config)
@@ -43,45 +48,62 @@ def load_base(spec: Model) -> PreTrainedModel:
         kwargs["device_map"] = {"": torch.cuda.current_device()}
     if spec.attn_implementation:
         kwargs["attn_implementation"] = spec.attn_implementation
-    return AutoModelForCausalLM.from_pretrained(
-        _expand(spec.base),
-        config=config,
-        revision=spec.revision,
-        dtype=spec.dtype,
-        trust_remote_code=spec.trust_remote_code,
-        **kwargs,
-    ).eval()
+    with opening(spec.base):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            spec.location,
+            config=config,
+            revision=spec.revision,
+            dtype=spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told of below
+            **kwargs,
+        )
+    check_complete(loading, spec.base)
+    return model.eval()
 
 
 def load_config(spec: Model) -> PreTrainedConfig:
     """The base's config.
 
     Raises:
-        UserError: if there is no such folder or hub id.
+        UserError: if there is no such folder or hub id, or it is damaged.
     """
-    try:
+    with opening(spec.base):
         return AutoConfig.from_pretrained(
-            _expand(spec.base), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            spec.location, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise _not_found(spec.base, error) from None
 
 
 def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, it is damaged, or transformers makes another one of it.
     """
-    try:
+    with opening(spec.base):
         tokenizer = AutoTokenizer.from_pretrained(
-            _expand(spec.base), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            spec.location, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise _not_found(spec.base, error) from None
+        check_tokenizer(tokenizer, spec.location, spec.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_files(spec: Model, config: PreTrainedConfig) -> None:
+    """No pickle is opened, and no other model stands in for the one that is named."""
+    folder = Path(spec.location)
+    refuse_pickled_weights(folder)
+    weights = getattr(config, "transformers_weights", None)
+    if weights and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(f"the config.json of {spec.base} names {weights}, which is no safetensors")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{spec.base} holds an adapter, which transformers would put on it; name a folder "
+            "without adapter_config.json as the base"
+        )
 
 
 def load_model(
@@ -101,8 +123,8 @@ def load_model(
     Raises:
         UserError: if there is nothing there, or the adapter does not fit its base.
     """
-    folder = Path(source).expanduser()
-    adapter = folder / "adapter" if (folder / "run.json").is_file() else folder
+    folder = run_of(Path(source).expanduser())
+    adapter = adapter_in(folder)
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
             raise UserError(f"{source} is an unfinished run; finish it with --resume")
@@ -115,13 +137,14 @@ def load_model(
         if has_published_gates(load_config(spec)):
             return _load_published(spec)
         return load_base(spec), load_tokenizer(spec)
-    spec = _base_of(folder, adapter)
+    spec = _base_of(folder, adapter, trust_remote_code)
     if dtype != "auto":
         spec = spec.model_copy(update={"dtype": dtype})
     if quantization:
         spec = spec.model_copy(update={"quantization": quantization})
     base = load_base(spec)
-    _check_base(base, folder, spec)
+    asked = dtype != "auto" or quantization is not None
+    check_base(base, folder, spec.quantization, _folder_of(spec) if asked else None)
     return load_adapter(base, adapter).eval(), load_tokenizer(spec)
 
 
@@ -129,23 +152,37 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """Put trained gates on their base.
 
     Raises:
-        UserError: if they were trained on another family or shape, or the file is damaged.
+        UserError: if they were trained on another family or shape, or the file is damaged or a
+            pickle.
     """
+    check_adapter_files(adapter)
+    read_adapter_config(adapter)
     try:
         model = PeftModel.from_pretrained(base, str(adapter))
-    except UserError:
+        # PEFT only warns of a missing weight, and the gate would stay the identity.
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            wrong = set(file.keys()) ^ set(get_peft_model_state_dict(model))
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the adapter in {adapter} does not fit its base: {reason}") from None
-    # PEFT only warns of a missing weight, and the gate would stay the identity.
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        wrong = set(file.keys()) ^ set(get_peft_model_state_dict(model))
+    except DAMAGES as error:
+        raise UserError(
+            f"the adapter in {adapter} does not fit its base: {one_line(error, 300)}"
+        ) from None
     if wrong:
         raise UserError(
             f"the adapter in {adapter} does not fit its base: {min(wrong)} is in one alone"
         )
     return model
+
+
+def check_adapter_files(adapter: Path) -> None:
+    """
+    Raises:
+        UserError: if the gates are not in safetensors, or also in a pickle.
+    """
+    refuse_pickles([adapter / "adapter_model.bin"])
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter} has no adapter_model.safetensors; train again")
 
 
 def _load_published(spec: Model) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -163,42 +200,28 @@ def _load_published(spec: Model) -> tuple[PeftModel, PreTrainedTokenizerBase]:
 
 def _folder_of(spec: Model) -> Path:
     """The checkpoint on this machine; a hub id is downloaded."""
-    folder = Path(_expand(spec.base))
+    folder = Path(spec.location)
     if folder.is_dir():
         return folder
-    try:
+    with opening(spec.base):
         snapshot = snapshot_download(
             spec.base,
             revision=spec.revision,
             allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"],
             ignore_patterns=["*/*"],  # other models of the same repository
         )
-    except (OSError, ValueError) as error:
-        raise _not_found(spec.base, error) from None
     return Path(snapshot)
 
 
-def _base_of(folder: Path, adapter: Path) -> Model:
+def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:
     if (resolved := folder / "recipe.resolved.yaml").is_file():
-        return load_recipe(str(resolved)).model
-    config = GateConfig.from_pretrained(str(adapter))
-    return Model(base=config.base_model_name_or_path, revision=config.revision)
-
-
-def _check_base(base: PreTrainedModel, folder: Path, spec: Model) -> None:
-    """The weights must be those the run was trained on, where the run says so and they are held
-    in the same form."""
-    if not (folder / "run.json").is_file():
-        return
-    trained_on = read_json(folder / "run.json")["base"]
-    held = str(base.dtype).removeprefix("torch.")
-    if trained_on["dtype"] != held or trained_on["quantization"] != spec.quantization:
-        return
-    if weights_sha256(base_weights(base)) != trained_on["weights_sha256"]:
-        raise UserError(
-            f"the weights in {spec.base} are not those that {folder} was trained on (their sha256 "
-            "differs); point model.base of its recipe.resolved.yaml at the original"
-        )
+        spec = load_recipe(str(resolved)).model
+        with opening(spec.base):
+            return with_consent(spec, trusted)
+    told = read_adapter_config(adapter)
+    if not (base := told.get("base_model_name_or_path")):
+        raise UserError(f"{adapter} does not say which base its gates were trained on")
+    return Model(base=base, revision=told.get("revision"), trust_remote_code=trusted)
 
 
 def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:
@@ -215,18 +238,3 @@ def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_use_double_quant=True,
     )
-
-
-def _expand(base: str) -> str:
-    return str(Path(base).expanduser()) if base.startswith("~") else base
-
-
-def _not_found(base: str, error: Exception) -> UserError:
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"{base} brings code of its own; read it, and allow it with trust_remote_code"
-        )
-    if Path(base).expanduser().is_dir():
-        return UserError(f"{base} is not a model folder: {' '.join(str(error).split())[:200]}")
-    hint = "; `make assets` fetches the models and texts of the CPU recipes" if "~" in base else ""
-    return UserError(f"no model at {base!r}: neither a folder nor a hub id within reach{hint}")

@@ -14,13 +14,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from retrofit.errors import UserError
+from retrofit.strict_yaml import parse, parse_value
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["nf4", "fp4", "int8"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: a truth value is no number, and text neither.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(_Section):
@@ -30,6 +32,11 @@ class Model(_Section):
     quantization: Quantization | None = None  # bitsandbytes; the merge uses none
     attn_implementation: str | None = None  # sdpa where the model has it
     trust_remote_code: bool = False
+
+    @property
+    def location(self) -> str:
+        """The base as libraries find it, which know no `~`."""
+        return str(Path(self.base).expanduser()) if self.base.startswith("~") else self.base
 
     @property
     def takes_lengths(self) -> bool:
@@ -45,7 +52,8 @@ class Gate(_Section):
     position: Literal["G1", "G2", "G3", "G4", "G5"] = "G1"  # before o_proj; the rest are ablations
     input_dependent: bool = True  # False, an ablation: constants instead of scores by token
     centered: bool = False  # a closed gate leaves the sink's value, read off the base, not nothing
-    layers: list[int] | None = None  # which layers to gate; all of them by default
+    # Which layers to gate; all of them by default.
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _settings_go_together(self):
@@ -161,7 +169,7 @@ class Train(_Section):
     # auto: the first of none, selective (attention is kept) and full that fits, see memory.py.
     gradient_checkpointing: Literal["auto", "none", "selective", "full", "reentrant"] = "auto"
     torch_compile: bool = False
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # numpy takes no other
     logging_steps: Annotated[int, Field(gt=0)] = 1
     save_steps: Annotated[int, Field(gt=0)] = 100
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
@@ -230,7 +238,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: one line that names the file, the key and what it should be.
     """
     try:
-        settings = yaml.safe_load(recipe_file(name).read_text(encoding="utf-8"))
+        settings = parse(recipe_file(name).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
@@ -280,13 +288,13 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         if not isinstance(settings, dict):
             raise UserError(f"{key}: {parent} holds a value, not a section")
     try:
-        settings[last] = yaml.safe_load(value)
+        settings[last] = parse_value(value)
     except yaml.YAMLError:
         raise UserError(f"{key}: {value!r} is not a YAML value") from None
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    first, *others = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return (
@@ -296,8 +304,16 @@ def _explain(error: ValidationError) -> str:
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if others and first["type"] == "literal_error" and _is_same_field(first, others[0]):
+        key = key.rpartition(".")[0]
+        message += f" or {others[0]['msg'].removeprefix('Input should be ')}"
     given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
     return f"{key}: {message}{given}" if key else message
+
+
+def _is_same_field(first: Any, second: Any) -> bool:
+    """Of a field that takes a word or a number pydantic tells of each, as a part of the key."""
+    return first["loc"][:-1] == second["loc"][:-1] and first["input"] is second["input"]
 
 
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:

@@ -54,6 +54,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     Raises:
         UserError: for bad input, before anything is written.
         Interrupted: after Ctrl-C, when the checkpoint is written.
+        DivergedError: if the loss or its gradient is not finite.
         DeadGateError: if a gate got no gradient at the first step.
         BaseChangedError: if a base weight changed.
     """
@@ -240,6 +241,7 @@ def training_arguments(recipe: Recipe, run: Path, checkpoint: Path | None = None
         data_seed=train.seed,
         logging_steps=train.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         save_steps=train.save_steps,
         save_total_limit=2,
         report_to=train.report_to,

@@ -17,9 +17,11 @@ from retrofit.auxiliary import add_auxiliary
 from retrofit.calibrate import Calibration, calibrate
 from retrofit.checkpoint import SafetensorsCheckpoints
 from retrofit.collate import PackedRows
-from retrofit.data import LoadedSource, mix
+from retrofit.data import LoadedSource
+from retrofit.divergence import check_finite
 from retrofit.errors import UserError
 from retrofit.gates import GateConfig, GateLayer, gate_layers
+from retrofit.mixture import mix
 from retrofit.objectives import add_objectives
 from retrofit.packed_attention import attend_by_document
 from retrofit.recipe import Objective
@@ -90,6 +92,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         needed = objective.reads_layers
         self.auxiliary = add_auxiliary(self.model, objective) if needed else None
         self.learning_rates: dict[int, float] = {}  # by layer, instead of `args.learning_rate`
+        self._losses: list[torch.Tensor] = []  # of the micro-batches of a step
         self._compiled = False
         self._clock: tuple[float, int] | None = None
 
@@ -209,6 +212,19 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
         self._record(outputs, movements)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Called once a step, when its gradient is whole and the gates have not moved."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        losses, self._losses = self._losses, []
+        rate = max(self.learning_rates.values(), default=self.args.learning_rate)
+        check_finite(losses, grad_norm, self.state.global_step, rate, self.model.dtype)
+        return grad_norm
 
     def _record(self, outputs, movements: list[torch.Tensor]) -> None:
         metrics = self._metrics["train"]

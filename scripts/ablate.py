@@ -15,10 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
 from matplotlib.figure import Figure
 
 from retrofit.recipe import load_recipe
+from retrofit.strict_yaml import parse
 
 RETROFIT = [sys.executable, "-c", "from retrofit.cli import main; main()"]
 COLUMNS = {
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs alone")
     options = parser.parse_intermixed_args()
-    grid = yaml.safe_load(options.grid.read_text())
+    grid = parse(options.grid.read_text())
     runs = {name: grid["runs"][name] for name in options.only or grid["runs"]}
     options.out.mkdir(parents=True, exist_ok=True)
     for name, overrides in runs.items():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_merge import make_run
 from tiny import tiny_model, tiny_tokenizer
 from torch import nn
@@ -15,7 +16,8 @@ from retrofit.errors import UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.merge import merge
 from retrofit.models import load_base, load_model
-from retrofit.proof.verify import read_report, verify
+from retrofit.proof.report import read_report
+from retrofit.proof.verify import verify
 from retrofit.recipe import Model
 
 INPUT_IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -87,6 +89,45 @@ def test_a_published_model_opens_and_goes_native(family, bias, granularity, tmp_
         merge(tmp_path / "apart/adapter", tmp_path / "native")
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
         torch.testing.assert_close(stock(INPUT_IDS).logits, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads: input should be greater than 0"),
+        ({"num_attention_heads": -4}, "num_attention_heads: input should be greater than 0"),
+        ({"num_attention_heads": "4"}, "num_attention_heads: input should be a valid integer"),
+        ({"num_attention_heads": True}, "num_attention_heads: input should be a valid integer"),
+        ({"num_attention_heads": 8}, "in the shape"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is no multiple of num_key_value_heads"),
+        ({"num_key_value_heads": 4}, "in the shape"),
+        ({"head_dim": 32}, "in the shape"),
+        ({"hidden_size": 10**9}, "in the shape"),
+        ({"num_hidden_layers": 10**9}, "lacks the tensor model.layers.3.self_attn.q_proj.weight"),
+        ({"use_qk_norm": None}, "use_qk_norm: input should be a valid boolean"),
+        ({"elementwise_attn_output_gate": True}, "it asks for both kinds of gates"),
+    ],
+)
+def test_a_config_whose_numbers_are_not_those_of_the_weights_is_refused(tmp_path, changes, message):
+    published(tmp_path / "published", "qwen3", "headwise", False)
+    path = tmp_path / "published/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError) as raised:
+        unpack(tmp_path / "published", tmp_path / "apart")
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert not (tmp_path / "apart").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, name):
+    published(tmp_path / "published", "qwen3", "headwise", False)
+    path = tmp_path / "published/model.safetensors"
+    weights = load_file(path)
+    weights[name].view(-1)[0] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} has NaN or infinite weights"):
+        unpack(tmp_path / "published", tmp_path / "apart")
+    assert not (tmp_path / "apart").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -29,6 +29,7 @@ from retrofit.models import load_model
 from retrofit.probe import probe
 from retrofit.proof import verify
 from retrofit.proof.reference import Reference, compare
+from retrofit.proof.report import read_report
 
 WINDOWED = {"sliding_window": 16}
 
@@ -49,7 +50,9 @@ def make_run(run: Path, base: Path, granularity: Any = "headwise", centered: boo
     )
     get_peft_model(model, config).save_pretrained(str(run / "adapter"))
     (run / "run.json").write_text(json.dumps({"base": facts, "steps": 3, "tokens": 3000}))
-    (run / "recipe.resolved.yaml").write_text(f"model:\n  base: {base}\n")
+    recipe = {"output_dir": str(run), "model": {"base": str(base)}}
+    recipe["data"] = {"sources": [{"path": "gone.jsonl"}]}
+    (run / "recipe.resolved.yaml").write_text(json.dumps(recipe))
     metrics = {"perplexity": 20.5, "peak_column_share": 0.33, "kl_to_base": None}
     models = [{"name": "base", "metrics": metrics}, {"name": "gated", "metrics": metrics}]
     settings = {"text": "wiki.jsonl", "length": 512, "tokens": 8192}
@@ -127,17 +130,17 @@ def test_shards_follow_the_index(merged):
 
 def test_the_proof_can_be_repeated_and_notices_a_changed_weight(merged, tmp_path):
     out, report = merged
-    again = verify.verify(verify.read_report(out), out)
+    again = verify.verify(read_report(out), out)
     assert again == {name: report["verification"][name] for name in again}
     changed = shutil.copytree(out, tmp_path / "changed")
     shard = sorted(changed.glob("model-*.safetensors"))[-1]
     tensors = load_file(shard)
     save_file({name: t * 1.01 for name, t in tensors.items()}, shard, metadata={"format": "pt"})
     with pytest.raises(MergeMismatchError, match="differs from the trained model"):
-        verify.verify(verify.read_report(changed), changed)
+        verify.verify(read_report(changed), changed)
     (changed / "retrofit-reference.json").unlink()
     with pytest.raises(UserError, match="no retrofit-reference.json"):
-        verify.read_report(changed)
+        read_report(changed)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,52 @@ def test_the_proof_can_be_repeated_and_notices_a_changed_weight(merged, tmp_path
 )
 def test_an_engine_that_cannot_be_asked_says_so(merged, engine, python, message):
     with pytest.raises(UserError, match=message):
-        verify.verify(verify.read_report(merged[0]), merged[0], engine, python)
+        verify.verify(read_report(merged[0]), merged[0], engine, python)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("checkpoint", {"format": "remote-code"}, "says format remote-code, but the folder holds"),
+        ("checkpoint", {"format": "adapter"}, "says format adapter, but the folder holds native"),
+        ("checkpoint", {"format": "gguf", "file": "../x.gguf"}, "checkpoint.file: string should"),
+        ("checkpoint", {"format": "gguf", "file": "x.gguf"}, "says format gguf, but the folder"),
+        ("checkpoint", {"format": "nonsense"}, "checkpoint.format: input should be"),
+        ("checkpoint", {"format": None}, "checkpoint.format: input should be"),
+        ("checkpoint", {"dtype": "bfloat16"}, "says dtype bfloat16, but the folder holds float32"),
+        ("checkpoint", {"model_type": "llama"}, "says model_type llama, but the folder holds qwen"),
+        ("verification", {"rounding_kl": float("inf")}, "rounding_kl: input should be a finite"),
+        ("verification", {"rounding_kl": "0"}, "rounding_kl: input should be a valid number"),
+        ("base", {"model_type": 3}, "base.model_type: input should be a valid string"),
+    ],
+)
+def test_a_report_that_says_something_else_than_the_folder_is_refused(
+    merged, tmp_path, part, changes, message
+):
+    changed = shutil.copytree(merged[0], tmp_path / "changed")
+    report = read_report(changed)
+    edit_json(changed / "retrofit-merge.json", **{part: report[part] | changes})
+    with pytest.raises(UserError) as raised:
+        read_report(changed)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_mismatch_says_in_words_what_differs():
+    figures = {
+        "missing": ["a", "b", "c", "d", "e", "f"],
+        "unexpected": ["g"],
+        "same_tokens": False,
+        "unused_gates": ["model.layers.1"],
+        "kl": float("nan"),
+        "max_logprob_difference": 0.5,
+    }
+    assert list(verify._differences(figures, 1e-4, 1.0)) == [
+        "it lacks a, b, c, d, e and 1 more",
+        "it holds g, which the engine leaves out",
+        "its tokenizer cuts the text into other tokens",
+        "the engine does not use the gates of model.layers.1",
+        "KL nan where 1.0e-04 is allowed",
+    ]
 
 
 def test_an_engine_that_lists_other_tokens_is_not_taken_for_the_same():
@@ -222,7 +270,7 @@ def test_remote_code_round_trips(windowed, tmp_path):
 
 
 def test_measure_opens_remote_code_if_it_is_trusted(windowed):
-    with pytest.raises(UserError, match="brings code of its own; .* with trust_remote_code"):
+    with pytest.raises(UserError, match="brings code of its own; .* with --trust-remote-code"):
         load_model(str(windowed[0]))
     model, _ = load_model(str(windowed[0]), trust_remote_code=True)
     with probe(model) as layers, torch.no_grad():
@@ -235,18 +283,18 @@ def test_remote_code_that_somebody_changed_is_not_run(windowed, tmp_path):
     with (changed / "mistral.py").open("a") as file:
         file.write("raise SystemExit('run')\n")
     with pytest.raises(MergeMismatchError, match="mistral.py is not the file that this version"):
-        verify.verify(verify.read_report(changed), changed)
+        verify.verify(read_report(changed), changed)
 
 
 def test_code_beside_ours_is_not_run_either(windowed, tmp_path):
     changed = shutil.copytree(windowed[0], tmp_path / "changed")
     (changed / "other.py").write_text("raise SystemExit('run')\n")
     with pytest.raises(MergeMismatchError, match="other.py is not the file that this version"):
-        verify.verify(verify.read_report(changed), changed)
+        verify.verify(read_report(changed), changed)
     (changed / "other.py").unlink()
     edit_json(changed / "config.json", auto_map={"AutoConfig": "a/b--other.Config"})
     with pytest.raises(MergeMismatchError, match="names code of somebody else's"):
-        verify.verify(verify.read_report(changed), changed)
+        verify.verify(read_report(changed), changed)
 
 
 def test_a_model_without_gates_is_not_one_whose_gates_are_all_used(tiny_base):
@@ -354,7 +402,7 @@ def test_a_bare_adapter_of_chosen_layers(tmp_path, tiny_base, in_process):
 
 def test_gates_trained_in_4_bits_merge_into_the_original(run, tmp_path, in_process):
     facts = json.loads((run / "run.json").read_text())
-    facts["base"] |= {"quantization": "nf4", "weights_sha256": "of the packed weights"}
+    facts["base"] |= {"quantization": "nf4", "weights_sha256": "0" * 64}  # of the packed weights
     (run / "run.json").write_text(json.dumps(facts))
     merge(run, tmp_path / "out")
     assert "trained on the base in nf4" in (tmp_path / "out/README.md").read_text()
@@ -507,7 +555,9 @@ def float16_base(run, base, tmp_path):
     weights = {name: tensor.half() for name, tensor in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
     facts = json.loads((run / "run.json").read_text())
-    edit_json(run / "run.json", base=facts["base"] | {"weights_sha256": None})
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="float32")
+    sha256 = weights_sha256(base_weights(base))
+    edit_json(run / "run.json", base=facts["base"] | {"weights_sha256": sha256})
     return {"base": str(tmp_path / "base")}
 
 
@@ -544,6 +594,14 @@ def no_native_form(run, base, tmp_path):
     make_run(tmp_path / "windowed", base("mistral", **WINDOWED))
     shutil.copytree(tmp_path / "windowed", run, dirs_exist_ok=True)
     return {}
+
+
+def further_tensor(run, base, tmp_path):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    further = {"model.layers.3.mlp.up_proj.weight": torch.ones(2, 2)}
+    save_file(load_file(path) | further, path, metadata={"format": "pt"})
+    return {"base": str(tmp_path / "base")}
 
 
 def pickled_base(run, base, tmp_path):
@@ -618,6 +676,7 @@ def short_text(run, base, tmp_path):
             no_native_form,
             "no native checkpoint of .* has no sliding window; .* --format remote-code",
         ),
+        (further_tensor, "stores model.layers.3.mlp.up_proj.weight, for which its config.json"),
         (pickled_base, "has no model.safetensors; only safetensors checkpoints are read"),
         (nan_gate, r"gate of layer \d has NaN or infinite weights: training diverged"),
         (ablation, "no checkpoint can carry the gates of .*: only sigmoid gates at G1"),

@@ -1,5 +1,7 @@
 """Recipes: bundled ones load, and every mistake is named in one line."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -68,6 +70,29 @@ def test_overrides_are_yaml_values(recipe_path):
         ("train.seed", "'train.seed' is not an override"),
         ("output_dir.x=1", "output_dir holds a value, not a section"),
         ("train.seed=[", "is not a YAML value"),
+        ("gate.layers=[]", "gate.layers: list should have at least 1 item"),
+        ("gate.layers=[-1]", "gate.layers.0: input should be greater than or equal to 0"),
+        ("gate.layers=[true]", "gate.layers.0: input should be a valid integer, not True"),
+        ("gate.layers=[1] # all", "is not a YAML value"),
+        ("train.max_steps=True", "train.max_steps: input should be a valid integer, not True"),
+        ("train.max_steps=4.0", "train.max_steps: input should be a valid integer, not 4.0"),
+        ("train.max_steps='4'", "train.max_steps: input should be a valid integer, not '4'"),
+        ("train.max_steps=4 # of 40", "input should be a valid integer, not '4 # of 40'"),
+        ("train.save_steps=yes", "train.save_steps: input should be a valid integer, not True"),
+        ("data.packing=1", "data.packing: input should be a valid boolean, not 1"),
+        ("train.epochs=.inf", "train.epochs: input should be a finite number, not inf"),
+        ("train.epochs=true", "train.epochs: input should be a valid number, not True"),
+        ("train.epochs=1e999", "train.epochs: input should be a finite number, not inf"),
+        ("objective.kl=.nan", "objective.kl: input should be a finite number, not nan"),
+        ("objective.lm=.inf", "objective.lm: input should be a finite number, not inf"),
+        ("train.learning_rate=.inf", "train.learning_rate: input should be 'auto' or a finite"),
+        ("train.learning_rate=lots", "train.learning_rate: input should be 'auto' or a valid"),
+        ("train.learning_rate=-1", "train.learning_rate: input should be 'auto' or greater than 0"),
+        ("data.sources=[{path: a, weight: .inf}]", "data.sources.0.weight: input should be a fin"),
+        ("train.seed=-1", "train.seed: input should be greater than or equal to 0, not -1"),
+        ("train.seed=4294967296", "train.seed: input should be less than 4294967296"),
+        ("measure={text: a, length: True}", "measure.length: input should be a valid integer"),
+        ("train={seed: 1, seed: 2}", "is not a YAML value"),
     ],
 )
 def test_mistakes_are_named_in_one_line(recipe_path, override, message):
@@ -90,6 +115,49 @@ def test_pressure_on_rows_without_far_keys_is_refused(recipe_path):
     with pytest.raises(UserError, match="data.first_tokens taken off"):
         overrides = ["objective.pressure=1", "data.sequence_length=128", "data.first_tokens=8"]
         load_recipe(recipe_path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("runs/try #2", "runs/try #2"),
+        ("#2", "#2"),
+        (" runs/x ", "runs/x"),
+        ("'runs/x # y'", "runs/x # y"),
+        ("runs/c#", "runs/c#"),
+    ],
+)
+def test_text_of_an_override_is_kept_whole(recipe_path, value, kept):
+    assert load_recipe(recipe_path, [f"output_dir={value}"]).output_dir == kept
+
+
+@pytest.mark.parametrize("value", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3"])
+def test_a_number_may_be_written_as_people_write_it(recipe_path, value):
+    assert load_recipe(recipe_path, [f"train.learning_rate={value}"]).train.learning_rate == 1e-4
+    assert load_recipe(recipe_path, ["train.epochs=2"]).train.epochs == 2.0
+
+
+@pytest.mark.parametrize("twice", ["train", "model", "output_dir"])
+def test_a_key_that_is_there_twice_is_refused(recipe_path, twice):
+    path = Path(recipe_path)
+    section = yaml.safe_dump({twice: MINIMAL.get(twice, {"seed": 1})})
+    path.write_text(path.read_text() + ("" if twice in MINIMAL else section) + section)
+    with pytest.raises(UserError, match=f"is not YAML: '{twice}' is there twice") as raised:
+        load_recipe(recipe_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_key_twice_inside_a_section_is_refused(recipe_path):
+    path = Path(recipe_path)
+    path.write_text(path.read_text() + "train:\n  seed: 1\n  save_steps: 5\n  seed: 2\n")
+    with pytest.raises(UserError, match="'seed' is there twice"):
+        load_recipe(recipe_path)
+
+
+def test_an_anchor_may_be_merged_and_overridden(recipe_path):
+    path = Path(recipe_path)
+    path.write_text(path.read_text() + "train: {<<: {seed: 1, save_steps: 5}, seed: 2}\n")
+    assert load_recipe(recipe_path).train.seed == 2
 
 
 def test_an_unknown_recipe_names_the_nearest():

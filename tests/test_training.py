@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,10 +23,12 @@ from retrofit import callbacks
 from retrofit.adapters import family_of
 from retrofit.callbacks import DeadGateError, GradientCheck, Interrupt
 from retrofit.checkpoint import accumulation_steps
-from retrofit.data import mix
+from retrofit.data import load_sources
+from retrofit.divergence import DivergedError
 from retrofit.errors import UserError
 from retrofit.gates import GateLayer, gate_layers
-from retrofit.recipe import Recipe
+from retrofit.mixture import mix
+from retrofit.recipe import Data, Recipe
 from retrofit.train import gate_trainer, train
 
 WORDS = "the sink token head gate layer draws all attention to first last union people".split()
@@ -258,6 +261,50 @@ def test_every_gate_must_get_a_gradient_or_the_run_stops_and_names_it(make_recip
         trainer.train()
 
 
+def poisoned(monkeypatch, name, value, at):
+    """Let the loss, or its gradient, be `value` at one step."""
+    from retrofit.trainer import GateTrainer
+
+    original = GateTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step != at:
+            return loss
+        if name == "loss":
+            return loss + value
+        loss.register_hook(lambda grad: grad * value)
+        return loss * 1.0
+
+    monkeypatch.setattr(GateTrainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_run_whose_loss_or_gradient_is_no_number_stops_at_once(
+    make_recipe, monkeypatch, tmp_path, name, value, at
+):
+    poisoned(monkeypatch, name, value, at)
+    with pytest.raises(DivergedError) as raised:
+        train(make_recipe(train={"save_steps": 1}))
+    message = str(raised.value)
+    assert f"the {name} is " in message and "\n" not in message
+    assert ("at the first step" if at == 0 else "at step 3; lower train.learning_rate") in message
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert len(list((tmp_path / "run").glob("checkpoints/checkpoint-*"))) == at
+
+
+def test_a_learning_rate_that_is_far_too_high_is_told(make_recipe, tmp_path):
+    recipe = make_recipe(
+        gate={"activation": "linear"},
+        train={"learning_rate": 1e37, "max_steps": 20, "schedule": "constant_with_warmup"},
+    )
+    with pytest.raises(DivergedError, match=r"lower train.learning_rate \(it is 1e\+37"):
+        train(recipe)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_changed_base_weight_fails_the_run(make_recipe, monkeypatch):
     from retrofit import train as module
 
@@ -335,6 +382,21 @@ def test_local_files_of_every_kind_train(make_recipe, tmp_path, suffix):
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["[12]", "*", "?", "**", "{a,1}", "a!b", "[!1]"])
+def test_a_path_is_the_file_of_that_name_and_no_pattern(tmp_path, name, streaming):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "right"}) + "\n")
+    for other in ("1", "2", "a"):
+        (tmp_path / f"{other}.jsonl").write_text(json.dumps({"text": "wrong"}) + "\n")
+    for folder in (tmp_path, tmp_path / name):
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}.jsonl"
+        path.write_text(json.dumps({"text": "right"}) + "\n")
+        data = Data.model_validate({"sources": [{"path": str(path)}], "streaming": streaming})
+        (source,) = load_sources(data)
+        assert [row["text"] for row in source.rows] == ["right"]
+
+
 def test_prompt_completion_data_trains_on_completions_and_learns_where_they_end(
     make_recipe, tmp_path
 ):
@@ -361,15 +423,18 @@ def test_chat_data_goes_through_the_chat_template(make_recipe, tmp_path):
     assert text == "<s>user\nhi</s>\n<s>assistant\nyo</s>\n"
 
 
-def test_sources_of_two_formats_mix_in_the_given_shares(make_recipe, tmp_path, text):
+@pytest.mark.parametrize("packing", [True, False])
+def test_sources_of_two_formats_mix_in_the_given_shares(make_recipe, tmp_path, text, packing):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "Q" * 20, "completion": "A" * 30} for _ in range(400)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [{"path": str(text), "weight": 1.0}, {"path": str(path), "weight": 3.0}]
-    trainer = gate_trainer(make_recipe(sources=sources))
+    trainer = gate_trainer(make_recipe(sources=sources, data={"packing": packing}))
     letters = trainer.processing_class("QA")["input_ids"]
     of_pairs = [row["input_ids"][0] in letters for row in trainer.train_dataset]
-    assert sum(of_pairs) / len(of_pairs) == pytest.approx(0.75, abs=0.07)
+    tokens = [len(row["input_ids"]) for row in trainer.train_dataset]
+    in_pairs = sum(n for n, pair in zip(tokens, of_pairs, strict=True) if pair)
+    assert in_pairs / sum(tokens) == pytest.approx(0.75, abs=0.005)
     assert all(
         label in (-100, letters[1], 257)
         for row, pair in zip(trainer.train_dataset, of_pairs, strict=True)
@@ -381,6 +446,35 @@ def test_sources_of_two_formats_mix_in_the_given_shares(make_recipe, tmp_path, t
 def test_mix_keeps_every_row_when_no_weights_are_given():
     parts = [Dataset.from_dict({"x": [1] * 5}), Dataset.from_dict({"x": [2] * 7})]
     assert sorted(mix(parts, [None, None], seed=0)["x"]) == [1] * 5 + [2] * 7
+
+
+def documents(length, count, token):
+    return Dataset.from_dict({"input_ids": [[token] * length] * count})
+
+
+def share_of(token, rows, first=None):
+    tokens = [t for row in islice(iter(rows), first) for t in row["input_ids"]]
+    return tokens.count(token) / len(tokens)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.03])
+@pytest.mark.parametrize("lengths", [(2, 64), (64, 2), (7, 7)])
+def test_a_weight_is_a_share_of_tokens_and_no_row_is_left_out(share, lengths):
+    parts = [documents(lengths[0], 150, 1), documents(lengths[1], 100, 2)]
+    mixed = mix(parts, [share, 1 - share], seed=0)
+    assert share_of(1, mixed) == pytest.approx(share, rel=0.02)
+    rows = [row["input_ids"][0] for row in mixed]
+    assert rows.count(1) >= 150 and rows.count(2) >= 100
+    assert rows.count(1) == 150 or rows.count(2) == 100
+    streams = [part.to_iterable_dataset() for part in parts]
+    mixed = mix(streams, [share, 1 - share], seed=0)
+    assert share_of(1, mixed, 8000) == pytest.approx(share, rel=0.1, abs=0.02)
+
+
+def test_rows_of_unequal_length_are_taken_in_turn():
+    uneven = Dataset.from_dict({"input_ids": [[1] * n for n in (1, 30, 2, 40, 3)]})
+    mixed = mix([uneven, documents(10, 500, 2)], [1.0, 1.0], seed=0)
+    assert share_of(1, mixed) == pytest.approx(0.5, abs=0.005)
 
 
 def test_streaming_trains(make_recipe):

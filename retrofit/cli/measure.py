@@ -116,6 +116,7 @@ def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
     """Compare a finished run with its base as its recipe says: `measure.json`, `measure.png` and
     `report.html` in the run folder."""
     from retrofit.measure import measure
+    from retrofit.models import load_model
     from retrofit.report import plot as draw
     from retrofit.report import table, write_report
 
@@ -126,6 +127,8 @@ def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
         Path(recipe.measure.text).expanduser(),
         length=recipe.measure.length,
         windows=recipe.measure.windows,
+        # The recipe is what the user gave, not what a folder says.
+        load=partial(load_model, trust_remote_code=recipe.model.trust_remote_code),
     )
     write_json(run / "measure.json", result)
     draw(result, run / "measure.png")

@@ -21,7 +21,8 @@ def main(
 ) -> None:
     """Prove again that a merged checkpoint computes what was trained, from what lies beside it."""
     prepare_process()
-    from retrofit.proof.verify import read_report, verify
+    from retrofit.proof.report import read_report
+    from retrofit.proof.verify import verify
 
     report = read_report(checkpoint.expanduser())
     figures = verify(report, checkpoint.expanduser(), engine, python)

@@ -20,6 +20,7 @@ from retrofit.export.shards import StoredWeights, write_shards
 from retrofit.export.source import Source
 from retrofit.files import appearing_whole, copy, copy_tokenizer, read_json, write_json
 from retrofit.gates import GateConfig, GateProjection
+from retrofit.published import check_published, finite
 
 _SHARD = 5 * 10**9  # bytes
 _KINDS = ("headwise", "elementwise")
@@ -115,6 +116,7 @@ def unpack(checkpoint: Path, out: Path) -> None:
         UserError: if the folder holds no such model.
     """
     config, weights = _published_config(checkpoint), StoredWeights(checkpoint)
+    check_published(config, weights, str(checkpoint))
     gates = GateConfig(
         granularity="headwise" if config["headwise_attn_output_gate"] else "elementwise",
         task_type="CAUSAL_LM",
@@ -163,7 +165,7 @@ def _base_config(config: dict) -> dict:
 
 def _base_tensors(weights: StoredWeights, config: dict) -> Iterator[tuple[str, torch.Tensor]]:
     for name in weights:
-        tensor = weights[name]
+        tensor = finite(name, weights[name])
         if ".q_proj." in name:
             tensor, gate = _split(tensor, config)
             if name.endswith("bias") and gate.any():

@@ -135,7 +135,7 @@ def _base_folder(name: str, revision: str | None) -> Path:
 
 def _base_config(folder: Path, name: str, trained_on: str | None) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"base model {name!r} has no usable config.json: {reason}") from error

@@ -62,7 +62,7 @@ class GateConfig(PeftConfig):
     Raises:
         ValueError: for an unknown granularity, activation, position or kind of sink logit; for
             gates of no kind; for a center or a sink logit beside gates elsewhere than at G1; for a
-            key bias without a sink logit.
+            key bias without a sink logit; for layers that would not be read as they are given.
     """
 
     granularity: Granularity = "headwise"
@@ -89,10 +89,22 @@ class GateConfig(PeftConfig):
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         if (problem := conflict(self)) is not None:
             raise ValueError(problem)
+        self._check_layers()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+
+    def _check_layers(self) -> None:
+        if self.layers_to_transform == []:
+            raise ValueError("layers_to_transform names no layer; None gates all of them")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts: give both")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform is not read where target_modules is a pattern, which has to "
+                "say itself which layers it means"
+            )
 
     @property
     def is_mergeable(self) -> bool:

@@ -151,6 +151,7 @@ class GateLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("g_proj",)
+    cast_input_dtype_enabled = True  # PEFT's; the input is never cast, so there is nothing to stop
 
     def __init__(
         self,

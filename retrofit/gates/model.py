@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from types import MethodType
 from typing import ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -39,6 +42,22 @@ class GateModel(BaseTuner):
         peft_config.base_model_type = model_type
         return super()._prepare_adapter_config(peft_config, model_config)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        # What is written into the config is of this base; the caller's may serve for another one.
+        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Gates are made in float32. Without PEFT's autocast they take the dtype of their base, as
+        the weights of every other method do."""
+        if not autocast_adapter_dtype:
+            gated = [module for module in self.model.modules() if _has_gate(module)]
+            for attention in gated:
+                dtype = attention.o_proj.weight.dtype
+                if adapter_name in attention.g1.g_proj and dtype.is_floating_point:
+                    attention.g1.g_proj[adapter_name].to(dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
@@ -50,9 +69,11 @@ class GateModel(BaseTuner):
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         """`unload` replaces tuner layers by their base; here the gate's parent gets its class
-        back."""
+        back. PEFT's own wrappers, of `modules_to_save`, are replaced as in every method."""
+        if not isinstance(child, GateLayer):
+            return super()._replace_module(parent, child_name, new_module, child)
         delattr(parent, child_name)
-        parent.__class__ = family_of(parent.config.model_type).attention
+        _set_class(parent, family_of(parent.config.model_type).attention)
 
     def _check_merge_allowed(self):
         raise ValueError(
@@ -66,13 +87,13 @@ def _insert_gate(attention: nn.Module, family, name: str, slow_pairs: int) -> No
             f"{name} is a {type(attention).__name__}, not the {family.attention.__name__} that "
             f"{family.model_type} gates are written for"
         )
-    if "forward" in vars(attention):
+    if _is_patched(attention, family):
         # A patched instance would go on bypassing the gate without any error.
-        raise UserError(f"{name}.forward is patched by a hook; insert the gates before hooks")
+        raise UserError(f"{name}.forward is patched; insert the gates before that")
     # A quantized weight is packed, so shapes come from the modules, not from their weights.
     head_dim = attention.head_dim
-    device = attention.o_proj.weight.device
-    attention.__class__ = family.gated
+    device = _device_of(attention.o_proj)
+    _set_class(attention, family.gated)
     attention.g1 = GateLayer(
         hidden_size=attention.q_proj.in_features,
         num_heads=attention.o_proj.in_features // head_dim,
@@ -83,13 +104,41 @@ def _insert_gate(attention: nn.Module, family, name: str, slow_pairs: int) -> No
     )
 
 
+def _is_patched(attention: nn.Module, family) -> bool:
+    """Whether its forward is another than its class's. accelerate's hook is none: it keeps the
+    class's beside itself, and leaves it in its own place when it is removed."""
+    held = vars(attention)
+    forward = held.get("_old_forward" if "_hf_hook" in held else "forward")
+    return (
+        forward is not None and getattr(forward, "__func__", None) is not family.attention.forward
+    )
+
+
+def _set_class(attention: nn.Module, kind: type[nn.Module]) -> None:
+    """accelerate's hooks go on calling the forward that they found, so they are given the new
+    one."""
+    before = type(attention).forward
+    attention.__class__ = kind
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(attention).get(name), "__func__", None) is before:
+            setattr(attention, name, MethodType(kind.forward, attention))
+
+
+def _device_of(projection: nn.Module) -> torch.device:
+    """Where a module computes, which is not where its weight is if accelerate offloads it."""
+    device = projection.weight.device
+    if device.type == "meta" and hasattr(projection, "_hf_hook"):
+        return torch.device(getattr(projection._hf_hook, "execution_device", None) or device)
+    return device
+
+
 def gate_layers(model: nn.Module) -> dict[int, GateLayer]:
     """The gates of a model by layer index."""
-    return {
-        module.layer_idx: module.g1
-        for module in model.modules()
-        if isinstance(getattr(module, "g1", None), GateLayer)
-    }
+    return {module.layer_idx: module.g1 for module in model.modules() if _has_gate(module)}
+
+
+def _has_gate(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "g1", None), GateLayer)
 
 
 @contextmanager

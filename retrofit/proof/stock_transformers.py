@@ -49,7 +49,9 @@ def _load(checkpoint: Path, trust_remote_code: bool) -> tuple[Any, dict[str, lis
     if (checkpoint / "config.json").is_file():
         return load(checkpoint, trust_remote_code)
     # An adapter, and its base.
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     return model.eval(), {"missing": [], "unexpected": []}
 
 

@@ -53,7 +53,7 @@ def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, 
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    names = {name for name, _ in model.named_parameters()}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     weights = StoredFloats(folder)
     # Experts that transformers stacks as it loads them are not stored by the name they get.
     if fits(model) or not weights.keys() >= names:
@@ -66,7 +66,9 @@ def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, 
         )
         wrong = {kind: sorted(loading[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
         return model.eval(), wrong
-    return model.eval(), {"missing": [], "unexpected": sorted(weights.files.keys() - names)}
+    # Frequencies that old checkpoints store are computed now.
+    others = [name for name in weights.files if not name.endswith("rotary_emb.inv_freq")]
+    return model.eval(), {"missing": [], "unexpected": sorted(set(others) - names)}
 
 
 def fits(model: nn.Module) -> bool:

@@ -20,10 +20,11 @@ from retrofit.errors import CheckError, UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.remote_code import CLASSES, code_of
 from retrofit.files import read_json
+from retrofit.opening import check_complete
+from retrofit.pickles import pickles_in, refuse_pickles
 from retrofit.proof import streamed
 from retrofit.proof.reference import FILE, STEPS, kl_divergence, observe, refer, windows
-
-REPORT = "retrofit-merge.json"
+from retrofit.tokenizer_file import check_tokenizer
 
 
 class MergeMismatchError(CheckError):
@@ -87,11 +88,14 @@ def trained_reference(base: Path, adapter: Path, text: str, kind: str, path: Pat
         part of the difference that is the price of storing it so.
 
     Raises:
-        UserError: if `text` is too short to be compared on.
+        UserError: if `text` is too short to be compared on, or the base's files hold too much.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    refuse_pickles([adapter / "adapter_model.bin"])
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    check_tokenizer(tokenizer, str(base))
     input_ids = _windows(tokenizer, text)
-    untrained, _ = streamed.load(base)
+    untrained, wrong = streamed.load(base)
+    check_complete({f"{kind}_keys": names for kind, names in wrong.items()}, str(base))
     on_disk = next(untrained.parameters()).is_meta
     model = PeftModel.from_pretrained(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
     weights = _Rounded(streamed.StoredFloats(base))
@@ -150,19 +154,40 @@ def verify(
     format, kind = checkpoint["format"], checkpoint["dtype"]
     engine = engine or ("llama.cpp" if format == "gguf" else "transformers")
     _check_engine(engine, format, python)
+    refuse_pickles(pickles_in(folder))
     if format == "remote-code":
         _check_code(folder, report["base"]["model_type"])
     with _readable(folder, checkpoint) as model:
         figures = _run(_ENGINES[engine], [model, folder / FILE], _OPTIONS.get(format, []), python)
     kl, max_logprob_difference = _TOLERANCE[engine][kind]
-    if not (
-        figures["kl"] <= kl + 2 * rounding_kl
-        and figures["max_logprob_difference"] <= max_logprob_difference
-        and figures["same_tokens"]
-        and not any(figures.get(name) for name in ("missing", "unexpected", "unused_gates"))
-    ):
-        raise MergeMismatchError(f"the checkpoint differs from the trained model: {figures}")
+    if wrong := list(_differences(figures, kl + 2 * rounding_kl, max_logprob_difference)):
+        raise MergeMismatchError(f"the checkpoint differs from the trained model: {_said(wrong)}")
     return figures
+
+
+def _differences(figures: dict, kl: float, max_logprob_difference: float) -> Iterator[str]:
+    """What is wrong, in words, the causes before what follows from them."""
+    if names := figures.get("missing"):
+        yield f"it lacks {_said(names)}"
+    if names := figures.get("unexpected"):
+        yield f"it holds {_said(names)}, which the engine leaves out"
+    if not figures["same_tokens"]:
+        yield "its tokenizer cuts the text into other tokens"
+    if names := figures.get("unused_gates"):
+        yield f"the engine does not use the gates of {_said(names)}"
+    # A NaN is not below anything.
+    if not figures["kl"] <= kl:
+        yield f"KL {figures['kl']:.1e} where {kl:.1e} is allowed"
+    if not figures["max_logprob_difference"] <= max_logprob_difference:
+        yield (
+            f"a log probability differs by {figures['max_logprob_difference']:.1e} where "
+            f"{max_logprob_difference:.1e} is allowed"
+        )
+
+
+def _said(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @contextmanager
@@ -217,23 +242,6 @@ def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
     stored = quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
     return torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType.Q8_0))
-
-
-def read_report(folder: Path) -> dict:
-    """`retrofit-merge.json` of a folder that a merge wrote.
-
-    Raises:
-        UserError: if it, the reference, or what the merge wrote is missing or damaged.
-    """
-    for name in (REPORT, FILE):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} has no {name}: it is not a folder that `retrofit merge` wrote"
-            )
-    try:
-        return read_json(folder / REPORT)
-    except ValueError as error:
-        raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
 
 
 def _windows(tokenizer, text: str) -> torch.Tensor:

@@ -74,10 +74,10 @@ def taken(name: str) -> dict:
 
     def first_step(*arguments, **keywords):
         forget_peak()
-        GateTrainer.training_step = step
+        GateTrainer.training_step = step  # type: ignore[method-assign]
         return step(*arguments, **keywords)
 
-    step, GateTrainer.training_step = GateTrainer.training_step, first_step
+    step, GateTrainer.training_step = GateTrainer.training_step, first_step  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         short = (f"output_dir={Path(folder) / 'run'}", "train.max_steps=3", "measure=null")
         train(

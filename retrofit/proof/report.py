@@ -1,0 +1,93 @@
+"""`retrofit-merge.json`: what a merge says of the folder that it wrote, held against the folder."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from retrofit.errors import UserError
+from retrofit.files import read_json
+from retrofit.proof.reference import FILE
+
+REPORT = "retrofit-merge.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Checkpoint(_Part):
+    format: Literal["native", "gguf", "remote-code", "adapter", "gated-attention"]
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"]
+    model_type: str
+    file: Annotated[str, Field(pattern=r"^[^/\\]+\.gguf$")] | None = None
+
+
+class _Base(_Part):
+    model_type: str
+
+
+class _Verification(_Part):
+    rounding_kl: Annotated[float, Field(ge=0)]
+
+
+class _Report(_Part):
+    checkpoint: _Checkpoint
+    base: _Base
+    verification: _Verification
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """`retrofit-merge.json` of a folder that a merge wrote.
+
+    Raises:
+        UserError: if it, the reference, or what the merge wrote is missing or damaged, or it says
+            that the folder is of another kind than it is.
+    """
+    for name in (REPORT, FILE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}: it is not a folder that `retrofit merge` wrote"
+            )
+    try:
+        report = read_json(folder / REPORT)
+        checkpoint = _Report.model_validate(report).checkpoint
+        config = _config(folder)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{folder / REPORT} is damaged: {key}: {first['msg'].lower()}; merge again"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
+    found = {"format": _format(folder, config, checkpoint)}
+    if found["format"] in ("native", "remote-code"):
+        stored = config.get("dtype", config.get("torch_dtype", checkpoint.dtype))
+        found |= {"model_type": config.get("model_type"), "dtype": stored}
+    for name, value in found.items():
+        if value != getattr(checkpoint, name):
+            raise UserError(
+                f"{folder / REPORT} says {name} {getattr(checkpoint, name)}, but the folder holds "
+                f"{value or 'none'}; merge again"
+            )
+    return report
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings")
+    return config
+
+
+def _format(folder: Path, config: dict[str, Any], checkpoint: _Checkpoint) -> str | None:
+    """What lies in the folder."""
+    if checkpoint.file and (folder / checkpoint.file).is_file():
+        return "gguf"
+    if not config:
+        return "adapter" if (folder / "adapter_config.json").is_file() else None
+    if any(name.endswith("_attn_output_gate") for name in config if "auto_map" in config):
+        return "gated-attention"
+    return "remote-code" if "auto_map" in config else "native"

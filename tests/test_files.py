@@ -1,0 +1,22 @@
+"""What appears whole, and what is tidied up beside it."""
+
+import pytest
+
+from retrofit.files import appearing_whole, write_json
+
+
+@pytest.mark.parametrize("name", ["*", "?ut", "[o]ut", "o*"])
+def test_a_name_is_no_pattern_for_what_is_tidied_up(tmp_path, name):
+    others = [".out.partial-4194999", ".out.partial-mine"]
+    for other in [*others, f".{name}.partial-4194999"]:
+        (tmp_path / other).mkdir()
+    with appearing_whole(tmp_path / name):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_is_what_every_reader_takes(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"loss": value})
+    assert not list(tmp_path.iterdir())
