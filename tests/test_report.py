@@ -320,6 +320,19 @@ def test_a_part_without_figures_has_no_section(result, tmp_path):
     ]  # fmt: skip
 
 
+def test_sink_logits_are_shown_of_the_models_that_have_them(result, tmp_path):
+    sinking = small(result)
+    model = sinking["models"][1]
+    model["per_layer"]["sink_share"] = [None, 0.5, 0.25, 0.5, 0.25, 0.5]
+    model["metrics"]["sink_share"] = 0.4
+    write_report(sinking, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    row = re.search('<th scope="row">taken by sink logits .share.</th>(.*?)</tr>', text, re.DOTALL)
+    assert re.findall("<td>(.*?)</td>", row.group(1)) == ["-", "0.400", "-"]
+    section = text.partition('<section id="sinks"')[2].partition("</section>")[0]
+    assert "gates-a from 0.250 to 0.500" in section and "gates-b" not in section
+
+
 def test_what_models_are_called_and_write_is_not_markup(tmp_path):
     result = small(synthetic_result('<img src="x">"&$a$'), "examples", "cost")
     for model in result["models"]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import (
     GenerationConfig,
     PreTrainedConfig,
@@ -26,6 +27,7 @@ from retrofit.measure.predictions import predict
 from retrofit.measure.ruler import TASKS, Ruler, Sample, recall
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
+from retrofit.probe import without_matrices
 
 Scaling = Literal["yarn", "linear"]
 
@@ -77,12 +79,13 @@ class LongContext:
             length: cut_windows(subject.documents, subject.tokenizer, length, self.documents)
             for length in self.lengths
         }
-        return {
-            "lengths": list(self.lengths),
-            "rope": rope,
-            "tasks": self._tasks(subject, track),
-            "perplexity": self._perplexity(subject.inner, windows, track),
-        }
+        with without_matrices(subject.inner):
+            return {
+                "lengths": list(self.lengths),
+                "rope": rope,
+                "tasks": self._tasks(subject, track),
+                "perplexity": self._perplexity(subject.inner, windows, track),
+            }
 
     def _tasks(self, subject: Subject, track: Track) -> dict[str, dict[str, Any]]:
         ruler = Ruler(subject.tokenizer, subject.documents, self.seed)
@@ -135,11 +138,23 @@ def rope_scaled(model: PreTrainedModel, length: int, kind: Scaling) -> Iterator[
     rotary = decoder.rotary_emb
     try:
         _update(config, scaled)
-        decoder.rotary_emb = type(rotary)(config).to(rotary.inv_freq.device)
+        _set_rotary(decoder, type(rotary)(config).to(rotary.inv_freq.device))
         yield
     finally:
-        decoder.rotary_emb = rotary
+        _set_rotary(decoder, rotary)
         _update(config, before)
+
+
+def _set_rotary(decoder: Any, rotary: nn.Module) -> None:
+    decoder.rotary_emb = rotary
+    if hasattr(decoder, "rotary_embs"):  # one for each theta that layers have: here there is one
+        decoder.rotary_embs = nn.ModuleList([rotary])
+
+
+def has_rope_by_layer(config: PreTrainedConfig) -> bool:
+    """Whether the layers of a model differ in their RoPE, or in having one."""
+    thetas = getattr(config, "layer_rope_theta", None)
+    return thetas is not None and set(thetas) != {config.rope_parameters["rope_theta"]}
 
 
 def positions_of(config: PreTrainedConfig) -> int:
@@ -158,10 +173,10 @@ def _scaled(config: PreTrainedConfig, length: int, kind: Scaling) -> dict[str, A
     if length <= trained:
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "default":
+    if rope.get("rope_type") != "default" or has_rope_by_layer(config):
         raise UserError(
             f"long context: {config.model_type} reads {trained} tokens, fewer than {length}, and "
-            f"{_obstacle(rope)}; ask for lengths up to {trained}"
+            f"{_obstacle(config, rope)}; ask for lengths up to {trained}"
         )
     scaled = {**rope, "rope_type": kind, "factor": length / trained}
     if kind == "yarn":
@@ -169,12 +184,13 @@ def _scaled(config: PreTrainedConfig, length: int, kind: Scaling) -> dict[str, A
     return {"rope_parameters": scaled, "max_position_embeddings": length}
 
 
-def _obstacle(rope: dict[str, Any]) -> str:
+def _obstacle(config: PreTrainedConfig, rope: dict[str, Any]) -> str:
     if not rope:
         return "it has no RoPE that could be stretched"
-    if kind := rope.get("rope_type"):
-        return f"its RoPE is stretched already ({kind})"
-    return "its kinds of layers have a RoPE each, which one factor cannot stretch"
+    kind = rope.get("rope_type")
+    if kind is None or has_rope_by_layer(config):
+        return "its kinds of layers have a RoPE each, which one factor cannot stretch"
+    return f"its RoPE is stretched already ({kind})"
 
 
 def _label(config: PreTrainedConfig, length: int, kind: Scaling) -> str:

@@ -22,7 +22,8 @@ def predict(
         base: predictions of the same batches, to tell the distance from.
     """
     inner = unwrapped(model)
-    predictions = PredictionStatistics(inner.get_output_embeddings(), base)
+    scaling = getattr(inner.config, "logits_scaling", 1.0)
+    predictions = PredictionStatistics(inner.get_output_embeddings(), base, scaling)
     for batch in batches:
         input_ids = batch.to(inner.device)
         output = inner.get_decoder()(input_ids, use_cache=False)

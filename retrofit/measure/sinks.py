@@ -55,17 +55,20 @@ def read_model(
 def summarize(
     layers: list[LayerStatistics], predictions: PredictionStatistics
 ) -> dict[str, float | None]:
-    """The figures of one model: means over the layers that have them."""
+    """The figures of one model: means over the layers that have them. `sink_share` is there only
+    where there are sink logits."""
     attention = [layer.attention for layer in layers if layer.attention]
     gates = [layer.gate for layer in layers if layer.gate]
     activations = [layer.activation for layer in layers]
     column_share = torch.stack([a.column_share for a in attention]).mean(0)
+    taken = [a.sink_share for a in attention if a.sink_share is not None]
     return {
         "f_attn": _mean(a.f_attn for a in attention),
         "peak_column_share": column_share.max().item(),
         "peak_column_position": int(column_share.argmax()),
         "peak_share_per_head": _mean(a.peak_share_per_head for a in attention),
         "sink_ratio": _mean(a.sink_ratio for a in attention),
+        **({"sink_share": _mean(taken)} if taken else {}),
         "max_activation": _mean(a.largest for a in activations),
         "max_activation_first_token": _mean(a.largest_first_token for a in activations),
         "max_activation_any_window": _mean(a.largest_of_all for a in activations),
@@ -85,9 +88,11 @@ def by_layer(layers: list[LayerStatistics]) -> dict[str, list]:
     heads, and the mean share of each of the first key positions."""
     attention = [layer.attention for layer in layers]
     gates = [layer.gate for layer in layers]
+    taken = [a and a.sink_share for a in attention]
     return {
         "f_attn": [a and a.f_attn for a in attention],
         "peak_column_share": [a and a.column_share.max().item() for a in attention],
+        **({"sink_share": taken} if any(share is not None for share in taken) else {}),
         "max_activation": [layer.activation.largest for layer in layers],
         "kurtosis": [layer.activation.kurtosis for layer in layers],
         "outlier_share": [layer.activation.outlier_share for layer in layers],

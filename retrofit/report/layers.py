@@ -13,7 +13,8 @@ _LEAST_SHARE = 1e-3  # where the colors of attention begin
 def layer_sections(models: Models) -> list[Section]:
     """Those that the models have figures for, in the order of the page."""
     made = [
-        make(models) for make in (_first_positions, _share_maps, _activations, _gates, _head_loads)
+        make(models)
+        for make in (_first_positions, _share_maps, _sinks, _activations, _gates, _head_loads)
     ]
     return [section for section in made if section]
 
@@ -69,6 +70,21 @@ def _share_maps(models: Models) -> Section | None:
     )
 
 
+def _sinks(models: Models) -> Section | None:
+    plot = _by_layer(models, "sink_share", "Taken by sink logits", "mean share")
+    if plot is None:
+        return None
+    return Section(
+        "sinks",
+        "Sink logits",
+        "How much of the attention each layer's sink logits take from the keys: a sink logit joins "
+        "the softmax of a head without being a key, as in gpt-oss, so that a head may find "
+        "nothing. No share of any position counts it.",
+        legend=[key(each) for each in enumerate(models) if each[1]["per_layer"].get("sink_share")],
+        plots=[plot],
+    )
+
+
 def _activations(models: Models) -> Section:
     plots = [
         _by_layer(models, "max_activation", "Largest activation", "largest |hidden state|"),
@@ -121,7 +137,7 @@ def _head_loads(models: Models) -> Section | None:
     return Section(
         "loads",
         "Head loads",
-        "How much each head works: the attention that it does not pay to the first token, times "
+        "How much each head works: the attention that it pays to keys but the first, times "
         "its gate, mean over tokens (arXiv:2602.01203). All maps have the same colors; a gate at "
         "its start halves a load.",
         plots=plots,

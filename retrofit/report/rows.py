@@ -10,6 +10,7 @@ _LABELS = {
     "peak_column_position": "  at position",
     "peak_share_per_head": "  of each head by itself",
     "sink_ratio": "sink heads (share)",
+    "sink_share": "taken by sink logits (share)",
     "max_activation": "largest activation",
     "max_activation_first_token": "  of the first token",
     "max_activation_any_window": "  in any window",
