@@ -235,7 +235,8 @@ class GateStatistics:
 
 
 class ActivationStatistics:
-    """The hidden states that one decoder layer puts out, by their largest absolute values.
+    """The hidden states that one decoder layer puts out, by their largest absolute values, or what
+    its `down_proj` reads, where outliers go that are held off the hidden states.
 
     Args:
         scale: what they are divided by.
@@ -252,7 +253,7 @@ class ActivationStatistics:
         self._kurtosis = self._outliers = 0.0
 
     def add(self, hidden_states: torch.Tensor) -> None:
-        """Add a batch `[batch, T, hidden_size]`."""
+        """Add a batch `[batch, T, channels]`."""
         for sequence in hidden_states:
             self._add_shape(sequence.float())
         by_token = hidden_states.abs().amax(-1).cpu().double() / self.scale

@@ -49,6 +49,7 @@ class LayerStatistics:
 
     def __init__(self, residual_scale: float = 1.0):
         self.activation = ActivationStatistics(residual_scale)
+        self.down_proj: ActivationStatistics | None = None
         self.attention: AttentionStatistics | None = None
         self.gate: GateStatistics | None = None
         self._columns: AttentionColumns | None = None
@@ -59,6 +60,10 @@ class LayerStatistics:
 
     def see_gate(self, scores: torch.Tensor) -> None:
         self._gate_scores = scores
+
+    def see_down_proj(self, inputs: torch.Tensor) -> None:
+        self.down_proj = self.down_proj or ActivationStatistics()
+        self.down_proj.add(inputs)
 
     def finish(self, hidden_states: torch.Tensor) -> None:
         """Take in the layer's output, and join its attention with its gate."""
@@ -101,6 +106,11 @@ def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
             stack.enter_context(handle)
         for layer, layer_statistics in zip(decoder_layers, statistics, strict=True):
             stack.enter_context(layer.register_forward_hook(_output_hook(layer_statistics.finish)))
+            # Experts of a mixture have none that is a module of its own.
+            down_proj = getattr(getattr(layer, "mlp", None), "down_proj", None)
+            if isinstance(down_proj, nn.Module):
+                hook = _input_hook(layer_statistics.see_down_proj)
+                stack.enter_context(down_proj.register_forward_pre_hook(hook))
         yield statistics
 
 
@@ -214,6 +224,10 @@ def _unflatten(logits: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 def _unpack(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
     return query_and_gate.unflatten(-1, (-1, 2 * head_dim))[..., head_dim:].sigmoid()
+
+
+def _input_hook(see: Callable[[torch.Tensor], None]):
+    return lambda _module, args: see(args[0])
 
 
 def _output_hook(see: Callable[[torch.Tensor], None]):

@@ -65,6 +65,11 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
     model.set_attn_implementation("eager")
     gates = {index: gate.g_proj["default"] for index, gate in gate_layers(model).items()}
     decoder_layers = dict(enumerate(model.model.layers))
+    read: dict[int, torch.Tensor] = {}
+    for index, layer in decoder_layers.items():
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _module, args, index=index: read.update({index: args[0].double()})
+        )
     with torch.no_grad(), recorded(gates) as doubled, recorded(decoder_layers) as hidden:
         output = model(input_ids, output_attentions=True)
     model.set_attn_implementation("sdpa")
@@ -83,6 +88,8 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
     states = torch.stack([hidden[i] for i in range(len(hidden))]).double().flatten(2)
     distance = states - states.mean(-1, keepdim=True)
     std = distance.square().mean(-1, keepdim=True).sqrt()
+    inputs = torch.stack([read[i] for i in range(len(read))])
+    apart = (inputs - inputs.mean((2, 3), keepdim=True)).flatten(2)
     log_p = output.logits.double().log_softmax(-1)[:, :-1]
     nll = -log_p.gather(-1, input_ids[:, 1:, None])
     figures = {
@@ -96,6 +103,8 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
         "max_activation_any_window": activations.amax((1, 2)).mean(),
         "kurtosis": (distance / std).pow(4).mean(),
         "outlier_share": (distance.abs() > 6 * std).double().mean(),
+        "down_proj_max_activation": inputs.abs().amax((2, 3)).mean(),
+        "down_proj_kurtosis": (apart / apart.square().mean(-1, keepdim=True).sqrt()).pow(4).mean(),
         "head_load_cv": (importance.std(1, correction=0) / importance.mean(1)).mean(),
         "perplexity": nll.mean().exp(),
         "perplexity_far": nll[:, 63:].mean().exp(),
@@ -162,6 +171,12 @@ def test_layers_without_softmax_attention_are_left_out():
     figures = by_layer(layers)
     assert [value is not None for value in figures["f_attn"]] == [False, True, False]
     assert all(figures["max_activation"])
+
+
+def test_experts_have_no_down_proj_of_one_layer():
+    layers, predictions = read_model(tiny_model("qwen3_moe"), [tokens()], None)
+    assert by_layer(layers)["down_proj_kurtosis"] == [None] * 3
+    assert summarize(layers, predictions)["down_proj_max_activation"] is None
 
 
 def test_outliers_are_counted_by_their_formula():

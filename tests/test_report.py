@@ -128,7 +128,9 @@ def test_the_sink_and_the_largest_activation(result):
     findings = verdict(base, model)
     assert of(findings, "sink") == {"worse": "0.200 -> 0.300 (+50.0%), now at position 7"}
     assert of(findings, "largest activation") == {"same": "100 -> 104 (unchanged)"}
-    assert [each.subject for each in findings[:3]] == ["sink", "largest activation", "perplexity"]
+    assert [each.subject for each in findings[:4]] == [
+        "sink", "largest activation", "perplexity", "copied text",
+    ]  # fmt: skip
 
 
 def test_streaming_is_paired_by_window(result):
@@ -236,7 +238,36 @@ def test_a_part_that_one_of_them_lacks_is_not_compared(result):
     base, model = (copied(each) for each in result["models"][:2])
     for part in PARTS:
         base.pop(part), model.pop(part, None)
-    assert len(verdict(base, model)) == 3
+    assert len(verdict(base, model)) == 5
+    del base["copied_nats_by_window"], base["metrics"]["down_proj_max_activation"]
+    assert len(verdict(base, model)) == 3, "as an older version wrote it"
+
+
+@pytest.mark.parametrize(
+    ("shift", "spread", "outcome", "told"),
+    [
+        (0.3, 0.01, "worse", "0.280 -> 0.580 nats a token, difference +0.300 ± 0.00"),
+        (-0.1, 0.01, "better", "0.280 -> 0.180 nats a token, difference -0.100 ± 0.00"),
+        (0.005, 0.001, "same", "difference +0.005 ± 0.001"),
+        (0.1, 0.5, "same", "within noise"),
+    ],
+)
+def test_copied_text_is_paired_by_window(result, shift, spread, outcome, told):
+    base, model = (copied(each) for each in result["models"][:2])
+    base["copied_nats_by_window"] = [0.18, 0.38, 0.28, 0.28]
+    model["copied_nats_by_window"] = [
+        nats + shift + noise * spread
+        for nats, noise in zip(base["copied_nats_by_window"], (1, -1, 1, -1), strict=True)
+    ]
+    text = of(verdict(base, model), "copied text")
+    assert list(text) == [outcome] and told in text[outcome]
+
+
+def test_outliers_that_moved_to_the_inputs_of_down_proj_are_told(result):
+    base = copied(result["models"][0], down_proj_max_activation=1440.0)
+    model = copied(base, down_proj_max_activation=5216.0)
+    told = of(verdict(base, model), "inputs of down_proj")
+    assert told == {"worse": "largest 1,440 -> 5,220 (3.62x higher)"}
 
 
 @pytest.mark.parametrize(

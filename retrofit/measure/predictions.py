@@ -15,17 +15,20 @@ def predict(
     model: PreTrainedModel | PeftModel,
     batches: Iterable[torch.Tensor],
     base: PredictionStatistics | None = None,
+    last: int | None = None,
 ) -> PredictionStatistics:
     """Run a model over batches of windows `[batch, T]`.
 
     Args:
         base: predictions of the same batches, to tell the distance from.
+        last: how many tokens at the end of each window are predicted; all but the first if `None`.
     """
     inner = unwrapped(model)
     scaling = getattr(inner.config, "logits_scaling", 1.0)
+    shown = slice(None if last is None else -last - 1, None)
     predictions = PredictionStatistics(inner.get_output_embeddings(), base, scaling)
     for batch in batches:
         input_ids = batch.to(inner.device)
         output = inner.get_decoder()(input_ids, use_cache=False)
-        predictions.add(output.last_hidden_state, input_ids)
+        predictions.add(output.last_hidden_state[:, shown], input_ids[:, shown])
     return predictions

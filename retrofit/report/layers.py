@@ -89,13 +89,16 @@ def _activations(models: Models) -> Section:
     plots = [
         _by_layer(models, "max_activation", "Largest activation", "largest |hidden state|"),
         _by_layer(models, "kurtosis", "Kurtosis of activations", "kurtosis"),
+        _by_layer(models, "down_proj_max_activation", "Largest input of down_proj", "largest |x|"),
+        _by_layer(models, "down_proj_kurtosis", "Kurtosis of inputs of down_proj", "kurtosis"),
     ]
     return Section(
         "activations",
         "Activations",
         "The largest hidden state of any token after each layer, and the kurtosis of the hidden "
         "states, which is 3 where they are normally distributed; means over windows. Both are what "
-        "quantization suffers from.",
+        "quantization suffers from. The inputs of each layer's down_proj are where outliers may go "
+        "that are held off the hidden states.",
         legend=[key(model) for model in enumerate(models)],
         plots=[plot for plot in plots if plot],
     )

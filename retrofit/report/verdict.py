@@ -10,7 +10,7 @@ from retrofit.report.words import change, figure, size
 
 Outcome = Literal["better", "worse", "same"]
 OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "same")
-HEADLINE = ("sink", "largest activation", "perplexity")
+HEADLINE = ("sink", "largest activation", "perplexity", "copied text")
 # Relative changes up to which something is said to be as it was.
 _UNCHANGED = 0.05
 _PERPLEXITY_UNCHANGED = 0.01
@@ -18,7 +18,8 @@ _COST_UNCHANGED = 0.01
 _HEADS_UNCHANGED = 2.0  # a factor: which heads are drawn at random makes that much of a difference
 _LEAST_KL = 1e-9  # nats: less is rounding
 CRITERIA = (
-    "unchanged: within 5%, perplexity and cost within 1%, zeroed heads within a factor of 2; "
+    "unchanged: within 5%, perplexity and cost within 1%, nats within 0.01, zeroed heads within a "
+    "factor of 2; "
     "±: standard error; within noise: less than two of them"
 )
 
@@ -71,9 +72,14 @@ def verdict(base: dict[str, Any], model: dict[str, Any]) -> list[Finding]:
         model: another one.
 
     Returns:
-        `sink`, `largest activation` and `perplexity` in this order, then the other parts.
+        `sink`, `largest activation`, `perplexity` and `copied text` in this order, then the other
+        parts.
     """
     findings = [_sink(base, model), _activation(base, model), _perplexity(base, model)]
+    if all("copied_nats_by_window" in each for each in (base, model)):
+        findings.append(_copied(base, model))
+    if all(each["metrics"].get("down_proj_max_activation") for each in (base, model)):
+        findings.append(_down_proj(base, model))
     for subject, (part, compare) in _PARTS.items():
         if part in model and (part in base or part in _AGAINST_THE_BASE):
             findings += _grouped(subject, compare(base.get(part, {}), model[part]))
@@ -116,6 +122,16 @@ def _perplexity(base: dict, model: dict) -> Finding:
     )
     text = f"{item.text}, log {difference.told(4)}"
     return Finding("perplexity", item.outcome, (text,))
+
+
+def _copied(base: dict, model: dict) -> Finding:
+    item = _nats("", *(each["copied_nats_by_window"] for each in (base, model)))
+    return Finding("copied text", item.outcome, (item.text,))
+
+
+def _down_proj(base: dict, model: dict) -> Finding:
+    item = _lower("largest", *(e["metrics"]["down_proj_max_activation"] for e in (base, model)))
+    return Finding("inputs of down_proj", item.outcome, (item.text,))
 
 
 def _streaming(base: dict, model: dict) -> Iterator[_Item]:
@@ -263,6 +279,14 @@ def _lower(label: str, before: float, after: float) -> _Item:
     """Of what is better when it is less, without a noise that would be known."""
     ratio = after / before
     return _item(label, figure(before), figure(after), Difference(ratio - 1), ratio, _UNCHANGED)
+
+
+def _nats(label: str, before: Sequence[float], after: Sequence[float]) -> _Item:
+    """Of negative log-likelihoods of the same tokens, which are better when they are less."""
+    difference = paired(before, after)
+    outcome = _outcome(math.exp(difference.value), difference, _PERPLEXITY_UNCHANGED)
+    moved = f"{figure(fmean(before))} -> {figure(fmean(after))} nats a token"
+    return _Item(outcome, f"{label} {moved}, difference {difference.told(3)}".lstrip())
 
 
 def _costs_item(label: str, before: float, after: float, difference: Difference) -> _Item:
