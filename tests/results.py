@@ -158,7 +158,7 @@ def _long_context(draw: random.Random, score: float) -> dict[str, Any]:
         "tasks": {
             task: {
                 str(length): {"score": score if length > 2048 else 0.9, "stderr": 0.05,
-                              "samples": 20}
+                              "samples": 20, "nats": 1 - score}
                 for length in lengths
             }
             for task in ("niah_single", "niah_multikey", "variable_tracking")

@@ -209,6 +209,39 @@ def test_a_task_is_told_once_for_all_its_lengths(result):
     assert told == f"a at 1024, 2048 1.00, 0.80 -> 0.70, 0.30, {expected}"
 
 
+def test_scores_are_paired_by_sample_where_both_saw_the_same(result):
+    """The mean over the lengths of each sample, which has the same needles at all of them."""
+    base, model = (copied(each) for each in result["models"][:2])
+    scores = {
+        "base": {"1024": [1.0, 1.0, 0.5, 0.0], "2048": [1.0, 0.5, 0.5, 0.0]},
+        "model": {"1024": [1.0, 0.5, 0.5, 0.0], "2048": [0.5, 0.5, 0.0, 0.0]},
+    }
+    for each, lengths in zip((base, model), scores.values(), strict=True):
+        tasks = {
+            length: {
+                "score": sum(found) / 4, "stderr": 0.2, "samples": 4, "prompts_sha256": length,
+                "score_by_sample": found, "nats": 1.0, "nats_by_sample": [2 - x for x in found],
+            }
+            for length, found in lengths.items()
+        }  # fmt: skip
+        each["long_context"] = {"tasks": {"a": tasks}, "perplexity": {}}
+    differences = [-0.25, -0.25, -0.25, 0.0]
+    mean, stderr = sum(differences) / 4, statistics.stdev(differences) / 2
+    (told,) = of(verdict(base, model), "long context").values()
+    told, nats = told.split("; ")
+    assert told.endswith(f"0.62, 0.50 -> 0.50, 0.25, difference {mean:+.2f} ± {stderr:.2f}")
+    assert nats == (
+        "a at 1024, 2048, the answers 1.44 -> 1.62 nats a token, difference "
+        f"{-mean:+.3f} ± {stderr:.3f}"
+    )
+    model["long_context"]["tasks"]["a"]["1024"]["prompts_sha256"] = "others"
+    apart = of(verdict(base, model), "long context")
+    assert apart == {
+        "same": told[: told.index("difference")]
+        + f"difference {mean:+.2f} ± {math.sqrt(4 * 0.2**2) / 2:.2f}, within noise"
+    }
+
+
 @pytest.mark.parametrize(
     ("after", "outcome"),
     [([0.5, 0.9], "better"), ([0.05, 0.1], "worse"), ([0.5, 0.1], "same"), ([0.3, 0.6], "same")],
@@ -373,6 +406,13 @@ def test_what_models_are_called_and_write_is_not_markup(tmp_path):
     assert "img" not in {tag for tag, _ in Reader(text).tags}
     assert "&amp;$a$</text>" in text, "nor is it mathematics, in a drawing"
     assert "for &lt;b&gt; &amp; &lt;/b&gt; in range(3):" in text
+
+
+def test_nats_of_the_answers_have_a_table(result, tmp_path):
+    write_report(small(result, "long_context"), tmp_path / "page.html")
+    section = (tmp_path / "page.html").read_text().partition('<section id="long-context"')[2]
+    row = re.search("niah_multikey, 16,384 tokens</th>(.*?)</tr>", section, re.DOTALL).group(1)
+    assert re.findall("<td>(.*?)</td>", row) == ["0.800", "0.300", "0.300"]
 
 
 def test_what_may_be_missing(result, tmp_path):

@@ -92,7 +92,7 @@ def test_logits_under_the_probe_are_the_models_own(model_type, padded):
 def test_generating_without_matrices_is_generating(model_type):
     """With a cache, and beyond the sliding window."""
     model, tokenizer = sinking(model_type, sliding_window=16), tiny_tokenizer()
-    sample = Sample("Where is the white whale, and who has seen it?", ("unheard",), 40)
+    sample = Sample("Where is the white whale, and who has seen it?", ("unheard",), 40, "")
     expected = answer(model, tokenizer, sample)
     with without_matrices(model):
         assert model.config._attn_implementation != "eager"

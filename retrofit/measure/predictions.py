@@ -24,11 +24,18 @@ def predict(
         last: how many tokens at the end of each window are predicted; all but the first if `None`.
     """
     inner = unwrapped(model)
-    scaling = getattr(inner.config, "logits_scaling", 1.0)
     shown = slice(None if last is None else -last - 1, None)
-    predictions = PredictionStatistics(inner.get_output_embeddings(), base, scaling)
+    predictions = predictions_of(inner, base)
     for batch in batches:
         input_ids = batch.to(inner.device)
         output = inner.get_decoder()(input_ids, use_cache=False)
         predictions.add(output.last_hidden_state[:, shown], input_ids[:, shown])
     return predictions
+
+
+def predictions_of(
+    model: PreTrainedModel, base: PredictionStatistics | None = None
+) -> PredictionStatistics:
+    """Of a transformers model, none so far."""
+    scaling = getattr(model.config, "logits_scaling", 1.0)
+    return PredictionStatistics(model.get_output_embeddings(), base, scaling)

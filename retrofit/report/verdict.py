@@ -59,6 +59,9 @@ class Difference:
         return f"{self.value:+.{decimals}f} {noise}"
 
 
+_Pairs = dict[str, tuple[dict, dict]]  # by length, the figures of the base and of the model
+
+
 class _Item(NamedTuple):
     outcome: Outcome
     text: str
@@ -172,11 +175,17 @@ def _quantization(base: dict, model: dict) -> Iterator[_Item]:
 
 
 def _long_context(base: dict, model: dict) -> Iterator[_Item]:
+    shared: dict[str, _Pairs] = {}
     for task, lengths in model.get("tasks", {}).items():
         known = base.get("tasks", {}).get(task, {})
         pairs = {at: (known[at], after) for at, after in lengths.items() if at in known}
         if pairs:
-            yield _scores(task, pairs)
+            shared[task] = pairs
+    for task, pairs in shared.items():
+        yield _scores(task, pairs)
+    for task, pairs in shared.items():
+        if by_sample := _by_sample(pairs, "nats_by_sample"):
+            yield _nats(f"{task} at {', '.join(pairs)}, the answers", *by_sample)
     for length, after in model.get("perplexity", {}).items():
         before = base.get("perplexity", {}).get(length)
         if before:
@@ -184,15 +193,33 @@ def _long_context(base: dict, model: dict) -> Iterator[_Item]:
             yield _lower(label, before["perplexity"][-1], after["perplexity"][-1])
 
 
-def _scores(task: str, pairs: dict[str, tuple[dict, dict]]) -> _Item:
+def _scores(task: str, pairs: _Pairs) -> _Item:
     """Those of all lengths, and their mean difference."""
     found = list(zip(*pairs.values(), strict=True))
     before, after = (", ".join(f"{each['score']:.2f}" for each in scores) for scores in found)
-    mean = fmean(own["score"] - other["score"] for other, own in pairs.values())
-    summed = _independent(mean, *(each.get("stderr") for scores in found for each in scores))
-    stderr = None if summed.stderr is None else summed.stderr / len(pairs)
+    if by_sample := _by_sample(pairs, "score_by_sample"):
+        difference = paired(*by_sample)
+    else:
+        mean = fmean(own["score"] - other["score"] for other, own in pairs.values())
+        summed = _independent(mean, *(each.get("stderr") for scores in found for each in scores))
+        stderr = None if summed.stderr is None else summed.stderr / len(pairs)
+        difference = Difference(mean, stderr)
     label = f"{task} at {', '.join(pairs)} {before} -> {after}, difference"
-    return _higher(label, Difference(mean, stderr), decimals=2)
+    return _higher(label, difference, decimals=2)
+
+
+def _by_sample(pairs: _Pairs, key: str) -> tuple[list[float], list[float]] | None:
+    """Means over the lengths, sample by sample, of the base and of the model: a sample has the same
+    needles at every length, so that its lengths are not independent. `None` where the two did not
+    see the same prompts, or are of a version that did not keep samples."""
+    for before, after in pairs.values():
+        if key not in before or before["prompts_sha256"] != after.get("prompts_sha256"):
+            return None
+    base, model = (
+        [fmean(lengths) for lengths in zip(*(each[key] for each in found), strict=True)]
+        for found in zip(*pairs.values(), strict=True)
+    )
+    return base, model
 
 
 def _heads(base: dict, model: dict) -> Iterator[_Item]:
