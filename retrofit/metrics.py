@@ -1,8 +1,12 @@
 """What `retrofit measure` reports: formulas, sources, and the sums they are made of.
 
-`A[i, j]` is the attention that query `i` pays to key `j`, and `T` the length of a sequence. Every
+`A[i, j]` is the attention that query `i` pays to key `j`, and `T` the length of a sequence. A sink
+logit takes part in the softmax without being a key, so that no metric counts it as one. Every
 sum is streamed: over blocks of queries for attention, over chunks of tokens for logits.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,14 +20,31 @@ _QUERY_BLOCK = 128
 _TOKEN_CHUNK = 128
 
 
+class AttentionColumns(NamedTuple):
+    """Readings of the attention matrix of one layer.
+
+    Attributes:
+        first: `A[i, 0]` by query, `[batch, heads, T]`.
+        share: mean of `A[i, j]` over the queries `i >= j + NEAR`, by key `j <= T - TAIL`:
+            `[batch, heads, T - TAIL + 1]`.
+        left: `sum_j A[i, j]` by query, what a sink logit leaves to the keys, `[batch, heads, T]`;
+            `None` without a sink logit, where it is 1.
+    """
+
+    first: torch.Tensor
+    share: torch.Tensor
+    left: torch.Tensor | None = None
+
+
 def attention_columns(
     query_states: torch.Tensor,
     key_states: torch.Tensor,
     scaling: float,
     attention_mask: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     block: int = _QUERY_BLOCK,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two readings of the attention matrix in O(block * T) memory a head, in float32.
+) -> AttentionColumns:
+    """Columns of the attention matrix in O(block * T) memory a head, in float32.
 
     Args:
         query_states: `[batch, heads, T, head_dim]`, after RoPE.
@@ -31,35 +52,82 @@ def attention_columns(
         scaling: factor of the logits.
         attention_mask: bool `[batch or 1, heads or 1, T, T]`, True where a query may look, never
             ahead of itself; `None` for plain causal attention.
+        sink_logits: one that joins each softmax without being a key, as in gpt-oss: `[heads]`, or
+            by query `[batch, heads, T]`. What it takes no key has.
         block: rows of queries at a time.
-
-    Returns:
-        `first`, `A[i, 0]` by query `[batch, heads, T]`, and `share`, the mean of `A[i, j]` over
-        the queries `i >= j + NEAR`, by key `j <= T - TAIL`: `[batch, heads, T - TAIL + 1]`.
     """
     batch, heads, length, _ = query_states.shape
-    # Groups are folded into the rows, so that keys are not repeated for every query head.
-    queries = query_states.float().unflatten(1, (key_states.shape[1], -1))
-    keys = key_states.float().mT
-    first, columns = [], queries.new_zeros(batch, heads, length)
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        rows = queries[:, :, :, start:end].flatten(2, 3)
-        logits = (rows @ keys[..., :end]).view(batch, heads, end - start, end) * scaling
-        hidden = ~_allowed(attention_mask, start, end, logits.device)
-        logits.masked_fill_(hidden, -torch.inf)
+    first, left, columns = [], [], query_states.new_zeros(batch, heads, length, dtype=torch.float32)
+    blocks = _blocks(query_states, key_states, scaling, attention_mask, block)
+    for start, end, logits, hidden in blocks:
         # A row of padding sees nothing, and its softmax is not a number.
         weights = logits.softmax(-1).masked_fill_(hidden, 0)
+        if sink_logits is not None:
+            of_block = sink_logits if sink_logits.ndim == 1 else sink_logits[..., start:end]
+            left.append(left_by_sink(logits.logsumexp(-1), of_block))
+            weights *= left[-1].unsqueeze(-1)
         first.append(weights[..., 0].clone())  # a view would keep the block
         columns[..., :end] += weights.tril_(start - NEAR).sum(-2)
     far_queries = torch.arange(length - NEAR, TAIL - NEAR - 1, -1, device=columns.device)
-    return torch.cat(first, -1), columns[..., : length - TAIL + 1] / far_queries
+    share = columns[..., : length - TAIL + 1] / far_queries
+    return AttentionColumns(torch.cat(first, -1), share, torch.cat(left, -1) if left else None)
 
 
-def _allowed(mask: torch.Tensor | None, start: int, end: int, device) -> torch.Tensor:
-    if mask is None:
-        return torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
-    return mask[..., start:end, :end]
+def log_sum_exp(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    scaling: float,
+    attention_mask: torch.Tensor | None = None,
+    block: int = _QUERY_BLOCK,
+) -> torch.Tensor:
+    """`log(sum_j exp(q_i k_j * scaling))` over the keys that each query sees, `[batch, heads, T]`
+    in float32: how much a head found. In O(block * T) memory a head.
+
+    Args:
+        query_states: `[batch, heads, T, head_dim]`, the last `T` of as many tokens as there are
+            keys.
+    """
+    blocks = _blocks(query_states, key_states, scaling, attention_mask, block)
+    return torch.cat([logits.logsumexp(-1) for _, _, logits, _ in blocks], -1)
+
+
+def left_by_sink(log_sum_exp: torch.Tensor, sink_logits: torch.Tensor) -> torch.Tensor:
+    """`g = sigmoid(LSE - s)`: the weight that the keys have beside a sink logit `s` in one softmax
+    (arXiv:2602.01203), `[batch, heads, T]`. Of a query that sees no key it is 0.
+
+    Args:
+        log_sum_exp: `LSE`, `[batch, heads, T]`.
+        sink_logits: `[heads]` or `[batch, heads, T]`.
+    """
+    beside = sink_logits.unsqueeze(-1) if sink_logits.ndim == 1 else sink_logits
+    # Without any key and with a sink of -inf, which is none, the difference is not a number.
+    return (log_sum_exp.clamp(min=torch.finfo(log_sum_exp.dtype).min) - beside).sigmoid()
+
+
+def _blocks(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    scaling: float,
+    attention_mask: torch.Tensor | None,
+    block: int,
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """For the queries `start..end`, the logits in float32, -inf where they do not look, of the keys
+    up to the last that any of them sees: `[batch, heads, end - start, keys]`; and where that is."""
+    batch, heads, length, _ = query_states.shape
+    before = key_states.shape[2] - length  # keys of a cache
+    # Groups are folded into the rows, so that keys are not repeated for every query head.
+    queries = query_states.float().unflatten(1, (key_states.shape[1], -1))
+    keys = key_states.float().mT
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        seen = before + end
+        rows = queries[:, :, :, start:end].flatten(2, 3)
+        logits = (rows @ keys[..., :seen]).view(batch, heads, end - start, seen) * scaling
+        if attention_mask is None:
+            hidden = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(before + start + 1)
+        else:
+            hidden = ~attention_mask[..., start:end, :seen]
+        yield start, end, logits.masked_fill_(hidden, -torch.inf), hidden
 
 
 class AttentionStatistics:
@@ -69,19 +137,20 @@ class AttentionStatistics:
         self.sequences = 0
         zero = torch.zeros(1, dtype=torch.float64)
         self._first = self._share = self._peak = self._load = zero
+        self._left: torch.Tensor | None = None
 
-    def add(
-        self, first: torch.Tensor, share: torch.Tensor, gate_scores: torch.Tensor | None
-    ) -> None:
+    def add(self, columns: AttentionColumns, gate_scores: torch.Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
-            first: from `attention_columns`.
-            share: from `attention_columns`.
+            columns: from `attention_columns`.
             gate_scores: `[batch, T, heads, channels]`, `None` without a gate. A constant factor
                 makes no difference.
         """
-        load = 1 - first
+        first, share, left = columns
+        load = (1 if left is None else left) - first
+        if left is not None:
+            self._left = (0 if self._left is None else self._left) + _batch_sum(left.mean(-1))
         if gate_scores is not None:
             load = load * gate_scores.mean(-1).transpose(1, 2)
         self.sequences += first.shape[0]
@@ -115,10 +184,17 @@ class AttentionStatistics:
         return (self._peak.mean() / self.sequences).item()
 
     @property
+    def sink_share(self) -> float | None:
+        """Share of the attention that a sink logit takes from the keys: mean of `1 - sum_j A[i, j]`
+        over heads, queries and sequences. `None` without one: its softmax sums to 1."""
+        return None if self._left is None else 1 - (self._left.mean() / self.sequences).item()
+
+    @property
     def head_load_cv(self) -> float:
         """Coefficient of variation (population std / mean) over heads of the importance: the mean
-        over tokens and sequences of the effective load `(1 - A[i, 0]) * g[i]`, with `g` the mean
-        gate over the head's channels, 1 without a gate (arXiv:2602.01203)."""
+        over tokens and sequences of the effective load `(sum_j A[i, j] - A[i, 0]) * g[i]`, with `g`
+        the mean gate over the head's channels, 1 without a gate (arXiv:2602.01203). The sum is 1
+        but for what a sink logit takes."""
         return (self._load.std(correction=0) / self._load.mean()).item()
 
     @property
@@ -159,7 +235,8 @@ class GateStatistics:
 
 
 class ActivationStatistics:
-    """The hidden states that one decoder layer puts out, by their largest absolute values.
+    """The hidden states that one decoder layer puts out, by their largest absolute values, or what
+    its `down_proj` reads, where outliers go that are held off the hidden states.
 
     Args:
         scale: what they are divided by.
@@ -176,7 +253,7 @@ class ActivationStatistics:
         self._kurtosis = self._outliers = 0.0
 
     def add(self, hidden_states: torch.Tensor) -> None:
-        """Add a batch `[batch, T, hidden_size]`."""
+        """Add a batch `[batch, T, channels]`."""
         for sequence in hidden_states:
             self._add_shape(sequence.float())
         by_token = hidden_states.abs().amax(-1).cpu().double() / self.scale
@@ -225,11 +302,18 @@ class PredictionStatistics:
     Args:
         head: the output head, from final hidden states to logits.
         base: the base's predictions of the same batches; `None` if this is the base.
+        logits_scaling: what the model divides its logits by, as Granite does.
     """
 
-    def __init__(self, head: nn.Linear, base: "PredictionStatistics | None" = None):
+    def __init__(
+        self,
+        head: nn.Linear,
+        base: "PredictionStatistics | None" = None,
+        logits_scaling: float = 1.0,
+    ):
         self.head = head
         self.base = base
+        self.logits_scaling = logits_scaling
         # By batch, `[tokens, hidden_size]` on the CPU: the logits are made again where needed.
         self.hidden_states: list[torch.Tensor] = []
         self.same_vocabulary = base is None or base.head.out_features == head.out_features
@@ -244,7 +328,7 @@ class PredictionStatistics:
         batch_nll = []
         for start in range(0, labels.numel(), _TOKEN_CHUNK):
             chunk = slice(start, start + _TOKEN_CHUNK)
-            log_p = self.head(hidden_states[chunk]).float().log_softmax(-1)
+            log_p = self._log_softmax(hidden_states[chunk])
             batch_nll.append(-log_p.gather(-1, labels[chunk, None]).squeeze(-1).cpu())
             if self.base is not None and self.same_vocabulary:
                 log_q = self.base.log_probabilities(len(self.hidden_states), chunk)
@@ -254,8 +338,10 @@ class PredictionStatistics:
 
     def log_probabilities(self, batch: int, chunk: slice) -> torch.Tensor:
         """Of the tokens in `chunk` of a batch, `[tokens, vocabulary]` in float32."""
-        hidden_states = self.hidden_states[batch][chunk].to(self.head.weight.device)
-        return self.head(hidden_states).float().log_softmax(-1)
+        return self._log_softmax(self.hidden_states[batch][chunk].to(self.head.weight.device))
+
+    def _log_softmax(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return (self.head(hidden_states).float() / self.logits_scaling).log_softmax(-1)
 
     @property
     def nll(self) -> torch.Tensor:

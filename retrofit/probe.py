@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,18 +19,21 @@ from retrofit.errors import UserError
 from retrofit.gates import GateLayer
 from retrofit.metrics import (
     ActivationStatistics,
+    AttentionColumns,
     AttentionStatistics,
     GateStatistics,
     attention_columns,
 )
+from retrofit.sink_attention import sdpa_with_sinks, sink_logits
 
-# transformers refuses a name with "sdpa" in it to the models that SDPA would get wrong.
-_IMPLEMENTATION = "sdpa_probe"
+# transformers refuses a name with "sdpa" in it to the models that SDPA alone would get wrong, those
+# with sink logits among them.
+_IMPLEMENTATION = "retrofit_probe"
 # Stock attention whose `q_proj` packs `[q ; gate]` for each head.
 _PACKED_GATES = ("Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen3NextAttention")
 
 AttentionWatcher = Callable[
-    [nn.Module, torch.Tensor, torch.Tensor, float, torch.Tensor | None], None
+    [nn.Module, torch.Tensor, torch.Tensor, float, torch.Tensor | None, torch.Tensor | None], None
 ]
 GateWatcher = Callable[[int, torch.Tensor], None]
 
@@ -47,23 +49,28 @@ class LayerStatistics:
 
     def __init__(self, residual_scale: float = 1.0):
         self.activation = ActivationStatistics(residual_scale)
+        self.down_proj: ActivationStatistics | None = None
         self.attention: AttentionStatistics | None = None
         self.gate: GateStatistics | None = None
-        self._columns: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._columns: AttentionColumns | None = None
         self._gate_scores: torch.Tensor | None = None
 
-    def see_attention(self, columns: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def see_attention(self, columns: AttentionColumns) -> None:
         self._columns = columns
 
     def see_gate(self, scores: torch.Tensor) -> None:
         self._gate_scores = scores
+
+    def see_down_proj(self, inputs: torch.Tensor) -> None:
+        self.down_proj = self.down_proj or ActivationStatistics()
+        self.down_proj.add(inputs)
 
     def finish(self, hidden_states: torch.Tensor) -> None:
         """Take in the layer's output, and join its attention with its gate."""
         self.activation.add(hidden_states)
         if self._columns is not None:
             self.attention = self.attention or AttentionStatistics()
-            self.attention.add(*self._columns, self._gate_scores)
+            self.attention.add(self._columns, self._gate_scores)
         if self._gate_scores is not None:
             self.gate = self.gate or GateStatistics()
             self.gate.add(self._gate_scores)
@@ -87,9 +94,8 @@ def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
     residual_scale = getattr(model.config, "retrofit_residual_scale", 1.0)
     statistics = [LayerStatistics(residual_scale) for _ in decoder_layers]
 
-    def watch(module, query_states, key_states, scaling, attention_mask):
-        columns = attention_columns(query_states, key_states, scaling, attention_mask)
-        statistics[module.layer_idx].see_attention(columns)
+    def watch(module, *attention):
+        statistics[module.layer_idx].see_attention(attention_columns(*attention))
 
     def see_gate(index, scores):
         statistics[index].see_gate(scores[..., :-constant, :] if constant else scores)
@@ -100,14 +106,19 @@ def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
             stack.enter_context(handle)
         for layer, layer_statistics in zip(decoder_layers, statistics, strict=True):
             stack.enter_context(layer.register_forward_hook(_output_hook(layer_statistics.finish)))
+            # Experts of a mixture have none that is a module of its own.
+            down_proj = getattr(getattr(layer, "mlp", None), "down_proj", None)
+            if isinstance(down_proj, nn.Module):
+                hook = _input_hook(layer_statistics.see_down_proj)
+                stack.enter_context(down_proj.register_forward_pre_hook(hook))
         yield statistics
 
 
 @contextmanager
 def attention_watched(model: PreTrainedModel, watch: AttentionWatcher) -> Iterator[None]:
     """Run the model on SDPA and show `watch` the inputs of every attention call: the module,
-    query and key states after RoPE, the scaling, and the mask (bool, or `None` if causal). Heads
-    that a merge added are not shown.
+    query and key states after RoPE, the scaling, the mask (bool, or `None` if causal), and the sink
+    logits (`None` without). Heads that a merge added are not shown.
 
     Raises:
         UserError: if the model does not go through transformers' attention interface.
@@ -117,12 +128,24 @@ def attention_watched(model: PreTrainedModel, watch: AttentionWatcher) -> Iterat
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         own = (query[:, :-constant], key[:, :-1]) if constant else (query, key)
-        watch(module, *own, scaling, attention_mask)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        watch(module, *own, scaling, attention_mask, sink_logits(**kwargs))
+        return sdpa_with_sinks(module, query, key, value, attention_mask, scaling, **kwargs)
 
     with attention_replaced(model, attention):
+        yield
+
+
+@contextmanager
+def without_matrices(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model that has no SDPA, for its sink logits, without `T x T` matrices all the same.
+
+    Raises:
+        UserError: if the model does not go through transformers' attention interface.
+    """
+    if model._supports_sdpa:
+        yield
+        return
+    with attention_replaced(model, sdpa_with_sinks):
         yield
 
 
@@ -153,8 +176,10 @@ def _constant_heads(model: PreTrainedModel) -> int:
 
 
 def _set_implementation(model: PreTrainedModel) -> None:
-    with suppress(ValueError, ImportError):
-        model.set_attn_implementation(_IMPLEMENTATION)
+    # What has neither SDPA nor sink logits does something else in its attention.
+    if model._supports_sdpa or any(hasattr(module, "sinks") for module in model.modules()):
+        with suppress(ValueError, ImportError):
+            model.set_attn_implementation(_IMPLEMENTATION)
     # Models outside the interface are not an error to transformers, only a warning.
     if model.config._attn_implementation != _IMPLEMENTATION:
         raise UserError(
@@ -199,6 +224,10 @@ def _unflatten(logits: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 def _unpack(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
     return query_and_gate.unflatten(-1, (-1, 2 * head_dim))[..., head_dim:].sigmoid()
+
+
+def _input_hook(see: Callable[[torch.Tensor], None]):
+    return lambda _module, args: see(args[0])
 
 
 def _output_hook(see: Callable[[torch.Tensor], None]):

@@ -58,6 +58,7 @@ def _model(name: str, seed: int, sink: float) -> dict[str, Any]:
     nll = [3 + text.gauss(0, 0.3) + draw.gauss(0.02 * seed, 0.005) for _ in range(WINDOWS)]
     per_layer = _per_layer(draw, sink, gated=seed > 0)
     mean = {k: _mean(v) for k, v in per_layer.items() if v[-1] is None or isinstance(v[-1], float)}
+    copied = [0.28 + 0.1 * seed + text.gauss(0, 0.05) for _ in range(WINDOWS)]
     metrics = mean | {
         "peak_column_share": max(map(_mean, zip(*per_layer["column_share"][1:], strict=True))),
         "peak_column_position": 0 if seed == 0 else 5,
@@ -69,12 +70,14 @@ def _model(name: str, seed: int, sink: float) -> dict[str, Any]:
         "perplexity": math.exp(_mean(nll)),
         "perplexity_far": math.exp(_mean(nll) - 0.05),
         "kl_to_base": 0.09,
+        "copied_nats": _mean(copied),
     }
     return {
         "name": name,
         "metrics": metrics,
         "per_layer": per_layer,
         "nll_by_window": nll,
+        "copied_nats_by_window": copied,
         "streaming": _streaming(draw, 3.5 if seed == 0 else 0.05),
         "quantization": _quantization(draw, 0.6 if seed == 0 else 0.03),
         "long_context": _long_context(draw, 0.2 if seed == 0 else 0.7),
@@ -103,6 +106,8 @@ def _per_layer(draw: random.Random, sink: float, gated: bool) -> dict[str, list]
         "max_activation": each(lambda: largest * draw.uniform(0.5, 1.5), largest / 50),
         "kurtosis": each(lambda: largest * draw.uniform(0.1, 0.2), 5.0),
         "outlier_share": each(lambda: draw.uniform(0, 1e-3), 0.0),
+        "down_proj_max_activation": each(lambda: largest / 8),
+        "down_proj_kurtosis": each(lambda: largest / 2),
         "gate_score": each(lambda: draw.uniform(0.3, 0.6)) if gated else [None] * LAYERS,
         "gate_histogram": each(lambda: _shares(draw, 20)) if gated else [None] * LAYERS,
         "head_load_cv": each(lambda: draw.uniform(0.1, 0.5)),
@@ -153,7 +158,7 @@ def _long_context(draw: random.Random, score: float) -> dict[str, Any]:
         "tasks": {
             task: {
                 str(length): {"score": score if length > 2048 else 0.9, "stderr": 0.05,
-                              "samples": 20}
+                              "samples": 20, "nats": 1 - score}
                 for length in lengths
             }
             for task in ("niah_single", "niah_multikey", "variable_tracking")

@@ -119,7 +119,7 @@ def test_the_loss_is_what_measuring_calls_head_load_cv():
     scores = randn(1, length, HEADS, 1, seed=2).sigmoid()
     with torch.no_grad():
         statistics = AttentionStatistics()
-        statistics.add(*attention_columns(query, key, SCALING), scores)
+        statistics.add(attention_columns(query, key, SCALING), scores)
         weights = full_attention(query, key, position_ids)
         load = effective_load(vanilla_load(weights, starts_of(position_ids)), scores)
     value = balance_loss(load, position_ids >= 0)

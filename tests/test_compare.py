@@ -44,6 +44,24 @@ def test_a_base_is_the_same_up_to_rounding(write):
     assert names(join([write("A.json", first), write("B.json", second)])) == ["base", "a", "b"]
 
 
+def test_files_of_an_older_version_lack_what_is_new_and_no_more(write):
+    first, second = synthetic_result("a"), synthetic_result("b")
+    for model in second["models"]:
+        del model["copied_nats_by_window"], model["metrics"]["copied_nats"]
+        for metric in ("down_proj_max_activation", "down_proj_kurtosis"):
+            del model["metrics"][metric], model["per_layer"][metric]
+    paths = [write("A.json", first), write("B.json", second)]
+    for order in (paths, paths[::-1]):
+        result = join(order)
+        base, *others = result["models"]
+        assert base == first["models"][0], "the base has what either file has"
+        told = {
+            model["name"]: {finding.subject for finding in verdict(base, model)} for model in others
+        }
+        assert "copied text" in told["a"] and "copied text" not in told["b"]
+        assert told["a"] - told["b"] == {"copied text", "inputs of down_proj"}
+
+
 def test_another_base_under_the_same_name_is_told_apart(write):
     first, second = synthetic_result("a"), synthetic_result("b")
     second["models"][0]["metrics"]["perplexity"] *= 1.01

@@ -11,11 +11,12 @@ from peft import get_peft_model
 from test_native import as_native, trained
 from test_ruler import DOCUMENTS
 from tiny import LLAMA3, SHAPE, tiny_model, tiny_tokenizer
+from transformers import DynamicCache
 
 from retrofit import GateConfig
 from retrofit.errors import UserError
 from retrofit.measure import cut_windows, measure
-from retrofit.measure.long_context import LongContext, answer, rope_scaled
+from retrofit.measure.long_context import LongContext, answer, answer_nats, rope_scaled
 from retrofit.measure.parts import chosen_parts
 from retrofit.measure.ruler import Ruler, Sample
 from retrofit.measure.subject import Subject
@@ -258,8 +259,10 @@ def test_a_model_that_knows_scores_1_and_noise_scores_0(monkeypatch, words, scor
     model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=4096)
     seen = speaking(model, monkeypatch, words)
     found = asked_of(model)
-    expected = {"score": score, "stderr": 0.0, "samples": 3}
-    assert found["tasks"] == {task: {"2500": expected, "3000": expected} for task in TASKS}
+    expected = {"score": score, "stderr": 0.0, "samples": 3, "score_by_sample": [score] * 3}
+    for task in TASKS:
+        for length in ("2500", "3000"):
+            assert found["tasks"][task][length].items() >= expected.items()
     assert seen == list(range(18))
 
 
@@ -274,6 +277,7 @@ def test_scores_are_the_mean_share_with_its_standard_error(monkeypatch):
         variance = sum((share - mean) ** 2 for share in shares) / 2
         assert figures["score"] == pytest.approx(mean)
         assert figures["stderr"] == pytest.approx((variance / 3) ** 0.5)
+        assert figures["score_by_sample"] == pytest.approx(shares)
 
 
 def test_progress_counts_every_prompt_and_every_window(monkeypatch):
@@ -306,7 +310,7 @@ def test_answers_are_greedy_whatever_the_model_asks_for():
     prompt = "Where is the whale?"
     expected = greedy(model, tokenizer(prompt)["input_ids"], 40)
     text = tokenizer.decode(expected, skip_special_tokens=True)
-    assert answer(model, tokenizer, Sample(prompt, ("unheard",), 40)) == text
+    assert answer(model, tokenizer, Sample(prompt, ("unheard",), 40, " unheard")) == text
 
 
 def test_answers_end_where_the_text_does_and_when_all_are_there():
@@ -315,18 +319,58 @@ def test_answers_end_where_the_text_does_and_when_all_are_there():
     tokens = greedy(model, tokenizer(prompt)["input_ids"], 40)
     assert len(tokens) == 40 and len(set(tokens[:2])) == 2 and tokens.index(tokens[5]) == 5
     model.generation_config.eos_token_id = tokens[5]
-    found = answer(model, tokenizer, Sample(prompt, ("unheard",), 40))
+    found = answer(model, tokenizer, Sample(prompt, ("unheard",), 40, " unheard"))
     assert found == tokenizer.decode(tokens[:6], skip_special_tokens=True)
     model.generation_config.eos_token_id = 257
     first = tokenizer.decode(tokens[:2])
-    assert answer(model, tokenizer, Sample(prompt, (first,), 40)) == first
+    assert answer(model, tokenizer, Sample(prompt, (first,), 40, first)) == first
 
 
 def test_a_prompt_is_read_without_full_logits():
     model, rows = tiny_model("llama"), []
     model.lm_head.register_forward_hook(lambda _m, args, _o: rows.append(args[0].shape[1]))
-    answer(model, tiny_tokenizer(), Sample("Where is the whale?" * 10, ("unheard",), 3))
+    answer(model, tiny_tokenizer(), Sample("Where is the whale?" * 10, ("unheard",), 3, ""))
     assert rows == [1, 1, 1]
+
+
+HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "read_again"),
+    [("llama", {}, False), ("gpt_oss", {}, True), ("qwen3_5_text", HYBRID, True)],
+)
+def test_nats_of_the_answers_equal_those_of_full_logits(family, overrides, read_again):
+    """After the model went on in its own way, which must leave no trace."""
+    model, tokenizer = tiny_model(family, **overrides), tiny_tokenizer()
+    sample = Sample("Where is the white whale, and who has seen it?", ("Ahab",), 30, " Ahab has")
+    ids = tokenizer(sample.prompt + sample.continuation, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        log_p = model(ids).logits.double().log_softmax(-1)[0, :-1]
+    expected = -log_p.gather(-1, ids[0, 1:, None])[-len(" Ahab has") :].mean().item()
+    cache = DynamicCache(config=model.config)
+    answer(model, tokenizer, sample, cache)
+    read = []
+    handle = model.model.layers[0].register_forward_hook(
+        lambda _module, args, _output: read.append(args[0].shape[1])
+    )
+    assert answer_nats(model, tokenizer, sample, cache) == pytest.approx(expected, rel=1e-4)
+    handle.remove()
+    assert read == [ids.shape[1] if read_again else len(" Ahab has") + 1]
+
+
+def test_two_models_see_the_same_prompts_and_another_seed_others(monkeypatch):
+    model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=4096)
+    monkeypatch.setattr(model, "generate", lambda input_ids, **_: input_ids)
+
+    def prompts(**settings):
+        part = LongContext(
+            lengths=(900,), samples=2, tasks=("niah_multikey",), documents=1, **settings
+        )
+        return part.measure(opened(model), untracked)["tasks"]["niah_multikey"]["900"]
+
+    assert prompts() == prompts()
+    assert prompts()["prompts_sha256"] != prompts(seed=1)["prompts_sha256"]
 
 
 @pytest.mark.parametrize(

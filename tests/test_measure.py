@@ -39,6 +39,9 @@ METRICS = {
     "perplexity",
     "perplexity_far",
     "kl_to_base",
+    "copied_nats",
+    "down_proj_max_activation",
+    "down_proj_kurtosis",
 }
 PER_LAYER = {
     "f_attn",
@@ -50,6 +53,8 @@ PER_LAYER = {
     "head_load",
     "kurtosis",
     "outlier_share",
+    "down_proj_max_activation",
+    "down_proj_kurtosis",
     "column_share",
 }
 
@@ -87,7 +92,9 @@ def opening(**models):
 def test_the_result_has_the_documented_shape(result, text):
     assert set(result) == {"models", "settings"}
     for model in result["models"]:
-        assert set(model) == {"name", "metrics", "per_layer", "nll_by_window"}
+        assert set(model) == {
+            "name", "metrics", "per_layer", "nll_by_window", "copied_nats_by_window"
+        }  # fmt: skip
         assert set(model["metrics"]) == METRICS
         assert set(model["per_layer"]) == PER_LAYER
         assert all(len(values) == 3 for values in model["per_layer"].values())
@@ -180,6 +187,28 @@ def test_perplexity_and_kl_equal_those_of_full_logits(text):
     assert metrics["perplexity"] == pytest.approx(nll.mean().exp().item(), rel=1e-5)
     assert metrics["perplexity_far"] == pytest.approx(nll[:, 63:].mean().exp().item(), rel=1e-5)
     assert metrics["kl_to_base"] == pytest.approx(kl.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_copied_text_is_scored_where_it_comes_again(text, bos):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 256)]
+        )
+    result = measure(["a"], text, length=301, windows=12, batch_size=3, progress=False,
+                     load=lambda *_: (model, tokenizer))["models"][0]  # fmt: skip
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    expected = []
+    for row in cut_windows(documents, tokenizer, 301, 12)[:8].tolist():
+        passage = row[1:151] if bos else row[:150]
+        twice = torch.tensor([row[:1] * bos + passage + passage])
+        with torch.no_grad():
+            log_p = model(twice).logits.double().log_softmax(-1)[0, :-1]
+        nll = -log_p.gather(-1, twice[0, 1:, None]).squeeze(-1)
+        expected.append(nll[-150:].mean().item())
+    assert result["copied_nats_by_window"] == pytest.approx(expected, rel=1e-5)
+    assert result["metrics"]["copied_nats"] == pytest.approx(sum(expected) / len(expected))
 
 
 def test_kl_between_different_vocabularies_does_not_apply(text):

@@ -13,7 +13,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from retrofit import GateConfig
 from retrofit.adapters.modeling_gated import GatedConfig, GatedForCausalLM
-from retrofit.errors import UserError
 from retrofit.gates import gate_layers
 from retrofit.measure.sinks import by_layer, read_model, summarize
 from retrofit.metrics import ActivationStatistics, AttentionStatistics, attention_columns
@@ -66,6 +65,11 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
     model.set_attn_implementation("eager")
     gates = {index: gate.g_proj["default"] for index, gate in gate_layers(model).items()}
     decoder_layers = dict(enumerate(model.model.layers))
+    read: dict[int, torch.Tensor] = {}
+    for index, layer in decoder_layers.items():
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _module, args, index=index: read.update({index: args[0].double()})
+        )
     with torch.no_grad(), recorded(gates) as doubled, recorded(decoder_layers) as hidden:
         output = model(input_ids, output_attentions=True)
     model.set_attn_implementation("sdpa")
@@ -84,6 +88,8 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
     states = torch.stack([hidden[i] for i in range(len(hidden))]).double().flatten(2)
     distance = states - states.mean(-1, keepdim=True)
     std = distance.square().mean(-1, keepdim=True).sqrt()
+    inputs = torch.stack([read[i] for i in range(len(read))])
+    apart = (inputs - inputs.mean((2, 3), keepdim=True)).flatten(2)
     log_p = output.logits.double().log_softmax(-1)[:, :-1]
     nll = -log_p.gather(-1, input_ids[:, 1:, None])
     figures = {
@@ -97,6 +103,8 @@ def naive(model, input_ids: torch.Tensor) -> dict[str, float]:
         "max_activation_any_window": activations.amax((1, 2)).mean(),
         "kurtosis": (distance / std).pow(4).mean(),
         "outlier_share": (distance.abs() > 6 * std).double().mean(),
+        "down_proj_max_activation": inputs.abs().amax((2, 3)).mean(),
+        "down_proj_kurtosis": (apart / apart.square().mean(-1, keepdim=True).sqrt()).pow(4).mean(),
         "head_load_cv": (importance.std(1, correction=0) / importance.mean(1)).mean(),
         "perplexity": nll.mean().exp(),
         "perplexity_far": nll[:, 63:].mean().exp(),
@@ -165,6 +173,12 @@ def test_layers_without_softmax_attention_are_left_out():
     assert all(figures["max_activation"])
 
 
+def test_experts_have_no_down_proj_of_one_layer():
+    layers, predictions = read_model(tiny_model("qwen3_moe"), [tokens()], None)
+    assert by_layer(layers)["down_proj_kurtosis"] == [None] * 3
+    assert summarize(layers, predictions)["down_proj_max_activation"] is None
+
+
 def test_outliers_are_counted_by_their_formula():
     torch.manual_seed(0)
     states = torch.randn(2, 40, 64)
@@ -187,7 +201,7 @@ def planted(positions: list[int], length: int = 320) -> AttentionStatistics:
     for head, position in enumerate(positions):
         keys[:, head, position, 0] = 10
     statistics = AttentionStatistics()
-    statistics.add(*attention_columns(queries, keys, scaling=1.0), None)
+    statistics.add(attention_columns(queries, keys, scaling=1.0))
     return statistics
 
 
@@ -216,8 +230,8 @@ def test_sinks_that_differ_by_head_cannot_hide_in_the_average():
 def test_honest_local_attention_is_not_a_sink():
     keys = torch.nn.functional.one_hot(torch.arange(320), 320).float()[None, None]
     statistics = AttentionStatistics()
-    statistics.add(*attention_columns(20 * keys.roll(-3, -1), keys, scaling=1.0), None)
-    statistics.add(*attention_columns(20 * keys, keys, scaling=1.0), None)
+    statistics.add(attention_columns(20 * keys.roll(-3, -1), keys, scaling=1.0))
+    statistics.add(attention_columns(20 * keys, keys, scaling=1.0))
     assert statistics.column_share.max() < 0.01
 
 
@@ -240,7 +254,7 @@ def test_padded_batches_run_as_under_sdpa_and_padding_pays_no_attention():
         with attention_watched(model, lambda *args: seen.append(attention_columns(*args[1:]))):
             logits = model(tokens(2), attention_mask=mask).logits
     assert torch.equal(logits, expected)
-    for first, share in seen:
+    for first, share, _ in seen:
         assert first.isfinite().all()
         assert not first[0].any() and not share[0, :, :100].any()
 
@@ -257,14 +271,6 @@ def test_the_attention_implementation_is_restored_even_after_an_error(implementa
     assert model.config._attn_implementation == implementation
     assert (set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS)) == before
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
-
-
-def test_a_model_that_sdpa_gets_wrong_is_refused():
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
-    model = tiny_model("gpt_oss", **experts)
-    with pytest.raises(UserError, match="cannot watch the attention of GptOss"), probe(model):
-        pass
-    assert model.config._attn_implementation == "eager"
 
 
 class LargestTensor(TorchDispatchMode):

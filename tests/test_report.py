@@ -128,7 +128,9 @@ def test_the_sink_and_the_largest_activation(result):
     findings = verdict(base, model)
     assert of(findings, "sink") == {"worse": "0.200 -> 0.300 (+50.0%), now at position 7"}
     assert of(findings, "largest activation") == {"same": "100 -> 104 (unchanged)"}
-    assert [each.subject for each in findings[:3]] == ["sink", "largest activation", "perplexity"]
+    assert [each.subject for each in findings[:4]] == [
+        "sink", "largest activation", "perplexity", "copied text",
+    ]  # fmt: skip
 
 
 def test_streaming_is_paired_by_window(result):
@@ -207,6 +209,39 @@ def test_a_task_is_told_once_for_all_its_lengths(result):
     assert told == f"a at 1024, 2048 1.00, 0.80 -> 0.70, 0.30, {expected}"
 
 
+def test_scores_are_paired_by_sample_where_both_saw_the_same(result):
+    """The mean over the lengths of each sample, which has the same needles at all of them."""
+    base, model = (copied(each) for each in result["models"][:2])
+    scores = {
+        "base": {"1024": [1.0, 1.0, 0.5, 0.0], "2048": [1.0, 0.5, 0.5, 0.0]},
+        "model": {"1024": [1.0, 0.5, 0.5, 0.0], "2048": [0.5, 0.5, 0.0, 0.0]},
+    }
+    for each, lengths in zip((base, model), scores.values(), strict=True):
+        tasks = {
+            length: {
+                "score": sum(found) / 4, "stderr": 0.2, "samples": 4, "prompts_sha256": length,
+                "score_by_sample": found, "nats": 1.0, "nats_by_sample": [2 - x for x in found],
+            }
+            for length, found in lengths.items()
+        }  # fmt: skip
+        each["long_context"] = {"tasks": {"a": tasks}, "perplexity": {}}
+    differences = [-0.25, -0.25, -0.25, 0.0]
+    mean, stderr = sum(differences) / 4, statistics.stdev(differences) / 2
+    (told,) = of(verdict(base, model), "long context").values()
+    told, nats = told.split("; ")
+    assert told.endswith(f"0.62, 0.50 -> 0.50, 0.25, difference {mean:+.2f} ± {stderr:.2f}")
+    assert nats == (
+        "a at 1024, 2048, the answers 1.44 -> 1.62 nats a token, difference "
+        f"{-mean:+.3f} ± {stderr:.3f}"
+    )
+    model["long_context"]["tasks"]["a"]["1024"]["prompts_sha256"] = "others"
+    apart = of(verdict(base, model), "long context")
+    assert apart == {
+        "same": told[: told.index("difference")]
+        + f"difference {mean:+.2f} ± {math.sqrt(4 * 0.2**2) / 2:.2f}, within noise"
+    }
+
+
 @pytest.mark.parametrize(
     ("after", "outcome"),
     [([0.5, 0.9], "better"), ([0.05, 0.1], "worse"), ([0.5, 0.1], "same"), ([0.3, 0.6], "same")],
@@ -236,7 +271,36 @@ def test_a_part_that_one_of_them_lacks_is_not_compared(result):
     base, model = (copied(each) for each in result["models"][:2])
     for part in PARTS:
         base.pop(part), model.pop(part, None)
-    assert len(verdict(base, model)) == 3
+    assert len(verdict(base, model)) == 5
+    del base["copied_nats_by_window"], base["metrics"]["down_proj_max_activation"]
+    assert len(verdict(base, model)) == 3, "as an older version wrote it"
+
+
+@pytest.mark.parametrize(
+    ("shift", "spread", "outcome", "told"),
+    [
+        (0.3, 0.01, "worse", "0.280 -> 0.580 nats a token, difference +0.300 ± 0.00"),
+        (-0.1, 0.01, "better", "0.280 -> 0.180 nats a token, difference -0.100 ± 0.00"),
+        (0.005, 0.001, "same", "difference +0.005 ± 0.001"),
+        (0.1, 0.5, "same", "within noise"),
+    ],
+)
+def test_copied_text_is_paired_by_window(result, shift, spread, outcome, told):
+    base, model = (copied(each) for each in result["models"][:2])
+    base["copied_nats_by_window"] = [0.18, 0.38, 0.28, 0.28]
+    model["copied_nats_by_window"] = [
+        nats + shift + noise * spread
+        for nats, noise in zip(base["copied_nats_by_window"], (1, -1, 1, -1), strict=True)
+    ]
+    text = of(verdict(base, model), "copied text")
+    assert list(text) == [outcome] and told in text[outcome]
+
+
+def test_outliers_that_moved_to_the_inputs_of_down_proj_are_told(result):
+    base = copied(result["models"][0], down_proj_max_activation=1440.0)
+    model = copied(base, down_proj_max_activation=5216.0)
+    told = of(verdict(base, model), "inputs of down_proj")
+    assert told == {"worse": "largest 1,440 -> 5,220 (3.62x higher)"}
 
 
 @pytest.mark.parametrize(
@@ -320,6 +384,19 @@ def test_a_part_without_figures_has_no_section(result, tmp_path):
     ]  # fmt: skip
 
 
+def test_sink_logits_are_shown_of_the_models_that_have_them(result, tmp_path):
+    sinking = small(result)
+    model = sinking["models"][1]
+    model["per_layer"]["sink_share"] = [None, 0.5, 0.25, 0.5, 0.25, 0.5]
+    model["metrics"]["sink_share"] = 0.4
+    write_report(sinking, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    row = re.search('<th scope="row">taken by sink logits .share.</th>(.*?)</tr>', text, re.DOTALL)
+    assert re.findall("<td>(.*?)</td>", row.group(1)) == ["-", "0.400", "-"]
+    section = text.partition('<section id="sinks"')[2].partition("</section>")[0]
+    assert "gates-a from 0.250 to 0.500" in section and "gates-b" not in section
+
+
 def test_what_models_are_called_and_write_is_not_markup(tmp_path):
     result = small(synthetic_result('<img src="x">"&$a$'), "examples", "cost")
     for model in result["models"]:
@@ -329,6 +406,13 @@ def test_what_models_are_called_and_write_is_not_markup(tmp_path):
     assert "img" not in {tag for tag, _ in Reader(text).tags}
     assert "&amp;$a$</text>" in text, "nor is it mathematics, in a drawing"
     assert "for &lt;b&gt; &amp; &lt;/b&gt; in range(3):" in text
+
+
+def test_nats_of_the_answers_have_a_table(result, tmp_path):
+    write_report(small(result, "long_context"), tmp_path / "page.html")
+    section = (tmp_path / "page.html").read_text().partition('<section id="long-context"')[2]
+    row = re.search("niah_multikey, 16,384 tokens</th>(.*?)</tr>", section, re.DOTALL).group(1)
+    assert re.findall("<td>(.*?)</td>", row) == ["0.800", "0.300", "0.300"]
 
 
 def test_what_may_be_missing(result, tmp_path):

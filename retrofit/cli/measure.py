@@ -57,8 +57,8 @@ def main(
         bool, typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings.")
     ] = False,
 ) -> None:
-    """Measure sinks, activations, gates, perplexity and KL of several models side by side, and what
-    that is good for.
+    """Measure sinks, activations, gates, perplexity, KL and copied text of several models side by
+    side, and what that is good for.
 
     What is done is kept beside the JSON file or the report until all of it is: after an
     interruption the same command goes on.

@@ -8,6 +8,7 @@ import torch
 
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
+from retrofit.metrics import left_by_sink
 from retrofit.probe import attention_watched
 
 _LAYERS_SHOWN = 4
@@ -57,16 +58,20 @@ class Examples:
 
 @torch.inference_mode()
 def attention_maps(model: Any, input_ids: torch.Tensor) -> dict[str, list]:
-    """`softmax(q k^T)`, mean over heads, of four layers evenly apart among those with softmax
-    attention: `layers` and their `shares`, `[T, T]` each."""
+    """What each query pays to each key, mean over heads, of four layers evenly apart among those
+    with softmax attention: `layers` and their `shares`, `[T, T]` each."""
     seen: dict[int, torch.Tensor] = {}
 
-    def watch(module, query_states, key_states, scaling, _mask):
+    def watch(module, query_states, key_states, scaling, attention_mask, sink_logits):
         queries = query_states.float().unflatten(1, (key_states.shape[1], -1))
-        logits = queries @ key_states.float().unsqueeze(2).mT * scaling
-        future = torch.ones_like(logits[0, 0, 0], dtype=torch.bool).triu(1)
-        weights = logits.masked_fill(future, -torch.inf).softmax(-1)
-        seen[module.layer_idx] = weights.mean((0, 1, 2)).cpu()
+        logits = (queries @ key_states.float().unsqueeze(2).mT * scaling).flatten(1, 2)
+        future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1)
+        hidden = future if attention_mask is None else ~attention_mask
+        logits = logits.masked_fill(hidden, -torch.inf)
+        weights = logits.softmax(-1)
+        if sink_logits is not None:
+            weights *= left_by_sink(logits.logsumexp(-1), sink_logits).unsqueeze(-1)
+        seen[module.layer_idx] = weights.mean((0, 1)).cpu()
 
     with attention_watched(model, watch):
         model.get_decoder()(input_ids[None].to(model.device), use_cache=False)

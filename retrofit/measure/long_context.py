@@ -5,14 +5,18 @@ Beyond it RoPE is stretched, as a user would stretch it: by YaRN (arXiv:2309.000
 attention are said to lose less then (arXiv:2505.06708, section 4.4).
 """
 
+import hashlib
+import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -20,12 +24,14 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer
 
 from retrofit.errors import UserError
-from retrofit.measure.predictions import predict
+from retrofit.measure.predictions import predict, predictions_of
 from retrofit.measure.ruler import TASKS, Ruler, Sample, recall
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
+from retrofit.probe import without_matrices
 
 Scaling = Literal["yarn", "linear"]
 
@@ -63,9 +69,10 @@ class LongContext:
                 raise UserError(f"long context: {', '.join(map(str, several))} must all differ")
 
     def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
-        """For each length: what RoPE it was read with, the mean recall of each task with its
-        standard error (`None` for one sample), and the perplexity in 16 equal ranges of positions,
-        with their centers.
+        """For each length: what RoPE it was read with; of each task the mean recall with its
+        standard error (`None` for one sample) and the mean negative log-likelihood of the answers
+        in nats a token, both by sample too; and the perplexity in 16 equal ranges of positions,
+        with their centers. `prompts_sha256` tells whether two models saw the same samples.
 
         Raises:
             UserError: if a length is too short for a task, longer than the text, or beyond the
@@ -77,12 +84,13 @@ class LongContext:
             length: cut_windows(subject.documents, subject.tokenizer, length, self.documents)
             for length in self.lengths
         }
-        return {
-            "lengths": list(self.lengths),
-            "rope": rope,
-            "tasks": self._tasks(subject, track),
-            "perplexity": self._perplexity(subject.inner, windows, track),
-        }
+        with without_matrices(subject.inner):
+            return {
+                "lengths": list(self.lengths),
+                "rope": rope,
+                "tasks": self._tasks(subject, track),
+                "perplexity": self._perplexity(subject.inner, windows, track),
+            }
 
     def _tasks(self, subject: Subject, track: Track) -> dict[str, dict[str, Any]]:
         ruler = Ruler(subject.tokenizer, subject.documents, self.seed)
@@ -97,13 +105,13 @@ class LongContext:
             (length, task, ruler.sample(task, length, index))
             for length, task, index in track(wanted, "long context, prompts")
         ]
-        scores: dict[tuple[str, int], list[float]] = {}
+        found: dict[tuple[str, int], list[_Scored]] = {}
         for length, task, sample in track(made, "long context, tasks"):
             with rope_scaled(subject.inner, length, self.scaling):
-                text = answer(subject.inner, subject.tokenizer, sample)
-            scores.setdefault((task, length), []).append(recall(text, sample.answers))
+                scored = _scored(subject.inner, subject.tokenizer, sample)
+            found.setdefault((task, length), []).append(scored)
         return {
-            task: {str(length): _figures(scores[task, length]) for length in self.lengths}
+            task: {str(length): _figures(found[task, length]) for length in self.lengths}
             for task in self.tasks
         }
 
@@ -135,11 +143,23 @@ def rope_scaled(model: PreTrainedModel, length: int, kind: Scaling) -> Iterator[
     rotary = decoder.rotary_emb
     try:
         _update(config, scaled)
-        decoder.rotary_emb = type(rotary)(config).to(rotary.inv_freq.device)
+        _set_rotary(decoder, type(rotary)(config).to(rotary.inv_freq.device))
         yield
     finally:
-        decoder.rotary_emb = rotary
+        _set_rotary(decoder, rotary)
         _update(config, before)
+
+
+def _set_rotary(decoder: Any, rotary: nn.Module) -> None:
+    decoder.rotary_emb = rotary
+    if hasattr(decoder, "rotary_embs"):  # one for each theta that layers have: here there is one
+        decoder.rotary_embs = nn.ModuleList([rotary])
+
+
+def has_rope_by_layer(config: PreTrainedConfig) -> bool:
+    """Whether the layers of a model differ in their RoPE, or in having one."""
+    thetas = getattr(config, "layer_rope_theta", None)
+    return thetas is not None and set(thetas) != {config.rope_parameters["rope_theta"]}
 
 
 def positions_of(config: PreTrainedConfig) -> int:
@@ -158,10 +178,10 @@ def _scaled(config: PreTrainedConfig, length: int, kind: Scaling) -> dict[str, A
     if length <= trained:
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "default":
+    if rope.get("rope_type") != "default" or has_rope_by_layer(config):
         raise UserError(
             f"long context: {config.model_type} reads {trained} tokens, fewer than {length}, and "
-            f"{_obstacle(rope)}; ask for lengths up to {trained}"
+            f"{_obstacle(config, rope)}; ask for lengths up to {trained}"
         )
     scaled = {**rope, "rope_type": kind, "factor": length / trained}
     if kind == "yarn":
@@ -169,12 +189,13 @@ def _scaled(config: PreTrainedConfig, length: int, kind: Scaling) -> dict[str, A
     return {"rope_parameters": scaled, "max_position_embeddings": length}
 
 
-def _obstacle(rope: dict[str, Any]) -> str:
+def _obstacle(config: PreTrainedConfig, rope: dict[str, Any]) -> str:
     if not rope:
         return "it has no RoPE that could be stretched"
-    if kind := rope.get("rope_type"):
-        return f"its RoPE is stretched already ({kind})"
-    return "its kinds of layers have a RoPE each, which one factor cannot stretch"
+    kind = rope.get("rope_type")
+    if kind is None or has_rope_by_layer(config):
+        return "its kinds of layers have a RoPE each, which one factor cannot stretch"
+    return f"its RoPE is stretched already ({kind})"
 
 
 def _label(config: PreTrainedConfig, length: int, kind: Scaling) -> str:
@@ -201,15 +222,38 @@ class _AllFound(StoppingCriteria):
         return torch.full((len(input_ids),), found, device=input_ids.device)
 
 
+class _Scored(NamedTuple):
+    sample: Sample
+    recall: float
+    nats: float
+
+
+def _scored(model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> _Scored:
+    cache = DynamicCache(config=model.get_decoder().config)
+    text = answer(model, tokenizer, sample, cache)
+    nats = answer_nats(model, tokenizer, sample, cache)
+    return _Scored(sample, recall(text, sample.answers), nats)
+
+
 @torch.inference_mode()
-def answer(model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sample,
+    cache: DynamicCache | None = None,
+) -> str:
     """How a model goes on, greedily, until it ends or every answer is there. What its generation
-    config says of sampling or penalties does not count; its ends of text do."""
+    config says of sampling or penalties does not count; its ends of text do.
+
+    Args:
+        cache: an empty one, which is filled.
+    """
     inputs = tokenizer(sample.prompt, return_tensors="pt", verbose=False).to(model.device)
     start = inputs["input_ids"].shape[1]
     output = model.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
+        past_key_values=cache,
         generation_config=GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -225,9 +269,53 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> st
     return tokenizer.decode(output[0, start:], skip_special_tokens=True)
 
 
-def _figures(scores: list[float]) -> dict[str, Any]:
+@torch.inference_mode()
+def answer_nats(
+    model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample, cache: DynamicCache
+) -> float:
+    """Mean negative log-likelihood, in nats a token, of going on with all the answers. It tells two
+    models apart long before one of them misses an answer.
+
+    Args:
+        cache: holds the prompt and what the model went on with. Where it can go back to the prompt,
+            that is not read again.
+    """
+    prompt = tokenizer(sample.prompt, verbose=False)["input_ids"]
+    said = tokenizer(sample.continuation, add_special_tokens=False)["input_ids"]
+    input_ids = torch.tensor([prompt + said], device=model.device)
+    before = len(prompt) - 1  # whose last token predicts the first of the answers
+    if _rewind(cache, before):
+        output = model.get_decoder()(input_ids[:, before:], past_key_values=cache)
+    else:
+        output = model.get_decoder()(input_ids, use_cache=False)
+    predictions = predictions_of(model)
+    shown = slice(-len(said) - 1, None)
+    predictions.add(output.last_hidden_state[:, shown], input_ids[:, shown])
+    return predictions.nll.mean().item()
+
+
+def _rewind(cache: DynamicCache, length: int) -> bool:
+    """Take a cache back to its first tokens. Sliding windows and recurrent states cannot go."""
+    added = cache.get_seq_length() - length
+    if added < 0 or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return False
+    cache.crop(-added)
+    return True
+
+
+def _figures(found: list[_Scored]) -> dict[str, Any]:
+    scores, nats = [each.recall for each in found], [each.nats for each in found]
     stderr = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
-    return {"score": statistics.fmean(scores), "stderr": stderr, "samples": len(scores)}
+    asked = json.dumps([[each.sample.prompt, each.sample.continuation] for each in found])
+    return {
+        "score": statistics.fmean(scores),
+        "stderr": stderr,
+        "nats": statistics.fmean(nats),
+        "samples": len(scores),
+        "score_by_sample": scores,
+        "nats_by_sample": nats,
+        "prompts_sha256": hashlib.sha256(asked.encode()).hexdigest(),
+    }
 
 
 def _by_position(nll: torch.Tensor) -> dict[str, Any]:

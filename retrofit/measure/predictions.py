@@ -15,16 +15,27 @@ def predict(
     model: PreTrainedModel | PeftModel,
     batches: Iterable[torch.Tensor],
     base: PredictionStatistics | None = None,
+    last: int | None = None,
 ) -> PredictionStatistics:
     """Run a model over batches of windows `[batch, T]`.
 
     Args:
         base: predictions of the same batches, to tell the distance from.
+        last: how many tokens at the end of each window are predicted; all but the first if `None`.
     """
     inner = unwrapped(model)
-    predictions = PredictionStatistics(inner.get_output_embeddings(), base)
+    shown = slice(None if last is None else -last - 1, None)
+    predictions = predictions_of(inner, base)
     for batch in batches:
         input_ids = batch.to(inner.device)
         output = inner.get_decoder()(input_ids, use_cache=False)
-        predictions.add(output.last_hidden_state, input_ids)
+        predictions.add(output.last_hidden_state[:, shown], input_ids[:, shown])
     return predictions
+
+
+def predictions_of(
+    model: PreTrainedModel, base: PredictionStatistics | None = None
+) -> PredictionStatistics:
+    """Of a transformers model, none so far."""
+    scaling = getattr(model.config, "logits_scaling", 1.0)
+    return PredictionStatistics(model.get_output_embeddings(), base, scaling)

@@ -29,11 +29,13 @@ class Sample:
         prompt: with the beginning of the answer.
         answers: what is looked for.
         max_new_tokens: that the model may go on for.
+        continuation: how it should go on: all the answers, as the prompt asks for them.
     """
 
     prompt: str
     answers: tuple[str, ...]
     max_new_tokens: int
+    continuation: str
 
 
 def recall(text: str, answers: Sequence[str]) -> float:
@@ -81,7 +83,9 @@ class Ruler:
             raise UserError(f"{task} takes {least} tokens at least, more than a length of {length}")
         if size >= draft.largest:
             raise UserError(f"the text has too few different words for {task} at {length} tokens")
-        return Sample(draft.prompt(size), draft.answers, draft.max_new_tokens)
+        return Sample(
+            draft.prompt(size), draft.answers, draft.max_new_tokens, f" {draft.continuation}"
+        )
 
     def _tokens(self, prompt: str) -> int:
         return len(self._tokenizer(prompt, verbose=False)["input_ids"])
@@ -124,6 +128,7 @@ class _Draft:
     prompt: Callable[[int], str]
     answers: tuple[str, ...]
     max_new_tokens: int
+    continuation: str
     largest: int
     smallest: int = 1
 
@@ -260,7 +265,8 @@ def _needles(
         context = ("\n" if noise else " ").join(_hidden(units, needles, depths))
         return template.format(context=context, query=query)
 
-    return _Draft(prompt, tuple(numbers[: queries * values]), 128, largest=length)
+    asked = numbers[: queries * values]
+    return _Draft(prompt, tuple(asked), 128, ", ".join(asked), largest=length)
 
 
 def _variable_tracking(rng: Random, text: _Text, length: int) -> _Draft:
@@ -268,7 +274,9 @@ def _variable_tracking(rng: Random, text: _Text, length: int) -> _Draft:
     example, shown = _chain(rng, letters=3)
     answers, asked = _chain(rng, letters=5)
     shot = f"{shown(2 * len(_NOISE))} {' '.join(example)}\n\n"
-    return _Draft(lambda size: shot + asked(size), tuple(answers), 30, largest=length)
+    return _Draft(
+        lambda size: shot + asked(size), tuple(answers), 30, " ".join(answers), largest=length
+    )
 
 
 def _chain(rng: Random, letters: int) -> tuple[list[str], Callable[[int], str]]:
@@ -307,6 +315,7 @@ def _common_words(rng: Random, text: _Text, length: int) -> _Draft:
         lambda size: shot + listed(answers, rest[:size], repeats),
         tuple(answers),
         120,
+        _numbered(answers),
         largest=len(rest),
     )
 
@@ -328,7 +337,9 @@ def _frequent_words(rng: Random, text: _Text, length: int) -> _Draft:
         return _FREQUENT.format(context=" ".join(_shuffled(Random(order), words)))
 
     # From 74 words on the fourth of the ranks is more frequent than the fifth.
-    return _Draft(prompt, tuple(codes[:3]), 50, largest=2 * length, smallest=74)
+    return _Draft(
+        prompt, tuple(codes[:3]), 50, ", ".join(codes[:3]), largest=2 * length, smallest=74
+    )
 
 
 def _unlike(words: Sequence[str], count: int) -> list[str]:

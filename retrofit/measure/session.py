@@ -54,10 +54,11 @@ def measure(
             caller's to remove, once the result is safe.
 
     Returns:
-        `{"models": [{"name", "metrics", "per_layer", "nll_by_window"}], "settings"}`, ready for
-        JSON: `None` for what a model does not have. Lists in `per_layer` have an entry for each
-        decoder layer. `retrofit.metrics` defines the metrics. Each part adds its figures to the
-        models and its settings to the settings, under its name.
+        `{"models": [{"name", "metrics", "per_layer", "nll_by_window", "copied_nats_by_window"}],
+        "settings"}`, ready for JSON: `None` for what a model does not have. Lists in `per_layer`
+        have an entry for each decoder layer. `retrofit.metrics` defines the metrics, and
+        `retrofit.measure.copied` that of copied text. Each part adds its figures to the models and
+        its settings to the settings, under its name.
 
     Raises:
         UserError: if a model is named twice, the text is missing, empty or too short, the length is

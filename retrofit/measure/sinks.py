@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from retrofit.errors import UserError
+from retrofit.measure.copied import copied_nats
 from retrofit.measure.predictions import predict
 from retrofit.measure.subject import Subject, Track, unwrapped
 from retrofit.metrics import PredictionStatistics
@@ -24,7 +26,8 @@ def measure_sinks(
     base: PredictionStatistics | None,
     track: Track,
 ) -> tuple[dict[str, Any], PredictionStatistics]:
-    """The `metrics` and `per_layer` of one model over windows `[windows, T]`, and what it predicts.
+    """The `metrics` and `per_layer` of one model over windows `[windows, T]`, what it needs to copy
+    their text, and what it predicts.
 
     Raises:
         UserError: if what it predicts is not finite.
@@ -33,10 +36,12 @@ def measure_sinks(
     layers, predictions = read_model(subject.model, batches, base)
     if not math.isfinite(predictions.perplexity):
         raise UserError(f"the predictions of {subject.name} are not finite in {subject.dtype}")
+    copied = copied_nats(subject, input_ids, batch_size, track)
     return {
-        "metrics": summarize(layers, predictions),
+        "metrics": summarize(layers, predictions) | {"copied_nats": fmean(copied)},
         "per_layer": by_layer(layers),
         "nll_by_window": predictions.nll_by_window,
+        "copied_nats_by_window": copied,
     }, predictions
 
 
@@ -55,22 +60,28 @@ def read_model(
 def summarize(
     layers: list[LayerStatistics], predictions: PredictionStatistics
 ) -> dict[str, float | None]:
-    """The figures of one model: means over the layers that have them."""
+    """The figures of one model: means over the layers that have them. `sink_share` is there only
+    where there are sink logits."""
     attention = [layer.attention for layer in layers if layer.attention]
     gates = [layer.gate for layer in layers if layer.gate]
     activations = [layer.activation for layer in layers]
+    inputs = [layer.down_proj for layer in layers if layer.down_proj]
     column_share = torch.stack([a.column_share for a in attention]).mean(0)
+    taken = [a.sink_share for a in attention if a.sink_share is not None]
     return {
         "f_attn": _mean(a.f_attn for a in attention),
         "peak_column_share": column_share.max().item(),
         "peak_column_position": int(column_share.argmax()),
         "peak_share_per_head": _mean(a.peak_share_per_head for a in attention),
         "sink_ratio": _mean(a.sink_ratio for a in attention),
+        **({"sink_share": _mean(taken)} if taken else {}),
         "max_activation": _mean(a.largest for a in activations),
         "max_activation_first_token": _mean(a.largest_first_token for a in activations),
         "max_activation_any_window": _mean(a.largest_of_all for a in activations),
         "kurtosis": _mean(a.kurtosis for a in activations),
         "outlier_share": _mean(a.outlier_share for a in activations),
+        "down_proj_max_activation": _mean(a.largest for a in inputs),
+        "down_proj_kurtosis": _mean(a.kurtosis for a in inputs),
         "gate_score": _mean(gate.score for gate in gates),
         "gate_below_0.1": _mean(gate.below_a_tenth for gate in gates),
         "head_load_cv": _mean(a.head_load_cv for a in attention),
@@ -85,12 +96,17 @@ def by_layer(layers: list[LayerStatistics]) -> dict[str, list]:
     heads, and the mean share of each of the first key positions."""
     attention = [layer.attention for layer in layers]
     gates = [layer.gate for layer in layers]
+    inputs = [layer.down_proj for layer in layers]
+    taken = [a and a.sink_share for a in attention]
     return {
         "f_attn": [a and a.f_attn for a in attention],
         "peak_column_share": [a and a.column_share.max().item() for a in attention],
+        **({"sink_share": taken} if any(share is not None for share in taken) else {}),
         "max_activation": [layer.activation.largest for layer in layers],
         "kurtosis": [layer.activation.kurtosis for layer in layers],
         "outlier_share": [layer.activation.outlier_share for layer in layers],
+        "down_proj_max_activation": [a and a.largest for a in inputs],
+        "down_proj_kurtosis": [a and a.kurtosis for a in inputs],
         "gate_score": [gate and gate.score for gate in gates],
         "gate_histogram": [gate and gate.histogram for gate in gates],
         "head_load_cv": [a and a.head_load_cv for a in attention],

@@ -9,6 +9,7 @@ arXiv:2309.17453): these stand before the others at their place *in the cache*, 
 ever been between.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import rotate_half
 
 from retrofit.adapters._family import sliding_window_of
 from retrofit.errors import UserError
+from retrofit.measure.long_context import has_rope_by_layer
 from retrofit.measure.predictions import predict
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
-from retrofit.probe import attention_replaced
+from retrofit.probe import attention_replaced, without_matrices
+from retrofit.sink_attention import beside_sink, sink_logits
 
 _QUERY_BLOCK = 128
 _BINS = 16
@@ -81,6 +83,8 @@ class Streaming:
         config = subject.inner.config
         if sliding_window_of(config) is not None:
             raise UserError(f"streaming: the attention of {subject.name} slides by itself")
+        if has_rope_by_layer(config):
+            raise UserError(f"streaming: the layers of {subject.name} have a RoPE each")
         if self.length > config.max_position_embeddings:
             raise UserError(
                 f"streaming: {subject.name} has {config.max_position_embeddings} positions, fewer "
@@ -91,17 +95,23 @@ class Streaming:
 @contextmanager
 def _cached(model: PreTrainedModel, cache: int, sinks: int | None) -> Iterator[None]:
     if sinks is None:
-        yield
+        with without_matrices(model):
+            yield
         return
 
-    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def attention(
+        module, query, key, value, attention_mask, scaling=None, sink=None, s_aux=None, **kwargs
+    ):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if sinks:
             positions = torch.arange(query.shape[2], device=query.device)
             moved = _rotated(model, query, (cache - 1 - positions).clamp(max=0))
         else:
             moved = query
-        return streamed_attention(query, moved, key, value, scaling, cache, sinks), None
+        output, found = streamed_attention(query, moved, key, value, scaling, cache, sinks)
+        if (logits := sink_logits(s_aux, sink)) is not None:
+            output = beside_sink(output, found, logits, sink and sink.center)
+        return output, None
 
     with attention_replaced(model, attention):
         yield
@@ -115,7 +125,7 @@ def streamed_attention(
     scaling: float,
     cache: int,
     sinks: int,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each query to the last `cache - sinks` tokens, itself included, and to the first
     `sinks`, in O(block * (cache + block)) memory a head.
 
@@ -126,13 +136,13 @@ def streamed_attention(
         value_states: `[batch, kv_heads, T, head_dim]`.
 
     Returns:
-        `[batch, T, heads, head_dim]`.
+        `[batch, T, heads, head_dim]`, and the log-sum-exp of the logits `[batch, heads, T]`.
     """
     recent, length = cache - sinks, query_states.shape[2]
     groups = (key_states.shape[1], -1)
     queries, moved = (each.unflatten(1, groups) for each in (query_states, moved_states))
     keys, values = key_states.unsqueeze(2), value_states.unsqueeze(2)
-    outputs = []
+    outputs, found = [], []
     for start in range(0, length, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, length)
         low = max(0, start - recent + 1)
@@ -146,7 +156,8 @@ def streamed_attention(
         weights = logits.softmax(-1).to(values.dtype)
         seen = torch.cat([values[..., :sinks, :], values[..., low:end, :]], -2)
         outputs.append((weights @ seen).flatten(1, 2))
-    return torch.cat(outputs, 2).transpose(1, 2)
+        found.append(logits.logsumexp(-1).flatten(1, 2))
+    return torch.cat(outputs, 2).transpose(1, 2), torch.cat(found, -1)
 
 
 def _distance(start: int, end: int, low: int, high: int, device: torch.device) -> torch.Tensor:
@@ -159,9 +170,9 @@ def _rotated(model: PreTrainedModel, states: torch.Tensor, positions: torch.Tens
     """RoPE, once more, by `positions` that are added to those that the states have."""
     rotary: Any = model.get_decoder().rotary_emb
     cos, sin = (part / rotary.attention_scaling for part in rotary(states, positions[None]))
-    turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], -1)
-    turned = turned * cos[:, None] + rotate_half(turned) * sin[:, None]
-    return torch.cat([turned, rest], -1)
+    # Each family has its own, beside its class of positions.
+    family = sys.modules[type(rotary).__module__]
+    return family.apply_rotary_pos_emb(states, states, cos, sin)[0]
 
 
 def _perplexity(nll: torch.Tensor) -> float:

@@ -110,16 +110,23 @@ def _join(paths: Sequence[Path], results: Sequence[dict[str, Any]]) -> dict[str,
             bases.append(known)
             models.append((label, known))
         else:
-            known |= {part: base[part] for part in base if part not in known}
+            _complete(known, base)
         for each in others:
             each = _without_base(each) if of_another else dict(each)
             twin = next((other for _, other in models if _same(other, each)), None)
             if twin is None:
                 models.append((label, each))
             else:
-                twin |= {part: each[part] for part in each if part not in twin}
+                _complete(twin, each)
     settings = _together([result["settings"] for result in results])
     return {"models": _named(models), "settings": settings}
+
+
+def _complete(model: dict[str, Any], twin: dict[str, Any]) -> None:
+    """Add the parts, and the always measured figures, that only the twin has."""
+    for key in ("metrics", "per_layer"):
+        model[key] = twin[key] | model[key]
+    model |= {part: twin[part] for part in twin if part not in model}
 
 
 def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> None:
@@ -192,9 +199,10 @@ def _check_parts(paths: Sequence[Path], settings: Sequence[dict[str, Any]]) -> N
 def _same(base: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two models are one, whatever they were compared with."""
     before, after = base["metrics"], other["metrics"]
-    names = (before.keys() | after.keys()) - {"kl_to_base"}
+    # An older version wrote fewer.
+    names = (before.keys() & after.keys()) - {"kl_to_base"}
     return base["name"] == other["name"] and all(
-        _close(before.get(name), after.get(name)) for name in names
+        _close(before[name], after[name]) for name in names
     )
 
 

@@ -13,7 +13,8 @@ _LEAST_SHARE = 1e-3  # where the colors of attention begin
 def layer_sections(models: Models) -> list[Section]:
     """Those that the models have figures for, in the order of the page."""
     made = [
-        make(models) for make in (_first_positions, _share_maps, _activations, _gates, _head_loads)
+        make(models)
+        for make in (_first_positions, _share_maps, _sinks, _activations, _gates, _head_loads)
     ]
     return [section for section in made if section]
 
@@ -69,17 +70,35 @@ def _share_maps(models: Models) -> Section | None:
     )
 
 
+def _sinks(models: Models) -> Section | None:
+    plot = _by_layer(models, "sink_share", "Taken by sink logits", "mean share")
+    if plot is None:
+        return None
+    return Section(
+        "sinks",
+        "Sink logits",
+        "How much of the attention each layer's sink logits take from the keys: a sink logit joins "
+        "the softmax of a head without being a key, as in gpt-oss, so that a head may find "
+        "nothing. No share of any position counts it.",
+        legend=[key(each) for each in enumerate(models) if each[1]["per_layer"].get("sink_share")],
+        plots=[plot],
+    )
+
+
 def _activations(models: Models) -> Section:
     plots = [
         _by_layer(models, "max_activation", "Largest activation", "largest |hidden state|"),
         _by_layer(models, "kurtosis", "Kurtosis of activations", "kurtosis"),
+        _by_layer(models, "down_proj_max_activation", "Largest input of down_proj", "largest |x|"),
+        _by_layer(models, "down_proj_kurtosis", "Kurtosis of inputs of down_proj", "kurtosis"),
     ]
     return Section(
         "activations",
         "Activations",
         "The largest hidden state of any token after each layer, and the kurtosis of the hidden "
         "states, which is 3 where they are normally distributed; means over windows. Both are what "
-        "quantization suffers from.",
+        "quantization suffers from. The inputs of each layer's down_proj are where outliers may go "
+        "that are held off the hidden states.",
         legend=[key(model) for model in enumerate(models)],
         plots=[plot for plot in plots if plot],
     )
@@ -121,7 +140,7 @@ def _head_loads(models: Models) -> Section | None:
     return Section(
         "loads",
         "Head loads",
-        "How much each head works: the attention that it does not pay to the first token, times "
+        "How much each head works: the attention that it pays to keys but the first, times "
         "its gate, mean over tokens (arXiv:2602.01203). All maps have the same colors; a gate at "
         "its start halves a load.",
         plots=plots,

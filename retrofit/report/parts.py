@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from retrofit.report.charts import SMALL, WIDE, Line, Span, bar_chart, line_chart, span_chart
-from retrofit.report.section import Exchange, Key, Section, Table, having, key
+from retrofit.report.section import Exchange, Key, Model, Section, Table, having, key
 from retrofit.report.words import change, figure, size
 
 Models = Sequence[dict[str, Any]]
@@ -177,7 +177,28 @@ def _long_context_scores(models: Models) -> Section | None:
         + _positions(shown[0][1]),
         legend=[key(model) for model in shown],
         plots=plots,
+        table=_answer_nats(shown),
         small=len(plots) > 2,
+    )
+
+
+def _answer_nats(shown: Sequence[Model]) -> Table | None:
+    nats = [
+        {
+            f"{task}, {int(length):,} tokens": figure(each["nats"])
+            for task, lengths in model["long_context"]["tasks"].items()
+            for length, each in lengths.items()
+            if "nats" in each
+        }
+        for _, model in shown
+    ]
+    rows = {row: None for cells in nats for row in cells}
+    if not rows:
+        return None
+    return Table(
+        "Nats a token of the answers as they should be: less is better",
+        ["task", *(model["name"] for _, model in shown)],
+        [[row, *(cells.get(row, "-") for cells in nats)] for row in rows],
     )
 
 

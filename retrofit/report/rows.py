@@ -10,17 +10,21 @@ _LABELS = {
     "peak_column_position": "  at position",
     "peak_share_per_head": "  of each head by itself",
     "sink_ratio": "sink heads (share)",
+    "sink_share": "taken by sink logits (share)",
     "max_activation": "largest activation",
     "max_activation_first_token": "  of the first token",
     "max_activation_any_window": "  in any window",
     "kurtosis": "kurtosis of activations",
     "outlier_share": "  outliers (share past 6 std)",
+    "down_proj_max_activation": "largest input of down_proj",
+    "down_proj_kurtosis": "  kurtosis",
     "gate_score": "gate score",
     "gate_below_0.1": "  share below 0.1",
     "head_load_cv": "head-load CV",
     "perplexity": "perplexity",
     "perplexity_far": "  past the first 64 tokens",
     "kl_to_base": "KL to the base (nats)",
+    "copied_nats": "copied text (nats a token)",
 }
 _WITHOUT_CHANGE = ("peak_column_position", "gate_below_0.1", "kl_to_base")
 

@@ -10,7 +10,7 @@ from retrofit.report.words import change, figure, size
 
 Outcome = Literal["better", "worse", "same"]
 OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "same")
-HEADLINE = ("sink", "largest activation", "perplexity")
+HEADLINE = ("sink", "largest activation", "perplexity", "copied text")
 # Relative changes up to which something is said to be as it was.
 _UNCHANGED = 0.05
 _PERPLEXITY_UNCHANGED = 0.01
@@ -18,7 +18,8 @@ _COST_UNCHANGED = 0.01
 _HEADS_UNCHANGED = 2.0  # a factor: which heads are drawn at random makes that much of a difference
 _LEAST_KL = 1e-9  # nats: less is rounding
 CRITERIA = (
-    "unchanged: within 5%, perplexity and cost within 1%, zeroed heads within a factor of 2; "
+    "unchanged: within 5%, perplexity and cost within 1%, nats within 0.01, zeroed heads within a "
+    "factor of 2; "
     "±: standard error; within noise: less than two of them"
 )
 
@@ -58,6 +59,9 @@ class Difference:
         return f"{self.value:+.{decimals}f} {noise}"
 
 
+_Pairs = dict[str, tuple[dict, dict]]  # by length, the figures of the base and of the model
+
+
 class _Item(NamedTuple):
     outcome: Outcome
     text: str
@@ -71,9 +75,14 @@ def verdict(base: dict[str, Any], model: dict[str, Any]) -> list[Finding]:
         model: another one.
 
     Returns:
-        `sink`, `largest activation` and `perplexity` in this order, then the other parts.
+        `sink`, `largest activation`, `perplexity` and `copied text` in this order, then the other
+        parts.
     """
     findings = [_sink(base, model), _activation(base, model), _perplexity(base, model)]
+    if all("copied_nats_by_window" in each for each in (base, model)):
+        findings.append(_copied(base, model))
+    if all(each["metrics"].get("down_proj_max_activation") for each in (base, model)):
+        findings.append(_down_proj(base, model))
     for subject, (part, compare) in _PARTS.items():
         if part in model and (part in base or part in _AGAINST_THE_BASE):
             findings += _grouped(subject, compare(base.get(part, {}), model[part]))
@@ -118,6 +127,16 @@ def _perplexity(base: dict, model: dict) -> Finding:
     return Finding("perplexity", item.outcome, (text,))
 
 
+def _copied(base: dict, model: dict) -> Finding:
+    item = _nats("", *(each["copied_nats_by_window"] for each in (base, model)))
+    return Finding("copied text", item.outcome, (item.text,))
+
+
+def _down_proj(base: dict, model: dict) -> Finding:
+    item = _lower("largest", *(e["metrics"]["down_proj_max_activation"] for e in (base, model)))
+    return Finding("inputs of down_proj", item.outcome, (item.text,))
+
+
 def _streaming(base: dict, model: dict) -> Iterator[_Item]:
     """The long text as it is, and what a cache that forgets costs each over its own full cache."""
     nll, found = ([each[key] for each in (base, model)] for key in ("nll_by_window", "perplexity"))
@@ -156,11 +175,17 @@ def _quantization(base: dict, model: dict) -> Iterator[_Item]:
 
 
 def _long_context(base: dict, model: dict) -> Iterator[_Item]:
+    shared: dict[str, _Pairs] = {}
     for task, lengths in model.get("tasks", {}).items():
         known = base.get("tasks", {}).get(task, {})
         pairs = {at: (known[at], after) for at, after in lengths.items() if at in known}
         if pairs:
-            yield _scores(task, pairs)
+            shared[task] = pairs
+    for task, pairs in shared.items():
+        yield _scores(task, pairs)
+    for task, pairs in shared.items():
+        if by_sample := _by_sample(pairs, "nats_by_sample"):
+            yield _nats(f"{task} at {', '.join(pairs)}, the answers", *by_sample)
     for length, after in model.get("perplexity", {}).items():
         before = base.get("perplexity", {}).get(length)
         if before:
@@ -168,15 +193,33 @@ def _long_context(base: dict, model: dict) -> Iterator[_Item]:
             yield _lower(label, before["perplexity"][-1], after["perplexity"][-1])
 
 
-def _scores(task: str, pairs: dict[str, tuple[dict, dict]]) -> _Item:
+def _scores(task: str, pairs: _Pairs) -> _Item:
     """Those of all lengths, and their mean difference."""
     found = list(zip(*pairs.values(), strict=True))
     before, after = (", ".join(f"{each['score']:.2f}" for each in scores) for scores in found)
-    mean = fmean(own["score"] - other["score"] for other, own in pairs.values())
-    summed = _independent(mean, *(each.get("stderr") for scores in found for each in scores))
-    stderr = None if summed.stderr is None else summed.stderr / len(pairs)
+    if by_sample := _by_sample(pairs, "score_by_sample"):
+        difference = paired(*by_sample)
+    else:
+        mean = fmean(own["score"] - other["score"] for other, own in pairs.values())
+        summed = _independent(mean, *(each.get("stderr") for scores in found for each in scores))
+        stderr = None if summed.stderr is None else summed.stderr / len(pairs)
+        difference = Difference(mean, stderr)
     label = f"{task} at {', '.join(pairs)} {before} -> {after}, difference"
-    return _higher(label, Difference(mean, stderr), decimals=2)
+    return _higher(label, difference, decimals=2)
+
+
+def _by_sample(pairs: _Pairs, key: str) -> tuple[list[float], list[float]] | None:
+    """Means over the lengths, sample by sample, of the base and of the model: a sample has the same
+    needles at every length, so that its lengths are not independent. `None` where the two did not
+    see the same prompts, or are of a version that did not keep samples."""
+    for before, after in pairs.values():
+        if key not in before or before["prompts_sha256"] != after.get("prompts_sha256"):
+            return None
+    base, model = (
+        [fmean(lengths) for lengths in zip(*(each[key] for each in found), strict=True)]
+        for found in zip(*pairs.values(), strict=True)
+    )
+    return base, model
 
 
 def _heads(base: dict, model: dict) -> Iterator[_Item]:
@@ -263,6 +306,14 @@ def _lower(label: str, before: float, after: float) -> _Item:
     """Of what is better when it is less, without a noise that would be known."""
     ratio = after / before
     return _item(label, figure(before), figure(after), Difference(ratio - 1), ratio, _UNCHANGED)
+
+
+def _nats(label: str, before: Sequence[float], after: Sequence[float]) -> _Item:
+    """Of negative log-likelihoods of the same tokens, which are better when they are less."""
+    difference = paired(before, after)
+    outcome = _outcome(math.exp(difference.value), difference, _PERPLEXITY_UNCHANGED)
+    moved = f"{figure(fmean(before))} -> {figure(fmean(after))} nats a token"
+    return _Item(outcome, f"{label} {moved}, difference {difference.told(3)}".lstrip())
 
 
 def _costs_item(label: str, before: float, after: float, difference: Difference) -> _Item:
