@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from retrofit.adapters._sinks import Sink
+
 NEAR = 64  # attention to a key less than this far back is honest local attention
 TAIL = 128  # a key needs some far queries of its own: none of the last positions counts
 SINK_THRESHOLD = 0.3
@@ -64,7 +66,7 @@ def attention_columns(
         weights = logits.softmax(-1).masked_fill_(hidden, 0)
         if sink_logits is not None:
             of_block = sink_logits if sink_logits.ndim == 1 else sink_logits[..., start:end]
-            left.append(left_by_sink(logits.logsumexp(-1), of_block))
+            left.append(left_by_slot(logits.logsumexp(-1), of_block))
             weights *= left[-1].unsqueeze(-1)
         first.append(weights[..., 0].clone())  # a view would keep the block
         columns[..., :end] += weights.tril_(start - NEAR).sum(-2)
@@ -73,35 +75,16 @@ def attention_columns(
     return AttentionColumns(torch.cat(first, -1), share, torch.cat(left, -1) if left else None)
 
 
-def log_sum_exp(
-    query_states: torch.Tensor,
-    key_states: torch.Tensor,
-    scaling: float,
-    attention_mask: torch.Tensor | None = None,
-    block: int = _QUERY_BLOCK,
-) -> torch.Tensor:
-    """`log(sum_j exp(q_i k_j * scaling))` over the keys that each query sees, `[batch, heads, T]`
-    in float32: how much a head found. In O(block * T) memory a head.
-
-    Args:
-        query_states: `[batch, heads, T, head_dim]`, the last `T` of as many tokens as there are
-            keys.
-    """
-    blocks = _blocks(query_states, key_states, scaling, attention_mask, block)
-    return torch.cat([logits.logsumexp(-1) for _, _, logits, _ in blocks], -1)
-
-
-def left_by_sink(log_sum_exp: torch.Tensor, sink_logits: torch.Tensor) -> torch.Tensor:
-    """`g = sigmoid(LSE - s)`: the weight that the keys have beside a sink logit `s` in one softmax
-    (arXiv:2602.01203), `[batch, heads, T]`. Of a query that sees no key it is 0.
+def left_by_slot(log_sum_exp: torch.Tensor, sink_logits: torch.Tensor) -> torch.Tensor:
+    """`g = sigmoid(LSE - s)`, what a slot of this logit leaves to the keys (arXiv:2602.01203):
+    `[batch, heads, T]`.
 
     Args:
         log_sum_exp: `LSE`, `[batch, heads, T]`.
         sink_logits: `[heads]` or `[batch, heads, T]`.
     """
-    beside = sink_logits.unsqueeze(-1) if sink_logits.ndim == 1 else sink_logits
-    # Without any key and with a sink of -inf, which is none, the difference is not a number.
-    return (log_sum_exp.clamp(min=torch.finfo(log_sum_exp.dtype).min) - beside).sigmoid()
+    odds = torch.ones(log_sum_exp.shape[1], device=log_sum_exp.device)
+    return Sink(sink_logits, odds).left(log_sum_exp)
 
 
 def _blocks(

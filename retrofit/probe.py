@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS
 from retrofit.errors import UserError
 from retrofit.gates import GateLayer
 from retrofit.metrics import (
@@ -160,11 +161,13 @@ def attention_replaced(model: PreTrainedModel, attention: Callable) -> Iterator[
     # Without its own mask function an implementation gets no mask at all, and no error.
     ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, sdpa_mask)
+    SINK_ATTENTION_FUNCTIONS[_IMPLEMENTATION] = attention
     try:
         _set_implementation(model)
         yield
     finally:
         model.set_attn_implementation(before)
+        del SINK_ATTENTION_FUNCTIONS[_IMPLEMENTATION]
         del ALL_ATTENTION_FUNCTIONS._global_mapping[_IMPLEMENTATION]
         del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_IMPLEMENTATION]
 
@@ -206,7 +209,7 @@ def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, 
         gate = getattr(module, "g1", None)
         if isinstance(gate, GateLayer):
             for projection in gate.g_proj.values():
-                if projection.position == "G1":
+                if projection.position == "G1" and projection.weight is not None:
                     yield module.layer_idx, projection, _half
         elif gate is not None:  # of a checkpoint that carries its own code
             yield module.layer_idx, gate.g_proj, partial(_unflatten, num_heads=gate.num_heads)

@@ -61,7 +61,10 @@ def test_overrides_are_yaml_values(recipe_path):
         ),
         ("measure={text: a, lenght: 512}", "unknown key 'measure.lenght'; did you mean 'length'?"),
         ("train.max_steps=many", "train.max_steps: input should be a valid integer"),
-        ("gate.granularity=head", "gate.granularity: input should be 'none', 'headwise', 'elementwise' or"),
+        (
+            "gate.granularity=head",
+            "gate.granularity: input should be 'none', 'headwise', 'elementwise' or",
+        ),
         ("objective.lm=0", "without lm some zero-initialized gates get no gradient"),
         ("data.streaming=true", "a stream has no end: set train.max_steps"),
         ("data.sources=[{path: a, weight: 1}, {path: b}]", "give every source a weight, or none"),

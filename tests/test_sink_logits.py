@@ -10,6 +10,7 @@ from test_streaming import CACHE, SINKS, SinkLayer, opened, token_by_token
 from tiny import tiny_model, tiny_tokenizer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from retrofit.adapters._sinks import Sink, read_log_sum_exp
 from retrofit.errors import UserError
 from retrofit.measure import measure
 from retrofit.measure.cost import Cost
@@ -20,7 +21,7 @@ from retrofit.measure.quantization import Quantization
 from retrofit.measure.ruler import Sample
 from retrofit.measure.sinks import by_layer, read_model, summarize
 from retrofit.measure.streaming import Streaming
-from retrofit.metrics import attention_columns, log_sum_exp
+from retrofit.metrics import attention_columns
 from retrofit.probe import attention_watched, probe, without_matrices
 from retrofit.sink_attention import sdpa_with_sinks
 
@@ -154,7 +155,7 @@ def test_columns_are_those_of_one_softmax_with_the_sink(by_query, masked):
 def test_a_sink_that_was_added_has_odds_and_a_value():
     query, key, value = states(40)
     generator = torch.Generator().manual_seed(1)
-    sink = SimpleNamespace(
+    sink = Sink(
         logits=torch.randn(2, 4, 40, generator=generator),
         odds=torch.tensor([0.0, 0.5, 1.0, 3.0]),
         center=torch.randn(4, 16, generator=generator),
@@ -173,9 +174,9 @@ def test_a_sink_that_was_added_has_odds_and_a_value():
 
 def test_a_query_after_a_cache_sees_all_of_it():
     query, key, _ = states()
-    whole = log_sum_exp(query, key, 0.25)
+    whole = read_log_sum_exp(query, key, 0.25)
     for last in (1, 7):
-        found = log_sum_exp(query[:, :, -last:], key, 0.25, block=3)
+        found = read_log_sum_exp(query[:, :, -last:], key, 0.25)
         torch.testing.assert_close(found, whole[..., -last:])
 
 

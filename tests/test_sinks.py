@@ -15,6 +15,7 @@ from retrofit.gates.layer import GateProjection
 from retrofit.gates.rope import slow_pairs
 from retrofit.gates.sinks import UNIT
 from retrofit.packed_attention import NAME as BY_DOCUMENT
+from retrofit.probe import probe
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 6, 2, 16, 0.3
 KINDS = [
@@ -244,6 +245,25 @@ def test_an_adapter_with_sinks_comes_back(family, tmp_path):
         assert torch.equal(loaded(**inputs).logits, expected)
         with gates_off(loaded):
             assert torch.equal(loaded(**inputs).logits, tiny_model(family)(**inputs).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+def test_what_a_slot_takes_is_measured_and_counted_as_no_key(family, kind):
+    model = get_peft_model(tiny_model(family), config_of(kind, init_weights=False)).eval()
+    base = model.get_base_model()
+    input_ids = torch.randint(0, 256, (1, 200), generator=torch.Generator().manual_seed(0))
+    fast = base.config._attn_implementation
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(input_ids, output_attentions=True)
+        base.set_attn_implementation(fast)
+        with probe(base) as statistics:
+            logits = model(input_ids).logits
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-3, atol=1e-3)
+    for layer, weights in zip(statistics, expected.attentions, strict=True):
+        taken = 1 - weights.sum(-1).mean().item()
+        assert layer.attention.sink_share == pytest.approx(taken, abs=1e-4) and taken > 0.001
+        assert layer.attention.f_attn == pytest.approx(weights[..., 0].mean().item(), abs=1e-4)
 
 
 def test_odds_rise_from_zero_and_come_back_from_below():

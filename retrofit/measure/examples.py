@@ -8,7 +8,7 @@ import torch
 
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
-from retrofit.metrics import left_by_sink
+from retrofit.metrics import left_by_slot
 from retrofit.probe import attention_watched
 
 _LAYERS_SHOWN = 4
@@ -70,7 +70,7 @@ def attention_maps(model: Any, input_ids: torch.Tensor) -> dict[str, list]:
         logits = logits.masked_fill(hidden, -torch.inf)
         weights = logits.softmax(-1)
         if sink_logits is not None:
-            weights *= left_by_sink(logits.logsumexp(-1), sink_logits).unsqueeze(-1)
+            weights *= left_by_slot(logits.logsumexp(-1), sink_logits).unsqueeze(-1)
         seen[module.layer_idx] = weights.mean((0, 1)).cpu()
 
     with attention_watched(model, watch):

@@ -25,7 +25,7 @@ from retrofit.measure.predictions import predict
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
 from retrofit.probe import attention_replaced, without_matrices
-from retrofit.sink_attention import beside_sink, sink_logits
+from retrofit.sink_attention import beside_slots, slots
 
 _QUERY_BLOCK = 128
 _BINS = 16
@@ -109,9 +109,7 @@ def _cached(model: PreTrainedModel, cache: int, sinks: int | None) -> Iterator[N
         else:
             moved = query
         output, found = streamed_attention(query, moved, key, value, scaling, cache, sinks)
-        if (logits := sink_logits(s_aux, sink)) is not None:
-            output = beside_sink(output, found, logits, sink and sink.center)
-        return output, None
+        return beside_slots(output, found, slots(s_aux, sink)), None
 
     with attention_replaced(model, attention):
         yield
