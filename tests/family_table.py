@@ -7,6 +7,7 @@
 """
 
 import argparse
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,9 +136,8 @@ def table(rows: dict[str, dict[str, str]], columns: Sequence[str] = COLUMNS) -> 
 
 def _without_names(reason: str) -> str:
     """Where a temporary folder lies says nothing."""
-    for start in ("no native checkpoint of ", "no gated-attention checkpoint of ", "no GGUF of "):
-        if reason.startswith(start):
-            reason = reason.split(": ", 1)[1]
+    if re.match("no [a-z-]+ checkpoint of ", reason):
+        reason = reason.split(": ", 1)[1]
     return reason.split("; --format")[0]
 
 

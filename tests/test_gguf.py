@@ -76,14 +76,14 @@ def test_a_fresh_process_loads_it_and_the_card_says_how(tmp_path, base):
 
 def test_a_file_that_differs_never_appears(tmp_path, base, in_process, monkeypatch):
     run = make_run(tmp_path / "run", base("llama"))
-    monkeypatch.setattr("retrofit.export.llama_cpp._native", without_gates)
+    monkeypatch.setattr("retrofit.export.gguf_qwen35._native", without_gates)
     with pytest.raises(MergeMismatchError, match="differs from the trained model"):
         merge(run, tmp_path / "out", format="gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 
 
 def without_gates(source, scales):
-    parts = source.config, source.weights, {}, source.centers
+    parts = source.config, source.weights, {}, source.gates.centers
     return native.native_tensors(*parts, torch.float32, scales)
 
 

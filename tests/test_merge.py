@@ -439,9 +439,9 @@ def with_unscaled_eps(*arguments, native_config=native.native_config):
     [
         (native, "scale", without_doubling),
         (native, "_interleave", with_shuffled_gate_rows),
-        (retrofit.merge, "native_tensors", without_q_norm),
-        (retrofit.merge, "native_config", with_partial_rotation),
-        (retrofit.merge, "native_config", with_unscaled_eps),
+        (native, "native_tensors", without_q_norm),
+        (native, "native_config", with_partial_rotation),
+        (native, "native_config", with_unscaled_eps),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -457,7 +457,7 @@ def test_a_wrong_mapping_is_noticed(
 def test_a_checkpoint_that_does_not_load_is_noticed(run, tmp_path, monkeypatch):
     """Through the real process."""
     mapped, unknown = native.native_config, {"model_type": "nothing"}
-    monkeypatch.setattr(retrofit.merge, "native_config", lambda *a: mapped(*a) | unknown)
+    monkeypatch.setattr(native, "native_config", lambda *a: mapped(*a) | unknown)
     with pytest.raises(MergeMismatchError, match="does not load"):
         merge(run, tmp_path / "out")
     assert_nothing_left(tmp_path)

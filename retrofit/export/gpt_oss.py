@@ -4,19 +4,16 @@
 else is the base, but for the bias of its keys, which takes that of the gate.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-
-def refusal(centered: bool) -> str | None:
-    """Why gates cannot become a part of `GptOssForCausalLM`, or `None` if they can."""
-    if centered:
-        return "where a base has sinks of its own, no bias gives back what a center takes away"
-    return None
+# Its own sinks take weight from the values, and from what is taken off them.
+NO_CENTER = "where a base has sinks of its own, no bias gives back what a center takes away"
 
 
 def gpt_oss_tensors(
+    names: Iterable[str],
     base: Mapping[str, torch.Tensor],
     sinks: Mapping[int, torch.Tensor],
     key_biases: Mapping[int, torch.Tensor],
@@ -25,7 +22,8 @@ def gpt_oss_tensors(
     """The tensors of the native checkpoint.
 
     Args:
-        base: the base's tensors by name, read when asked for.
+        names: of the base's parameters.
+        base: its tensors by name, read when asked for.
         sinks: logits by layer, `[num_heads]`.
         key_biases: by layer, `[num_key_value_heads, head_dim]`; none where keys have no bias.
         dtype: of the result.
@@ -34,7 +32,7 @@ def gpt_oss_tensors(
     biases_by_name = {
         f"model.layers.{i}.self_attn.k_proj.bias": bias.flatten() for i, bias in key_biases.items()
     }
-    for name in base:
+    for name in names:
         tensor = base[name]
         if name in sinks_by_name:
             tensor = torch.logaddexp(tensor.float(), sinks_by_name[name])

@@ -26,6 +26,7 @@ _MAPPED = ("llama", "mistral", "qwen2")
 _NO_TARGET = {
     "qwen3": "GraniteSWAForCausalLM has no norms of q and k",
     "qwen3_moe": "GraniteSWAForCausalLM has no experts, and no norms of q and k",
+    "gpt_oss": "GraniteSWAForCausalLM has no experts",
     "gemma3_text": "no stock architecture has both learned sinks and Gemma's four norms a layer",
 }
 

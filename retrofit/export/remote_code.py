@@ -61,16 +61,16 @@ def _config(source: Source, dtype: torch.dtype) -> dict:
         "architectures": ["GatedForCausalLM"],
         "model_type": f"gated_{source.config.model_type}",
         "auto_map": CLASSES,
-        "gate_granularity": "headwise" if source.granularity == "headwise" else "elementwise",
-        "gate_centered": bool(source.centers),
-        "gated_layers": sorted(source.gates),
+        "gate_granularity": "headwise" if source.gates.granularity == "headwise" else "elementwise",
+        "gate_centered": bool(source.gates.centers),
+        "gated_layers": source.gates.layers,
     }
 
 
 def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     for name in source.shapes:
         yield name, source.weights[name].to(dtype)
-    for layer, weight in source.gates.items():
+    for layer, weight in source.gates.matrices.items():
         yield f"model.layers.{layer}.self_attn.g1.g_proj.weight", weight.to(dtype)
-    for layer, center in source.centers.items():
+    for layer, center in source.gates.centers.items():
         yield f"model.layers.{layer}.self_attn.g1.center", center.to(dtype)

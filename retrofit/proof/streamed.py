@@ -78,13 +78,19 @@ def fits(model: nn.Module) -> bool:
 
 
 def stream(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
-    """Let every module without weights read them from `weights` each time that it runs; returns
-    whether there is one."""
+    """Let every module without weights read them from `weights` each time that it runs, or now if
+    they are vectors, which are small; returns whether there is one."""
     streams = False
     for name, module in model.named_modules():
-        parameters = list(module.parameters(recurse=False))
-        if parameters and all(parameter.is_meta for parameter in parameters):
+        parameters = dict(module.named_parameters(recurse=False))
+        if not parameters or not all(parameter.is_meta for parameter in parameters.values()):
+            continue
+        streams = True
+        if all(parameter.ndim < 2 for parameter in parameters.values()):
+            for own in parameters:
+                value = weights[f"{name}.{own}"]
+                setattr(module, own, nn.Parameter(value, requires_grad=False))
+        else:
             of_module = PrefixedDataset(weights, f"{name}.")
             add_hook_to_module(module, AlignDevicesHook("cpu", offload=True, weights_map=of_module))
-            streams = True
     return streams
