@@ -133,7 +133,7 @@ def _projection(
     # How many pairs of channels are slow is known to the model alone, of which there is none here.
     key_bias = tensors.get("sinks.key_bias", torch.empty(0))
     slow_pairs = min(key_bias.shape[-1], head_dim // 2)
-    return GateProjection(config.hidden_size, heads, head_dim, kv_heads, slow_pairs, gate_config)
+    return GateProjection(config.hidden_size, heads, head_dim, kv_heads, gate_config, slow_pairs)
 
 
 def _check_gate(layer: int, weight: torch.Tensor | None, shape: tuple[int, ...]) -> None:

@@ -181,7 +181,7 @@ def _gate_tensors(
     weights: StoredWeights, config: dict, gates: GateConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    shape = config["hidden_size"], heads, _head_dim(config), kv_heads, 0
+    shape = config["hidden_size"], heads, _head_dim(config), kv_heads
     for index in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{index}.self_attn."
         _, gate = _split(weights[prefix + "q_proj.weight"].float(), config)

@@ -109,19 +109,34 @@ def unused_gates(model, input_ids: torch.Tensor) -> list[str]:
 
 def gates(model) -> Iterator[tuple[str, nn.Module, AbstractContextManager]]:
     """Each gate of an attention module: the module's name, itself, and what nearly closes the
-    gate. A layer of a stock architecture whose sinks are all too low to matter has no gate."""
+    gate."""
     for name, module in model.named_modules():
-        if hasattr(module, "g1"):
-            projection = module.g1.g_proj
-            if isinstance(projection, nn.ModuleDict):  # of an adapter: the gates, not their logits
-                yield name, module, _changed(projection["default"], lambda gate: gate / 100)
-            else:
-                yield name, module, _changed(projection, lambda logits: logits - 5)
-        elif hasattr(module, "q_proj") and hasattr(module, "q_norm"):
-            close = partial(_close_packed, head_dim=module.head_dim)
-            yield name, module, _changed(module.q_proj, close)
-        elif hasattr(module, "sinks") and (module.sinks > _NO_SINK).any():
-            yield name, module, _raised(module.sinks)
+        for nearly_closed in _gates_of(module):
+            yield name, module, nearly_closed
+
+
+def _gates_of(module: nn.Module) -> Iterator[AbstractContextManager]:
+    if hasattr(module, "g1") and isinstance(module.g1.g_proj, nn.ModuleDict):  # of an adapter
+        adapter = module.g1.g_proj["default"]
+        if adapter.weight is not None:  # it tells the gates, not their logits
+            yield _changed(adapter, lambda gate: gate / 100)
+        if adapter.sinks is not None and (adapter.sinks.odds > 0).any():
+            yield _raised(adapter.sinks.logits)
+    elif hasattr(module, "g1"):
+        if module.g1.g_proj is not None:
+            yield _changed(module.g1.g_proj, lambda logits: logits - 5)
+        yield from _sinks_of(module.g1)
+    elif hasattr(module, "q_proj") and hasattr(module, "q_norm"):
+        yield _changed(module.q_proj, partial(_close_packed, head_dim=module.head_dim))
+    elif hasattr(module, "q_proj"):
+        yield from _sinks_of(module)
+
+
+def _sinks_of(module: nn.Module) -> Iterator[AbstractContextManager]:
+    """Those that weigh anything: a stock architecture has sinks in layers without gates as well."""
+    sinks = getattr(module, "sinks", None)
+    if sinks is not None and (sinks > _NO_SINK).any():
+        yield _raised(sinks)
 
 
 @contextmanager

@@ -78,15 +78,18 @@ def fits(model: nn.Module) -> bool:
 
 
 def stream(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
-    """Let every module without weights read them from `weights` each time that it runs, or now if
-    they are vectors, which are small; returns whether there is one."""
+    """Let every module without weights read them from `weights` each time that it runs; returns
+    whether there is one.
+
+    What attention holds beside its projections, as sinks, is small, and read now.
+    """
     streams = False
     for name, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         if not parameters or not all(parameter.is_meta for parameter in parameters.values()):
             continue
         streams = True
-        if all(parameter.ndim < 2 for parameter in parameters.values()):
+        if "weight" not in parameters and all(tensor.ndim < 3 for tensor in parameters.values()):
             for own in parameters:
                 value = weights[f"{name}.{own}"]
                 setattr(module, own, nn.Parameter(value, requires_grad=False))
