@@ -63,9 +63,10 @@ def check(path: Path, reference: Path) -> dict:
         for end in ends:
             if theirs := ask(server, ids[:end])[1]:
                 positions.append(compare(tokens[end - 1], ours[end - 1], theirs))
-    ours, theirs = (ask(server, head, cache=False) for head in (trained.head_ids, trained.head))
+    heads = trained.head, trained.head_ids
+    cut_here, cut_there = (ask(server, head, cache=False) for head in heads)
     return {
-        "same_tokens": ours == theirs,
+        "same_tokens": cut_here == cut_there,
         **summarize(positions),
         "greedy_until": greedy_until(server, trained),
     }
