@@ -128,6 +128,7 @@ def without_gates(source, scales):
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(family, overrides, reason, tmp_path, base):
+    overrides = dict(overrides)
     gates = overrides.pop("gates", {})
     run = make_run(tmp_path / "run", base(family, **overrides), **gates)
     with pytest.raises(UserError, match=reason):
