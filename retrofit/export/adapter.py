@@ -10,10 +10,9 @@ from transformers import PreTrainedConfig
 
 from retrofit.errors import UserError
 from retrofit.export.shards import StoredWeights
-from retrofit.gates import GateConfig, GateLayer
+from retrofit.gates import GateConfig, GateProjection
 
-_GATE_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.g1\.(.+)")
-_NAME = "default"  # of an adapter in memory; PEFT stores none
+_GATE_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.g1\.g_proj\.(\w+)")
 
 Tensors = dict[str, torch.Tensor]
 ByLayer = dict[int, torch.Tensor]
@@ -63,36 +62,35 @@ def read_gates(adapter: Path, config: PreTrainedConfig, trained: dict[str, Any])
     gate_config = _gate_config(trained, adapter)
     gates = Gates(gate_config.granularity, gate_config.sinks)
     for index, tensors in _by_layer(adapter).items():
-        layer = _layer(config, gate_config, tensors)
-        expected = {name.replace(f".{_NAME}", ""): name for name in layer.state_dict()}
+        gate = _gate(config, gate_config, tensors)
+        expected = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
         if unknown := tensors.keys() - expected.keys():
             raise UserError(
                 f"{adapter} also holds {min(unknown)} of layer {index}, which its "
                 "adapter_config.json does not tell of; only gates can be merged"
             )
-        for name, in_memory in expected.items():
-            _check_gate(index, tensors.get(name), tuple(layer.state_dict()[in_memory].shape))
-        layer.load_state_dict({expected[name]: tensor for name, tensor in tensors.items()})
-        _add(gates, index, layer)
+        for name, shape in expected.items():
+            _check_gate(index, tensors.get(name), shape)
+        gate.load_state_dict(tensors)
+        _add(gates, index, gate)
     if gates.sinks and not gates.matrices and not any(map(_weighs, gates.sinks.values())):
         raise UserError(f"no sink of {adapter} weighs anything: it is its base still; train first")
     return gates
 
 
 @torch.no_grad()
-def _add(gates: Gates, index: int, layer: GateLayer) -> None:
-    gate = layer.g_proj[_NAME]
+def _add(gates: Gates, index: int, gate: GateProjection) -> None:
     if gate.weight is not None:
         gates.matrices[index] = gate.matrix().detach()
     if gate.center is not None:
         gates.centers[index] = gate.center
-    if gate.sinks is not None:
-        gates.sinks[index] = gate.sinks.effective_logits()
-        if gate.sinks.weight is not None:
-            gates.sink_weights[index] = gate.sinks.weight.detach()
-        if gate.sinks.key_bias is not None:
-            gates.key_biases[index] = gate.sinks.bias(layer.head_dim)
-    gates.parameters += sum(parameter.numel() for parameter in layer.parameters())
+    if gate.sink_odds is not None:
+        gates.sinks[index] = gate.effective_logits()
+    if gate.sink_weight is not None:
+        gates.sink_weights[index] = gate.sink_weight.detach()
+    if gate.key_bias is not None:
+        gates.key_biases[index] = gate.bias_of_keys(gate.head_dim)
+    gates.parameters += sum(parameter.numel() for parameter in gate.parameters())
 
 
 def _weighs(sinks: torch.Tensor) -> bool:
@@ -128,23 +126,13 @@ def _by_layer(adapter: Path) -> dict[int, Tensors]:
     return layers
 
 
-def _layer(config: PreTrainedConfig, gate_config: GateConfig, tensors: Tensors) -> GateLayer:
+def _gate(config: PreTrainedConfig, gate_config: GateConfig, tensors: Tensors) -> GateProjection:
     """The module that these tensors are the state of, for a base with this config."""
-    heads = config.num_attention_heads
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     # How many pairs of channels are slow is known to the model alone, of which there is none here.
-    key_bias = next((t for name, t in tensors.items() if name.endswith("key_bias")), None)
-    slow_pairs = 1 if key_bias is None else min(key_bias.shape[-1], head_dim // 2)
-    layer = GateLayer(
-        config.hidden_size,
-        heads,
-        config.num_key_value_heads,
-        head_dim,
-        slow_pairs,
-        torch.device("cpu"),
-    )
-    layer.update_layer(_NAME, gate_config)
-    return layer
+    slow_pairs = min(tensors.get("key_bias", torch.empty(0)).shape[-1], head_dim // 2)
+    return GateProjection(config.hidden_size, heads, head_dim, kv_heads, gate_config, slow_pairs)
 
 
 def _check_gate(layer: int, weight: torch.Tensor | None, shape: tuple[int, ...]) -> None:

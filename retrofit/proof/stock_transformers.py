@@ -120,8 +120,8 @@ def _gates_of(module: nn.Module) -> Iterator[AbstractContextManager]:
         adapter = module.g1.g_proj["default"]
         if adapter.weight is not None:  # it tells the gates, not their logits
             yield _changed(adapter, lambda gate: gate / 100)
-        if adapter.sinks is not None and (adapter.sinks.odds > 0).any():
-            yield _raised(adapter.sinks.logits)
+        if adapter.sink_odds is not None and (adapter.sink_odds > 0).any():
+            yield _raised(adapter.sink_logits)
     elif hasattr(module, "g1"):
         if module.g1.g_proj is not None:
             yield _changed(module.g1.g_proj, lambda logits: logits - 5)
