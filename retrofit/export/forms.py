@@ -15,12 +15,14 @@ class Form:
     """A stock architecture with gates.
 
     Attributes:
+        model_type: of the checkpoint, for a base with a config.
         refusal: why a base with a config cannot have it, or `None` if it can.
         config: of a source, `config.json` without its `dtype`.
         tensors: of a source, by name, in a dtype.
         fits_float16: whether float16 holds its weights and activations where it holds the base's.
     """
 
+    model_type: Callable[[PreTrainedConfig], str]
     refusal: Callable[[PreTrainedConfig], str | None]
     config: Callable[[Source], dict]
     tensors: Callable[[Source, torch.dtype], Iterator[tuple[str, torch.Tensor]]]
@@ -89,6 +91,17 @@ def _qwen_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, tor
     )
 
 
-_QWEN = Form(native.refusal, _qwen_config, _qwen_tensors, fits_float16=False)
-_GRANITE = Form(granite_swa.refusal, _granite_config, _granite_tensors)
-_GPT_OSS = Form(lambda _config: None, lambda source: source.config.to_dict(), _gpt_oss_tensors)
+_QWEN = Form(
+    lambda base: native.native_config(base)["model_type"],
+    native.refusal,
+    _qwen_config,
+    _qwen_tensors,
+    fits_float16=False,
+)
+_GRANITE = Form(lambda base: "granite_swa", granite_swa.refusal, _granite_config, _granite_tensors)
+_GPT_OSS = Form(
+    lambda base: "gpt_oss",
+    lambda base: None,
+    lambda source: source.config.to_dict(),
+    _gpt_oss_tensors,
+)
