@@ -471,7 +471,7 @@ def test_what_memory_cannot_hold_is_proved_from_disk(
     assert read["positions"] < whole["positions"], "fewer steps: it was not in memory"
     assert read["rounding_kl"] == pytest.approx(whole["rounding_kl"], rel=1e-4)
     assert read["kl"] == pytest.approx(whole["kl"], rel=0.2, abs=1e-9)
-    assert read["greedy_until"] is None and read["unused_gates"] == []
+    assert read["greedy_until"] in (None, whole["greedy_until"]) and not read["unused_gates"]
     assert len(Reference.load(tmp_path / "read/retrofit-reference.json").greedy[0]) == 2
 
 
