@@ -253,7 +253,7 @@ def test_sinks_say_what_they_cost(sunk):
     assert report["checkpoint"]["model_type"] == "granite_swa"
     # Odds, and key biases of the slow pairs of RoPE's channels.
     gates = load_file(out.parent / "run/adapter/adapter_model.safetensors")
-    trained = [t for name, t in gates.items() if name.endswith(("odds", "key_bias"))]
+    trained = [t for name, t in gates.items() if name.endswith(("odds", "key_bias", "key_off"))]
     assert report["gate"]["parameters"] == sum(tensor.numel() for tensor in trained)
     figures = report["verification"]
     assert figures["kl"] < 1e-9 and figures["max_logprob_difference"] < 1e-4
