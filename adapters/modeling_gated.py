@@ -2,12 +2,13 @@
 
 `retrofit merge --format remote-code` lays this file into the checkpoint, with the base's family in
 place of Llama; `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` runs it, and so
-does vLLM's Transformers backend.
+does vLLM's Transformers backend, but for sinks: its attention tells nothing of the softmax.
 """
 
 import torch
 from torch import nn
 
+from ._sinks import Sink
 from .llama import FAMILY
 
 try:
@@ -20,7 +21,9 @@ class GatedConfig(FAMILY.causal_lm.config_class):
     """The base's config.
 
     Args:
-        gate_granularity: `headwise` or `elementwise`.
+        gate_granularity: `headwise` or `elementwise` gates that read the input; `none`.
+        gate_sinks: `constant` sink logits, or `input` where they read the input; `none`.
+        gate_key_bias: whether the keys have a bias of the gates' own.
         gate_centered: whether closed gates leave a constant.
         gated_layers: indices of the layers that have a gate.
     """
@@ -30,56 +33,90 @@ class GatedConfig(FAMILY.causal_lm.config_class):
     def __init__(
         self,
         gate_granularity: str = "headwise",
+        gate_sinks: str = "none",
+        gate_key_bias: bool = False,
         gate_centered: bool = False,
         gated_layers: list[int] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.gate_granularity = gate_granularity
+        self.gate_sinks = gate_sinks
+        self.gate_key_bias = gate_key_bias
         self.gate_centered = gate_centered
         self.gated_layers = gated_layers or []
 
 
 class Gate(nn.Module):
-    """`center + g * (Y - center)` with `g = 2 * sigmoid(X W_g)` (arXiv:2505.06708 eq. 5, times 2).
+    """What `config` has of `center + g * (Y - center)`, with `g = 2 * sigmoid(X W_g)`
+    (arXiv:2505.06708 eq. 5, times 2), or `g = sigmoid(LSE - s)` of a slot in the softmax.
 
     Args:
-        hidden_size: width of `X`.
-        num_heads: query heads.
-        width: scores a head, 1 or `head_dim`.
-        center: shape of the constant, `(num_key_value_heads, head_dim)`; `None` leaves it at 0.
+        config: of the model.
+        head_dim: width of one head.
+
+    Attributes:
+        g_proj: `W_g`.
+        sinks: the logits `s`, `[num_heads]`.
+        sinks_proj: what `X` adds to them.
+        key_bias: added to the keys before RoPE, `[num_key_value_heads, head_dim]`.
+        center: `[num_key_value_heads, head_dim]`.
     """
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, width: int, center: tuple[int, int] | None
-    ):
+    def __init__(self, config: GatedConfig, head_dim: int):
         super().__init__()
-        self.num_heads = num_heads
-        self.g_proj = nn.Linear(hidden_size, num_heads * width, bias=False)
-        self.center = None if center is None else nn.Parameter(torch.zeros(center))
+        self.num_heads = heads = config.num_attention_heads
+        by_kv_head = (config.num_key_value_heads, head_dim)
+        self.g_proj = self.sinks = self.sinks_proj = self.key_bias = self.center = None
+        if config.gate_granularity != "none":
+            width = head_dim if config.gate_granularity == "elementwise" else 1
+            self.g_proj = nn.Linear(config.hidden_size, heads * width, bias=False)
+        if config.gate_sinks != "none":
+            self.sinks = nn.Parameter(torch.zeros(heads))
+        if config.gate_sinks == "input":
+            self.sinks_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        if config.gate_key_bias:
+            self.key_bias = nn.Parameter(torch.zeros(by_kv_head))
+        if config.gate_centered:
+            self.center = nn.Parameter(torch.zeros(by_kv_head))
 
     def forward(
         self, states: torch.Tensor, hidden_states: torch.Tensor, position: str = "G1"
     ) -> torch.Tensor:
         """Scale `[..., num_heads, head_dim]`; the other places where training can gate are as they
         were."""
-        if position != "G1":
+        if position != "G1" or self.g_proj is None:
             return states
         gate = 2 * torch.sigmoid(self.g_proj(hidden_states))
         gate = gate.unflatten(-1, (self.num_heads, -1))
+        center = self._center_by_head()
+        return states * gate if center is None else states + (gate - 1) * (states - center)
+
+    def bias_keys(self, key_states: torch.Tensor) -> torch.Tensor:
+        """Keys `[..., num_key_value_heads, head_dim]` before RoPE, with their bias."""
+        return key_states if self.key_bias is None else key_states + self.key_bias
+
+    def sink(self, hidden_states: torch.Tensor) -> Sink | None:
+        """The slot in each head's softmax."""
+        if self.sinks is None:
+            return None
+        logits = self.sinks.float()
+        odds = torch.ones_like(logits)
+        if self.sinks_proj is not None:
+            logits = logits[:, None] + self.sinks_proj(hidden_states).float().transpose(1, 2)
+        return Sink(logits, odds, self._center_by_head())
+
+    def _center_by_head(self) -> torch.Tensor | None:
         if self.center is None:
-            return states * gate
-        center = self.center.repeat_interleave(self.num_heads // self.center.shape[0], 0)
-        return states + (gate - 1) * (states - center)
+            return None
+        return self.center.repeat_interleave(self.num_heads // len(self.center), 0)
 
 
 def _add_gates(decoder: nn.Module, config: GatedConfig) -> None:
     for index in config.gated_layers:
         attention = decoder.layers[index].self_attn
-        width = attention.head_dim if config.gate_granularity == "elementwise" else 1
-        center = (config.num_key_value_heads, attention.head_dim) if config.gate_centered else None
         attention.__class__ = FAMILY.gated
-        attention.g1 = Gate(config.hidden_size, config.num_attention_heads, width, center)
+        attention.g1 = Gate(config, attention.head_dim)
 
 
 class GatedModel(FAMILY.decoder):

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 _LIBRARY = {"gguf": "gguf", "adapter": "peft"}
 _PAPER = "[arXiv:2505.06708](https://arxiv.org/abs/2505.06708)"
+_SINKS = "[arXiv:2602.01203](https://arxiv.org/abs/2602.01203)"
 
 
 def model_card(report: dict, base: Path, checkpoint: Path, name: str) -> ModelCard:
@@ -50,7 +51,6 @@ def _data(report: dict, base: Path) -> ModelCardData:
 
 def _what_was_done(report: dict) -> str:
     base, gate, training = report["base"], report["gate"], report["training"]
-    each = "head" if gate["granularity"] == "headwise" else "channel of each head"
     length = f" for {training['tokens']:,} tokens" if training.get("tokens") else ""
     quantized = (
         f" The gates were trained on the base in {base['quantization']} and merged into its "
@@ -58,20 +58,35 @@ def _what_was_done(report: dict) -> str:
         if base["quantization"]
         else ""
     )
-    centered = (
-        ", around the value that the base's heads take from their first token"
-        if gate["centered"]
-        else ""
-    )
     return (
-        f"This is {base['name']} with {gate['granularity']} attention gates (G1 of {_PAPER}) in "
-        f"{gate['layers']} of {gate['of_layers']} layers: each attention {each} is scaled by a "
-        f"sigmoid that reads the layer's input{centered}, so that a head may say nothing without "
-        "parking its attention on the first token. Only the "
-        f"{gate['parameters']:,} gate weights were trained{length}, from gates that change "
-        "nothing; every weight of the base stayed as it "
+        f"This is {base['name']} with attention gates in {gate['layers']} of {gate['of_layers']} "
+        f"layers: {_gates(gate)}, so that a head may say nothing without parking its attention on "
+        f"the first token. Only the {gate['parameters']:,} gate weights were trained{length}, from "
+        "gates that change nothing; every weight of the base stayed as it "
         f"was.{quantized} Made with [retrofit](https://pypi.org/project/gate-retrofit/)."
     )
+
+
+def _gates(gate: dict) -> str:
+    """What scales a head, in a clause or two."""
+    each = "head" if gate["granularity"] == "headwise" else "channel of each head"
+    around = "around the value that the base's heads take from their first token"
+    clauses = []
+    if gate["sinks"] != "none":
+        read = ", read from the layer's input," if gate["sinks"] == "input" else ""
+        moved = ", to which keys are moved by a bias" if gate["key_bias"] else ""
+        clauses.append(
+            f"each head has a learned sink{read} in its softmax{moved} ({_SINKS}), and is scaled "
+            "by how much it found"
+        )
+    if gate["granularity"] != "none":
+        clauses.append(
+            f"each attention {each} is scaled by a sigmoid that reads the layer's input (G1 of "
+            f"{_PAPER}, {gate['granularity']})"
+        )
+    if gate["centered"]:
+        clauses[-1] += f", {around}"
+    return "; ".join(clauses)
 
 
 def _measured(path: Path) -> str:
@@ -130,14 +145,30 @@ def _costs(report: dict) -> str:
     base, checkpoint = report["base"], report["checkpoint"]
     if checkpoint["format"] == "adapter":
         return ""
-    native = checkpoint["format"] == "native"
     added = checkpoint["parameters"] / base["parameters"] - 1
-    reasons = "the gates" if "heads" not in checkpoint else "the gates fill half of `q_proj`"
+    reasons = "the gates" if "heads" not in checkpoint else _why_more(report)
     reasons += ", and input and output embeddings are now two" if checkpoint["untied"] else ""
     lines = [f"{checkpoint['parameters']:,} parameters, {added:.1%} more than the base: {reasons}."]
+    if _is_qwen(report):
+        lines += _costs_of_qwen(report)
+    return "## Costs\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _is_qwen(report: dict) -> bool:
+    """Whether its stock architecture holds gates in `q_proj`, by scaling what the base has."""
+    return "heads" in report["checkpoint"] and report["gate"]["sinks"] == "none"
+
+
+def _why_more(report: dict) -> str:
+    return "the gates fill half of `q_proj`" if _is_qwen(report) else "sinks and biases"
+
+
+def _costs_of_qwen(report: dict) -> list[str]:
+    base, checkpoint = report["base"], report["checkpoint"]
+    lines = []
     if "file" in checkpoint:
         lines += ["One more layer, all zeros: llama.cpp needs one of linear attention."]
-    elif native:
+    else:
         lines += [
             "Run it in bfloat16 or float32: its activations exceed the range of float16.",
             "It is made for inference. To train the gates further, go on from the run.",
@@ -148,9 +179,9 @@ def _costs(report: dict) -> str:
             f"{1 / checkpoint['kv_heads']:.0%} of its KV cache with them: only transformers reads "
             "the bias of `o_proj` that would do."
         ]
-    if native and (base["biases"] or heads):
+    if "file" not in checkpoint and (base["biases"] or heads):
         lines += ["Not for SGLang, which drops the biases of q, k and v without a word."]
-    return "## Costs\n\n" + "\n".join(f"- {line}" for line in lines)
+    return lines
 
 
 _LOAD = """\
@@ -163,6 +194,14 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 _TRUST = ", trust_remote_code=True"
 
+_SERVE_CODE = """
+
+vLLM runs it through its Transformers backend:
+
+```bash
+vllm serve {name} --trust-remote-code --model-impl transformers
+```"""
+
 
 def _how_to_load(report: dict, name: str) -> str:
     checkpoint = report["checkpoint"]
@@ -173,10 +212,9 @@ def _how_to_load(report: dict, name: str) -> str:
         )
     elif checkpoint["format"] == "remote-code":
         how = (
-            "Its three Python files are the model; read them, then:\n\n"
+            "Its four Python files are the model; read them, then:\n\n"
             + _LOAD.format(name=name, imports="", options=_TRUST)
-            + "\n\nvLLM runs it through its Transformers backend:\n\n"
-            f"```bash\nvllm serve {name} --trust-remote-code --model-impl transformers\n```"
+            + _SERVE_CODE.format(name=name) * (report["gate"]["sinks"] == "none")
         )
     elif checkpoint["format"] == "gated-attention":
         how = (

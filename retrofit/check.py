@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from retrofit.data import load_sources
 from retrofit.errors import UserError
-from retrofit.export.native import native_config, refusal
+from retrofit.export import forms
 from retrofit.memory import Device, NotTracedError, estimate, remedy, this_device
 from retrofit.models import load_tokenizer
 from retrofit.recipe import Recipe
@@ -111,9 +111,10 @@ def _describe_memory(config: PreTrainedConfig, recipe: Recipe, device: Device) -
 def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:
     if not gate_config(recipe).is_mergeable:
         return "none: an ablation that no checkpoint can carry"
-    reason = refusal(config)
+    gate = recipe.gate
+    reason = forms.refusal(config, gate.granularity, gate.sinks, gate.centered)
     if reason is None:
-        model_type = native_config(config)["model_type"]
+        model_type = forms.form_of(config.model_type, gate.sinks).model_type(config)
         return f"stock {model_type} checkpoint, no code of ours needed"
     return f"with --format remote-code, which brings its code: {reason}"
 

@@ -20,8 +20,7 @@ from transformers import GenerationConfig
 
 from retrofit.card import model_card
 from retrofit.errors import UserError
-from retrofit.export import gated_attention
-from retrofit.export.native import native_config, native_tensors, refusal
+from retrofit.export import forms, gated_attention
 from retrofit.export.remote_code import write_remote_code
 from retrofit.export.shards import write_shards
 from retrofit.export.source import Source, read_source
@@ -84,13 +83,14 @@ def merge(
     llama_cpp = _llama_cpp() if format == "gguf" else None
     source = read_source(run, base)
     kind, max_bytes = _stored_as(source, dtype, format), _bytes(max_shard_size)
-    if llama_cpp:
-        llama_cpp.check(source)
-    elif format in _REFUSALS and (reason := _REFUSALS[format](source.config)):
+    refusal = llama_cpp.refusal if llama_cpp else _REFUSALS.get(format)
+    if refusal and (reason := refusal(source)):
         raise UserError(
             f"no {format} checkpoint of {source.base_name!r}: {reason}; --format remote-code holds "
             "any base that can be gated"
         )
+    if llama_cpp:
+        llama_cpp.check_tokenizer(source)
     seconds: dict[str, float] = {}
     with appearing_whole(out) as folder:
         with _timed(seconds, "reference"):
@@ -131,7 +131,7 @@ def _stored_as(source: Source, dtype: str | None, format: str) -> str:
         return "float32"
     if name not in allowed:
         raise UserError(f"cannot store weights as {name}; dtype must be {', '.join(allowed)}")
-    if name == "float16" and format == "native":
+    if name == "float16" and format == "native" and not _form(source).fits_float16:
         whose = "" if dtype else f"base {source.base_name!r} is stored in float16, but "
         raise UserError(
             f"{whose}a native checkpoint exceeds the range of float16: choose --dtype bfloat16 or "
@@ -161,11 +161,19 @@ def _bytes(size: int | str) -> int:
         raise UserError(f"{size!r} is not a size; write one like 5GB or 500MB") from error
 
 
+def _form(source: Source) -> forms.Form:
+    return forms.form_of(source.config.model_type, source.gates.sink_form)
+
+
+def _native_refusal(source: Source) -> str | None:
+    gates = source.gates
+    return forms.refusal(source.config, gates.granularity, gates.sink_form, bool(gates.centers))
+
+
 def _write_native(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
-    config = native_config(source.config, bool(source.centers)) | {"dtype": _name(dtype)}
-    write_json(folder / "config.json", config)
-    tensors = native_tensors(source.config, source.weights, source.gates, source.centers, dtype)
-    return write_shards(tensors, folder, max_bytes)
+    form = _form(source)
+    write_json(folder / "config.json", form.config(source) | {"dtype": _name(dtype)})
+    return write_shards(form.tensors(source, dtype), folder, max_bytes)
 
 
 def _write_adapter(source: Source, folder: Path, dtype: torch.dtype, max_bytes: int) -> dict:
@@ -177,11 +185,11 @@ def _write_adapter(source: Source, folder: Path, dtype: torch.dtype, max_bytes: 
     write_json(folder / names[0], config)
     return {
         "bytes": (folder / names[1]).stat().st_size,
-        "parameters": sum(tensor.numel() for tensor in source.gates.values()),
+        "parameters": source.gates.parameters,
     }
 
 
-_REFUSALS = {"native": refusal, "gated-attention": gated_attention.refusal}
+_REFUSALS = {"native": _native_refusal, "gated-attention": gated_attention.refusal}
 _WRITERS = {
     "native": _write_native,
     "remote-code": write_remote_code,
@@ -201,11 +209,13 @@ def _report(source: Source, about: dict, rounding_kl: float) -> dict:
         "checkpoint": about,
         "base": _about_base(source),
         "gate": {
-            "granularity": source.granularity,
-            "centered": bool(source.centers),
-            "layers": len(source.gates),
+            "granularity": source.gates.granularity,
+            "sinks": source.gates.sink_form,
+            "key_bias": bool(source.gates.key_biases),
+            "centered": bool(source.gates.centers),
+            "layers": len(source.gates.layers),
             "of_layers": source.config.num_hidden_layers,
-            "parameters": sum(weight.numel() for weight in source.gates.values()),
+            "parameters": source.gates.parameters,
         },
         "training": {key: source.facts[key] for key in ("steps", "tokens") if key in source.facts},
         "verification": {"rounding_kl": rounding_kl},
@@ -220,12 +230,12 @@ def _about_checkpoint(source: Source, kind: str, format: str) -> dict:
         return about | {"model_type": f"gated_{config.model_type}", "constant_heads": 0}
     if format in ("adapter", "gated-attention"):
         return about | {"constant_heads": 0}
-    written = native_config(config, bool(source.centers))
+    written = _form(source).config(source)
     return about | {
         "model_type": written["model_type"],
         "architecture": written["architectures"][0],
         "untied": config.tie_word_embeddings and not written["tie_word_embeddings"],
-        "constant_heads": written["retrofit_constant_heads"],
+        "constant_heads": written.get("retrofit_constant_heads", 0),
         "heads": written["num_attention_heads"],
         "kv_heads": written["num_key_value_heads"],
     }

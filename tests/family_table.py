@@ -7,6 +7,7 @@
 """
 
 import argparse
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "Gemma 3, text": ("gemma3_text", {}),
     "gpt-oss": ("gpt_oss", {}),
 }
+SINKS = {"sinks": "constant", "key_bias": True, "granularity": "none"}
+PROJECTION = {"sinks": "none", "key_bias": False, "granularity": "headwise"}
+# The formats of gates that read the input, where they are not those of sinks.
+OF_PROJECTION = {"native, projection": "native", "gguf, projection": "gguf",
+                 "gated-attention, projection": "gated-attention"}  # fmt: skip
 COLUMNS = (
     "`model_type`",
     "train",
@@ -42,7 +48,7 @@ COLUMNS = (
     "native",
     "gguf",
     "remote-code",
-    "gated-attention",
+    *OF_PROJECTION,
 )
 
 
@@ -54,45 +60,54 @@ def cells(name: str) -> dict[str, str]:
         base, text = folder / "base", folder / "text.txt"
         text.write_text("The spouter inn, its sign, and its landlord. " * 60)
         write_tiny(base, model_type, **overrides)
-        packs = _done(lambda: train(_recipe(base, text, folder / "packed", packing=True)))
-        run = folder / ("packed" if packs == "yes" else "run")
-        recipe = _recipe(base, text, run, packing=False)
+        # gpt-oss has sinks of its own, and no stock form of both those and centers.
+        sinks = SINKS | {"centered": model_type != "gpt_oss"}
+        packs = _done(lambda: train(_recipe(base, text, folder / "packed", sinks, packing=True)))
+        run, other = folder / ("packed" if packs == "yes" else "run"), folder / "projection"
+        recipe = _recipe(base, text, run, sinks, packing=False)
         trained = packs if packs == "yes" else _done(lambda: train(recipe))
+        train(_recipe(base, text, other, PROJECTION, packing=False))
         sources = [str(base), str(run)]
         return {
             "`model_type`": f"`{model_type}`",
             "train": trained,
             "packed rows": packs,
             "measure": _done(lambda: measure(sources, text, length=192, windows=1, progress=False)),
-            **{format: _merged(run, folder, format) for format in COLUMNS[4:]},
+            **{format: _merged(run, folder, format) for format in COLUMNS[4:7]},
+            **{name: _merged(other, folder / name, form) for name, form in OF_PROJECTION.items()},
         }
 
 
 def cells_of_vllm(name: str, python: str) -> dict[str, str]:
     """Of one family: the largest difference of a log probability in vLLM, whose attention wants
-    heads of 32 channels."""
+    heads of 32 channels. Its Transformers backend, which runs code, takes no sinks."""
     model_type, overrides = FAMILIES[name]
     found = {}
+    sinks = SINKS | {"centered": model_type != "gpt_oss"}
+    kinds = {"native": ("native", sinks), "native, projection": ("native", PROJECTION),
+             "remote-code, projection": ("remote-code", PROJECTION)}  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_tiny(folder / "base", model_type, **overrides, head_dim=32)
-        model = AutoModelForCausalLM.from_pretrained(folder / "base")
-        gates = GateConfig(init_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(model, gates).save_pretrained(str(folder / "adapter"))
-        for format in ("native", "remote-code"):
+        for column, (format, gate) in kinds.items():
+            model = AutoModelForCausalLM.from_pretrained(folder / "base")
+            gates = GateConfig(init_weights=False, task_type="CAUSAL_LM", **gate)
+            adapter, out = folder / "adapter" / column, folder / column
+            get_peft_model(model, gates).save_pretrained(str(adapter))
             try:
-                report = merge(folder / "adapter", folder / format, format=format)
-                figures = verify(report, folder / format, "vllm", python)
-                found[format] = f"{figures['max_logprob_difference']:.1e}"
+                report = merge(adapter, out, format=format)
+                figures = verify(report, out, "vllm", python)
+                found[column] = f"{figures['max_logprob_difference']:.1e}"
             except (UserError, CheckError) as error:
-                found[format] = f"no: {error}"
+                found[column] = f"no: {error}"
     return found
 
 
-def _recipe(base: Path, text: Path, run: Path, packing: bool) -> Recipe:
+def _recipe(base: Path, text: Path, run: Path, gate: dict, packing: bool) -> Recipe:
     settings = {
         "output_dir": str(run),
         "model": {"base": str(base)},
+        "gate": gate,
         "data": {"sources": [{"path": str(text)}], "sequence_length": 160, "packing": packing},
         "objective": dict.fromkeys(("lm", "kl", "hidden", "pressure", "activation", "balance"), 1),
         "train": {"max_steps": 2, "batch_size": 1, "report_to": [], "learning_rate": 0.1},
@@ -104,7 +119,7 @@ def _merged(run: Path, folder: Path, format: str) -> str:
     reports: list[dict] = []
     done = _done(lambda: reports.append(merge(run, folder / format, format=format)))
     model_type = reports[0]["checkpoint"]["model_type"] if reports else ""
-    return f"`{model_type}`" if done == "yes" and format == "native" else done
+    return f"`{model_type}`" if done == "yes" and format in ("native", "gguf") else done
 
 
 def _done(act: Callable[[], object]) -> str:
@@ -135,9 +150,8 @@ def table(rows: dict[str, dict[str, str]], columns: Sequence[str] = COLUMNS) -> 
 
 def _without_names(reason: str) -> str:
     """Where a temporary folder lies says nothing."""
-    for start in ("no native checkpoint of ", "no gated-attention checkpoint of ", "no GGUF of "):
-        if reason.startswith(start):
-            reason = reason.split(": ", 1)[1]
+    if re.match("no [a-z-]+ checkpoint of ", reason):
+        reason = reason.split(": ", 1)[1]
     return reason.split("; --format")[0]
 
 
@@ -146,7 +160,7 @@ if __name__ == "__main__":
     parser.add_argument("--vllm", metavar="PYTHON")
     options = parser.parse_args()
     if options.vllm:
-        columns = ("native", "remote-code")
+        columns = ("native", "native, projection", "remote-code, projection")
         print(table({name: cells_of_vllm(name, options.vllm) for name in FAMILIES}, columns))
     else:
         print(table({name: cells(name) for name in FAMILIES}))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_merge import WINDOWED, make_run
-from test_native import YARN
+from test_granite_swa import DYNAMIC, WINDOWED_QWEN
+from test_merge import MIXED, SINKS, WINDOWED, make_run
+from test_native import LINEAR, YARN
 from tiny import DENSE, LLAMA3, tiny_model, write_tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -54,6 +55,33 @@ def test_other_layouts(family, overrides, tmp_path, base, in_process):
     assert figures["kl"] < 1e-9 and figures["greedy_until"] is None
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
+        ("llama", {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"rope_parameters": YARN}),
+        ("mistral", WINDOWED),
+        ("qwen2", WINDOWED_QWEN),
+    ],
+)
+def test_llama_cpp_has_sinks(family, overrides, tmp_path, base, in_process):
+    run = make_run(tmp_path / "run", base(family, **overrides), centered=True, **SINKS)
+    report = merge(run, tmp_path / "out", format="gguf")
+    assert report["checkpoint"]["model_type"] == "granite_swa"
+    figures = report["verification"]
+    assert figures["kl"] < 1e-9 and figures["max_logprob_difference"] < 1e-3
+    assert figures["greedy_until"] is None and figures["same_tokens"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float32"])
+def test_sinks_beside_smaller_weights(kind, tmp_path, base, in_process):
+    run = make_run(tmp_path / "run", base("llama"), centered=True, **SINKS)
+    figures = merge(run, tmp_path / "out", format="gguf", dtype=kind)["verification"]
+    assert figures["kl"] < 10 * figures["rounding_kl"] + 1e-6
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float32"])
 def test_smaller_weights_cost_about_their_rounding(family, kind, tmp_path, base, in_process):
@@ -76,14 +104,14 @@ def test_a_fresh_process_loads_it_and_the_card_says_how(tmp_path, base):
 
 def test_a_file_that_differs_never_appears(tmp_path, base, in_process, monkeypatch):
     run = make_run(tmp_path / "run", base("llama"))
-    monkeypatch.setattr("retrofit.export.llama_cpp._native", without_gates)
+    monkeypatch.setattr("retrofit.export.gguf_qwen35._native", without_gates)
     with pytest.raises(MergeMismatchError, match="differs from the trained model"):
         merge(run, tmp_path / "out", format="gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 
 
 def without_gates(source, scales):
-    parts = source.config, source.weights, {}, source.centers
+    parts = source.config, source.weights, {}, source.gates.centers
     return native.native_tensors(*parts, torch.float32, scales)
 
 
@@ -94,10 +122,15 @@ def without_gates(source, scales):
         ("mistral", WINDOWED, "no sliding window"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "has some without"),
         ("qwen3_moe", {"norm_topk_prob": False}, "sum to 1"),
+        ("llama", {"gates": MIXED}, "sinks that read the input, .*--format remote-code"),
+        ("llama", {"gates": SINKS, "rope_parameters": DYNAMIC}, "scale RoPE by 'dynamic'"),
+        ("gpt_oss", {"gates": SINKS}, "has no experts"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(family, overrides, reason, tmp_path, base):
-    run = make_run(tmp_path / "run", base(family, **overrides))
+    overrides = dict(overrides)
+    gates = overrides.pop("gates", {})
+    run = make_run(tmp_path / "run", base(family, **overrides), **gates)
     with pytest.raises(UserError, match=reason):
         merge(run, tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()

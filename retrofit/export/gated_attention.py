@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
 
 from retrofit.errors import UserError
 from retrofit.export import native
@@ -26,8 +25,11 @@ _SHARD = 5 * 10**9  # bytes
 _KINDS = ("headwise", "elementwise")
 
 
-def refusal(config: PreTrainedConfig) -> str | None:
-    """Why a base with this config has no place in the layout, or `None` if it has one."""
+def refusal(source: Source) -> str | None:
+    """Why base and gates have no place in the layout, or `None` if they have one."""
+    config = source.config
+    if source.gates.sinks:
+        return "the published models have no sinks"
     if config.model_type == "qwen3_moe" or native.refusal(config):
         return "the published models are dense Qwens with full attention, and so is their code"
     return None
@@ -67,14 +69,14 @@ def _config(source: Source, dtype: torch.dtype) -> dict:
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "use_qk_norm": config.model_type == "qwen3",
         "qkv_bias": _is_biased(source),
-        "headwise_attn_output_gate": source.granularity == "headwise",
-        "elementwise_attn_output_gate": source.granularity != "headwise",
+        "headwise_attn_output_gate": source.gates.granularity == "headwise",
+        "elementwise_attn_output_gate": source.gates.granularity != "headwise",
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
 def _is_biased(source: Source) -> bool:
-    return bool(source.centers) or any(name.endswith("q_proj.bias") for name in source.shapes)
+    return bool(source.gates.centers) or any(name.endswith("q_proj.bias") for name in source.shapes)
 
 
 def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -82,14 +84,14 @@ def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
     for name in source.shapes:
         if not name.startswith("model.layers."):
             yield name, weights[name].to(dtype)
-    width = 1 if source.granularity == "headwise" else native.head_dim_of(config)
+    width = 1 if source.gates.granularity == "headwise" else native.head_dim_of(config)
     ungated = torch.zeros(config.num_attention_heads * width, config.hidden_size)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
         layer = native.read_layer(config, weights, prefix, dtype, with_bias=_is_biased(source))
-        if index in source.centers:
-            add_center(layer, source.centers[index], dtype)
-        _pack_gate(layer, source.gates.get(index, ungated), config.num_key_value_heads)
+        if index in source.gates.centers:
+            add_center(layer, source.gates.centers[index], dtype)
+        _pack_gate(layer, source.gates.matrices.get(index, ungated), config.num_key_value_heads)
         for name, tensor in layer.items():
             yield prefix + name, tensor.to(dtype)
 

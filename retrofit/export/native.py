@@ -84,7 +84,7 @@ def native_config(
     shift = _residual_shift(config, scales or Scales())
     rope = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
     constant = _adds_constant(config, centered)
-    biased = constant or _has_bias(config)
+    biased = constant or has_bias(config)
     copied = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
         "max_position_embeddings", "initializer_range", "use_cache", "attention_dropout",
@@ -137,7 +137,7 @@ def native_tensors(
     constant = _adds_constant(config, bool(centers))
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layer = read_layer(config, base, prefix, dtype, with_bias=_has_bias(config) or constant)
+        layer = read_layer(config, base, prefix, dtype, with_bias=has_bias(config) or constant)
         if index in centers:
             add_center(layer, centers[index], dtype)
         if constant:
@@ -166,7 +166,7 @@ def _has_qk_norm(config: PreTrainedConfig) -> bool:
     return config.model_type in ("qwen3", "qwen3_moe")
 
 
-def _has_bias(config: PreTrainedConfig) -> bool:
+def has_bias(config: PreTrainedConfig) -> bool:
     return config.model_type == "qwen2" or getattr(config, "attention_bias", False)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from retrofit.export.granite_swa import NO_SINK
 from retrofit.export.shards import write_shards
 from retrofit.export.source import Source
 from retrofit.files import write_json
@@ -25,7 +26,9 @@ CLASSES = {
 def code_of(model_type: str) -> dict[str, str]:
     """The Python files of a checkpoint by name: what all families share, the base's, and the
     model."""
-    files = {f"{name}.py": _text(name) for name in ("_family", model_type, "modeling_gated")}
+    files = {
+        f"{name}.py": _text(name) for name in ("_family", "_sinks", model_type, "modeling_gated")
+    }
     as_llama, as_ours = "from .llama import FAMILY", f"from .{model_type} import FAMILY"
     model = files["modeling_gated.py"]
     assert as_llama in model
@@ -57,20 +60,30 @@ def _config(source: Source, dtype: torch.dtype) -> dict:
     config = json.loads((source.base / "config.json").read_text())
     stored = str(dtype).removeprefix("torch.")
     config |= {name: stored for name in ("dtype", "torch_dtype") if name in config}
+    gates = source.gates
     return config | {
         "architectures": ["GatedForCausalLM"],
         "model_type": f"gated_{source.config.model_type}",
         "auto_map": CLASSES,
-        "gate_granularity": "headwise" if source.granularity == "headwise" else "elementwise",
-        "gate_centered": bool(source.centers),
-        "gated_layers": sorted(source.gates),
+        "gate_granularity": "elementwise" if gates.granularity == "shared" else gates.granularity,
+        "gate_sinks": gates.sink_form,
+        "gate_key_bias": bool(gates.key_biases),
+        "gate_centered": bool(gates.centers),
+        "gated_layers": gates.layers,
     }
 
 
 def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     for name in source.shapes:
         yield name, source.weights[name].to(dtype)
-    for layer, weight in source.gates.items():
-        yield f"model.layers.{layer}.self_attn.g1.g_proj.weight", weight.to(dtype)
-    for layer, center in source.centers.items():
-        yield f"model.layers.{layer}.self_attn.g1.center", center.to(dtype)
+    gates = source.gates
+    parts = {
+        "g_proj.weight": gates.matrices,
+        "sinks": {layer: sinks.clamp(min=NO_SINK) for layer, sinks in gates.sinks.items()},
+        "sinks_proj.weight": gates.sink_weights,
+        "key_bias": gates.key_biases,
+        "center": gates.centers,
+    }
+    for name, by_layer in parts.items():
+        for layer, tensor in by_layer.items():
+            yield f"model.layers.{layer}.self_attn.g1.{name}", tensor.to(dtype).contiguous()

@@ -1,6 +1,5 @@
 """What is merged: a run folder, its base and its gates, found and checked before any work."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from retrofit.adapters import family_of
 from retrofit.errors import UserError
+from retrofit.export.adapter import Gates, read_gates
 from retrofit.export.shards import StoredWeights
 from retrofit.files import read_json
 from retrofit.fingerprint import base_weights, weights_sha256
-from retrofit.gates import GateConfig, GateProjection
-
-_GATE_KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.g1\.g_proj\.(weight|channel_weight|center)"
-)
 
 
 @dataclass(frozen=True)
@@ -30,9 +25,7 @@ class Source:
         folder: the run, or the bare adapter.
         facts: its `run.json`, empty for a bare adapter.
         adapter: folder of the PEFT adapter.
-        granularity: `headwise`, `elementwise` or `shared`.
-        gates: `W_g` by layer, float32.
-        centers: of centered gates by layer, `[num_key_value_heads, head_dim]`, float32; else empty.
+        gates: what it holds.
         base_name: the base as the run names it, a hub id or a folder.
         base: its local folder.
         config: its config.
@@ -43,9 +36,7 @@ class Source:
     folder: Path
     facts: dict[str, Any]
     adapter: Path
-    granularity: str
-    gates: dict[int, torch.Tensor]
-    centers: dict[int, torch.Tensor]
+    gates: Gates
     base_name: str
     base: Path
     config: PreTrainedConfig
@@ -73,21 +64,9 @@ def read_source(run: Path, base: str | None = None) -> Source:
     config = _base_config(folder, name, trained.get("base_model_type"))
     weights, shapes = StoredWeights(folder), _shapes(config)
     _check_complete(weights, shapes, name)
-    gates, centers = _read_gates(adapter, config, _gate_config(trained, run))
+    gates = read_gates(adapter, config, trained)
     _check_same(weights, shapes, name, named)
-    return Source(
-        run,
-        facts,
-        adapter,
-        trained["granularity"],
-        gates,
-        centers,
-        name,
-        folder,
-        config,
-        weights,
-        shapes,
-    )
+    return Source(run, facts, adapter, gates, name, folder, config, weights, shapes)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -186,60 +165,6 @@ def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
                 f"{parameter} of base {name!r} has shape {weights.shape(parameter)}, but its "
                 f"config.json says {shape}; download it again"
             )
-
-
-def _gate_config(trained: dict[str, Any], run: Path) -> GateConfig:
-    """The gates' config, if they are of the kind that a checkpoint can carry."""
-    fields = ("granularity", "activation", "position", "input_dependent", "centered")
-    config = GateConfig(**{name: trained[name] for name in fields if name in trained})
-    if not config.is_mergeable:
-        raise UserError(
-            f"no checkpoint can carry the gates of {run}, an ablation: only sigmoid gates at G1 "
-            "that read the input can be merged"
-        )
-    return config
-
-
-def _read_gates(
-    adapter: Path, config: PreTrainedConfig, gate_config: GateConfig
-) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-    """The gates' matrices and, of centered ones, their centers, by layer."""
-    parts: dict[int, dict[str, torch.Tensor]] = {}
-    for key, weight in StoredWeights(adapter, "adapter_model.safetensors").items():
-        match = _GATE_KEY.fullmatch(key)
-        if match is None:
-            raise UserError(f"{adapter} also holds {key}; only gates can be merged")
-        parts.setdefault(int(match[1]), {})[match[2]] = weight.float()
-    if not parts:
-        raise UserError(f"{adapter} holds no gates; train again")
-    gates, centers = {}, {}
-    for index, tensors in parts.items():
-        num_heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        kv_heads = config.num_key_value_heads
-        projection = GateProjection(config.hidden_size, num_heads, head_dim, kv_heads, gate_config)
-        for name, tensor in projection.state_dict().items():
-            _check_gate(index, tensors.get(name), tuple(tensor.shape))
-        projection.load_state_dict(tensors)
-        gates[index] = projection.matrix().detach()
-        if projection.center is not None:
-            centers[index] = projection.center
-    return gates, centers
-
-
-def _check_gate(layer: int, weight: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    if weight is None:
-        raise UserError(f"the gate of layer {layer} lacks a part of its weights; train again")
-    if tuple(weight.shape) != shape:
-        raise UserError(
-            f"the gate of layer {layer} has shape {tuple(weight.shape)}, but the base needs "
-            f"{shape}; name the base that it was trained on with --base"
-        )
-    if not weight.isfinite().all():
-        raise UserError(
-            f"the gate of layer {layer} has NaN or infinite weights: training diverged; train "
-            "again with a lower learning rate"
-        )
 
 
 def _check_same(weights: StoredWeights, shapes: dict, name: str, named: dict) -> None:

@@ -33,11 +33,17 @@ def serve(path: Path, threads: int) -> xllamacpp.Server:
     return xllamacpp.Server(params)
 
 
-def ask(server: xllamacpp.Server, prompt: str | list[int]) -> tuple[int, dict[int, float]]:
+def ask(
+    server: xllamacpp.Server, prompt: str | list[int], cache: bool = True
+) -> tuple[int, dict[int, float]]:
     """The tokens of a prompt, and the most probable next ones with their log probabilities: none
-    where the first of them is a part of a character, which the server keeps to itself."""
+    where the first of them is a part of a character, which the server keeps to itself.
+
+    Without `cache`, nothing is kept of the prompt before, so that the same tokens give the same
+    bits.
+    """
     request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": LISTED}
-    answer = server.handle_completions(request | {"ignore_eos": True})
+    answer = server.handle_completions(request | {"ignore_eos": True, "cache_prompt": cache})
     if "choices" not in answer:
         raise SystemExit(f"llama.cpp answers {answer}")
     logprobs = answer["choices"][0]["logprobs"]
@@ -57,8 +63,10 @@ def check(path: Path, reference: Path) -> dict:
         for end in ends:
             if theirs := ask(server, ids[:end])[1]:
                 positions.append(compare(tokens[end - 1], ours[end - 1], theirs))
+    heads = trained.head, trained.head_ids
+    cut_here, cut_there = (ask(server, head, cache=False) for head in heads)
     return {
-        "same_tokens": ask(server, trained.head) == ask(server, trained.head_ids),
+        "same_tokens": cut_here == cut_there,
         **summarize(positions),
         "greedy_until": greedy_until(server, trained),
     }

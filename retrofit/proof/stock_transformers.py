@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from streamed import STEPS as FEW_STEPS
 from streamed import StoredFloats, load, stream
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+_NO_SINK = -1000.0  # no logit of attention comes near
 
 
 def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) -> dict:
@@ -86,18 +89,17 @@ def unused_gates(model, input_ids: torch.Tensor) -> list[str]:
     if not watched:  # nothing was looked at, which must not pass for nothing found
         return ["all: the model has no gates"]
 
-    def watch(name: str, projection: nn.Module, close: Callable):
+    def watch(name: str, nearly_closed: AbstractContextManager):
         def again(attention, args, kwargs, output):
-            handle = projection.register_forward_hook(lambda _module, _args, told: close(told))
-            if torch.equal(attention.forward(*args, **kwargs)[0], output[0]):
-                unused.append(name)
-            handle.remove()
+            with nearly_closed:
+                if torch.equal(attention.forward(*args, **kwargs)[0], output[0]):
+                    unused.append(name)
 
         return again
 
     handles = [
-        attention.register_forward_hook(watch(name, projection, close), with_kwargs=True)
-        for name, attention, projection, close in watched
+        attention.register_forward_hook(watch(name, nearly_closed), with_kwargs=True)
+        for name, attention, nearly_closed in watched
     ]
     model(input_ids, use_cache=False)
     for handle in handles:
@@ -105,18 +107,53 @@ def unused_gates(model, input_ids: torch.Tensor) -> list[str]:
     return unused
 
 
-def gates(model) -> Iterator[tuple[str, nn.Module, nn.Module, Callable]]:
-    """Each attention module with a gate: its name, itself, the module that computes the gate, and
-    what turns that module's output into one of a gate that is nearly closed."""
+def gates(model) -> Iterator[tuple[str, nn.Module, AbstractContextManager]]:
+    """Each gate of an attention module: the module's name, itself, and what nearly closes the
+    gate."""
     for name, module in model.named_modules():
-        if hasattr(module, "g1"):
-            projection = module.g1.g_proj
-            if isinstance(projection, nn.ModuleDict):  # of an adapter: the gates, not their logits
-                yield name, module, projection["default"], lambda gate: gate / 100
-            else:
-                yield name, module, projection, lambda logits: logits - 5
-        elif hasattr(module, "q_proj") and hasattr(module, "q_norm"):
-            yield name, module, module.q_proj, partial(_close_packed, head_dim=module.head_dim)
+        for nearly_closed in _gates_of(module):
+            yield name, module, nearly_closed
+
+
+def _gates_of(module: nn.Module) -> Iterator[AbstractContextManager]:
+    if hasattr(module, "g1") and isinstance(module.g1.g_proj, nn.ModuleDict):  # of an adapter
+        adapter = module.g1.g_proj["default"]
+        if adapter.weight is not None:  # it tells the gates, not their logits
+            yield _changed(adapter, lambda gate: gate / 100)
+        if adapter.sink_odds is not None and (adapter.sink_odds > 0).any():
+            yield _raised(adapter.sink_logits)
+    elif hasattr(module, "g1"):
+        if module.g1.g_proj is not None:
+            yield _changed(module.g1.g_proj, lambda logits: logits - 5)
+        yield from _sinks_of(module.g1)
+    elif hasattr(module, "q_proj") and hasattr(module, "q_norm"):
+        yield _changed(module.q_proj, partial(_close_packed, head_dim=module.head_dim))
+    elif hasattr(module, "q_proj"):
+        yield from _sinks_of(module)
+
+
+def _sinks_of(module: nn.Module) -> Iterator[AbstractContextManager]:
+    """Those that weigh anything: a stock architecture has sinks in layers without gates as well."""
+    sinks = getattr(module, "sinks", None)
+    if sinks is not None and (sinks > _NO_SINK).any():
+        yield _raised(sinks)
+
+
+@contextmanager
+def _changed(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """A module whose output is another."""
+    handle = module.register_forward_hook(lambda _module, _args, output: change(output))
+    yield
+    handle.remove()
+
+
+@contextmanager
+def _raised(sinks: torch.Tensor) -> Iterator[None]:
+    """Sinks that take more weight."""
+    before = sinks.clone()
+    sinks += 5
+    yield
+    sinks.copy_(before)
 
 
 def _close_packed(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:

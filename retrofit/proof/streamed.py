@@ -79,12 +79,21 @@ def fits(model: nn.Module) -> bool:
 
 def stream(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
     """Let every module without weights read them from `weights` each time that it runs; returns
-    whether there is one."""
+    whether there is one.
+
+    What attention holds beside its projections, as sinks, is small, and read now.
+    """
     streams = False
     for name, module in model.named_modules():
-        parameters = list(module.parameters(recurse=False))
-        if parameters and all(parameter.is_meta for parameter in parameters):
+        parameters = dict(module.named_parameters(recurse=False))
+        if not parameters or not all(parameter.is_meta for parameter in parameters.values()):
+            continue
+        streams = True
+        if "weight" not in parameters and all(tensor.ndim < 3 for tensor in parameters.values()):
+            for own in parameters:
+                value = weights[f"{name}.{own}"]
+                setattr(module, own, nn.Parameter(value, requires_grad=False))
+        else:
             of_module = PrefixedDataset(weights, f"{name}.")
             add_hook_to_module(module, AlignDevicesHook("cpu", offload=True, weights_map=of_module))
-            streams = True
     return streams

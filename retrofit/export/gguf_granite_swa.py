@@ -1,0 +1,85 @@
+"""The native checkpoint under llama.cpp's `granite_swa` architecture, its name for the same class.
+
+What differs from the safetensors form, and why:
+
+- RoPE there turns neighbouring channels, not those half a head apart: the rows of q and k, and
+  their biases, are interleaved, as in every file of a Llama.
+- It aborts where no layer has a window: where none has, all have one that no context fills.
+- llama3's scaling of RoPE is a tensor: what each frequency is divided by.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from retrofit.export import granite_swa
+from retrofit.export.gguf_contents import Contents, add_shape
+from retrofit.export.source import Source
+
+_ARCH = "granite_swa"
+_NO_WINDOW = 2**24  # more tokens than any context
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why a base with this config cannot become a GGUF file, or `None` if it can."""
+    if reason := granite_swa.refusal(config):
+        return reason
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        return f"llama.cpp's granite_swa is not known to scale RoPE by {rope_type!r} as it does"
+    return None
+
+
+def contents(source: Source, kind: str) -> Contents:
+    """Base and sinks, stored as `kind`."""
+    gates = source.gates
+    config = granite_swa.granite_config(source.config, bool(gates.key_biases or gates.centers))
+    return Contents(
+        _ARCH, config, partial(_add_config, config=config), _tensors(source, config["head_dim"])
+    )
+
+
+def _add_config(writer: GGUFWriter, config: dict) -> None:
+    add_shape(writer, config, config["num_hidden_layers"])
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
+    writer.add_sliding_window(config["sliding_window"] if any(sliding) else _NO_WINDOW)
+    writer.add_sliding_window_pattern(sliding if any(sliding) else [True] * len(sliding))
+
+
+def _tensors(source: Source, head_dim: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the file, under llama.cpp's names, in float32."""
+    gates = source.gates
+    parts = source.weights, gates.sinks, gates.key_biases, gates.centers
+    # The names of plain Granite: gguf does not list this architecture.
+    names = get_tensor_name_map(MODEL_ARCH.GRANITE, source.config.num_hidden_layers)
+    for name, tensor in granite_swa.granite_tensors(source.config, *parts, torch.float32):
+        if name.endswith("self_attn.sinks"):
+            yield f"blk.{name.split('.')[2]}.attn_sinks.weight", tensor
+            continue
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
+        turned = ".q_proj." in name or ".k_proj." in name
+        yield theirs, _interleaved(tensor, head_dim) if turned else tensor
+    if source.config.rope_parameters["rope_type"] == "llama3":
+        yield "rope_freqs.weight", _divisors(source.config, head_dim)
+
+
+def _interleaved(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Channels `i` and `i + head_dim / 2` of each head side by side."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _divisors(config: PreTrainedConfig, head_dim: int) -> torch.Tensor:
+    """What llama3's scaling divides each frequency of RoPE by."""
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return config.rope_parameters["rope_theta"] ** -exponents / scaled

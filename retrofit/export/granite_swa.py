@@ -1,0 +1,119 @@
+"""Base + sink logits as `GraniteSWAForCausalLM`, an architecture that stock engines already ship.
+
+It is a Llama whose attention has one learned logit a head more, `sinks`, which takes weight in the
+softmax and gives no value: `Y * sigmoid(LSE - sinks)`
+(`transformers.models.granite_swa.modeling_granite_swa`). The gate here is `c + g * (Y - c)` with
+that `g`, so that nothing has to be scaled, and every format that holds the base holds the result:
+
+- Granite's multipliers are 1, that of the logits of attention is the usual `head_dim**-0.5`.
+- A center `c` is taken off the bias of `v_proj`, and put back by that of `o_proj`.
+- A key bias, before RoPE, is the bias of `k_proj`.
+- A layer without gates has a logit that is too low to matter.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from transformers import PreTrainedConfig
+
+from retrofit.adapters._family import sliding_window_of
+from retrofit.export.constant_head import add_center
+from retrofit.export.native import has_bias, head_dim_of, read_layer
+
+NO_SINK = -1e4  # `sigmoid(LSE + 1e4)` is 1, and every float format holds it
+
+_MAPPED = ("llama", "mistral", "qwen2")
+_NO_TARGET = {
+    "qwen3": "GraniteSWAForCausalLM has no norms of q and k",
+    "qwen3_moe": "GraniteSWAForCausalLM has no experts, and no norms of q and k",
+    "gpt_oss": "GraniteSWAForCausalLM has no experts",
+    "gemma3_text": "no stock architecture has both learned sinks and Gemma's four norms a layer",
+}
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why a base with this config cannot become `GraniteSWAForCausalLM`, or `None` if it can."""
+    if config.model_type not in _MAPPED:
+        return _NO_TARGET.get(config.model_type, f"there is no mapping from {config.model_type!r}")
+    if config.hidden_act != "silu":
+        return (
+            f"GraniteSWAForCausalLM runs on silu in every engine; the base uses {config.hidden_act}"
+        )
+    return None
+
+
+def granite_config(config: PreTrainedConfig, biased: bool) -> dict:
+    """`config.json` of the native checkpoint, without its `dtype`.
+
+    Args:
+        config: of the base.
+        biased: whether the gates have centers or key biases.
+    """
+    head_dim, window = head_dim_of(config), sliding_window_of(config)
+    copied = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
+        "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+        "initializer_range", "use_cache", "attention_dropout", "tie_word_embeddings",
+        "bos_token_id", "eos_token_id", "pad_token_id", "original_max_position_embeddings",
+    )  # fmt: skip
+    return {
+        "architectures": ["GraniteSWAForCausalLM"],
+        "model_type": "granite_swa",
+        **{name: getattr(config, name) for name in copied if hasattr(config, name)},
+        "head_dim": head_dim,
+        "attention_multiplier": head_dim**-0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "attention_bias": biased or has_bias(config),
+        "mlp_bias": getattr(config, "mlp_bias", False),
+        "layer_types": _layer_types(config),
+        # A mask for sliding layers is made even where there are none.
+        "sliding_window": window or config.max_position_embeddings,
+        "rope_parameters": dict(config.rope_parameters),
+    }
+
+
+def granite_tensors(
+    config: PreTrainedConfig,
+    base: Mapping[str, torch.Tensor],
+    sinks: Mapping[int, torch.Tensor],
+    key_biases: Mapping[int, torch.Tensor],
+    centers: Mapping[int, torch.Tensor],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the native checkpoint, one layer of the base in memory at a time.
+
+    Args:
+        config: of the base; `refusal(config)` must be `None`.
+        base: its tensors by name, read when asked for.
+        sinks: logits by layer, `[num_heads]`.
+        key_biases: by layer, `[num_key_value_heads, head_dim]`; none where keys have no bias.
+        centers: of centered gates by layer, `[num_key_value_heads, head_dim]`; else empty.
+        dtype: of the result.
+    """
+    biased = bool(key_biases or centers) or has_bias(config)
+    no_sinks = torch.full((config.num_attention_heads,), NO_SINK)
+    yield "model.embed_tokens.weight", base["model.embed_tokens.weight"].to(dtype)
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        layer = read_layer(config, base, prefix, dtype, with_bias=biased)
+        if index in centers:
+            add_center(layer, centers[index], dtype)
+        if index in key_biases:
+            bias = layer["self_attn.k_proj.bias"]
+            layer["self_attn.k_proj.bias"] = bias + key_biases[index].flatten()
+        layer["self_attn.sinks"] = sinks.get(index, no_sinks).clamp(min=NO_SINK)
+        for name, tensor in layer.items():
+            yield prefix + name, tensor.to(dtype).contiguous()
+    yield "model.norm.weight", base["model.norm.weight"].to(dtype)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", base["lm_head.weight"].to(dtype)
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    """Mistral says of its window alone that there is one, and has it in every layer."""
+    if sliding_window_of(config) is None:
+        return ["full_attention"] * config.num_hidden_layers
+    everywhere = ["sliding_attention"] * config.num_hidden_layers
+    return list(getattr(config, "layer_types", None) or everywhere)
