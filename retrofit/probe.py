@@ -211,7 +211,7 @@ def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, 
             for projection in gate.g_proj.values():
                 if projection.position == "G1" and projection.weight is not None:
                     yield module.layer_idx, projection, _half
-        elif gate is not None:  # of a checkpoint that carries its own code
+        elif getattr(gate, "g_proj", None) is not None:  # of a checkpoint with its own code
             yield module.layer_idx, gate.g_proj, partial(_unflatten, num_heads=gate.num_heads)
         elif type(module).__name__ in _PACKED_GATES:
             yield module.layer_idx, module.q_proj, partial(_unpack, head_dim=module.head_dim)
