@@ -16,6 +16,12 @@ from retrofit.gates import gate_layers
 INPUT_IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """PEFT takes the path of what it offloads for a relative one, and writes below where it is."""
+    monkeypatch.chdir(tmp_path)
+
+
 def logits(model):
     with torch.no_grad():
         return model.eval()(INPUT_IDS).logits
