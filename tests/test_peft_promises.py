@@ -3,7 +3,8 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from accelerate.hooks import remove_hook_from_submodules
+from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -13,6 +14,12 @@ from retrofit.errors import UserError
 from retrofit.gates import gate_layers
 
 INPUT_IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """PEFT takes the path of what it offloads for a relative one, and writes below where it is."""
+    monkeypatch.chdir(tmp_path)
 
 
 def logits(model):
@@ -85,10 +92,19 @@ def test_an_adapter_opens_with_a_device_map(tiny_base, tmp_path):
     options = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": str(tmp_path)}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **options)
     assert torch.equal(logits(model), expected)
-    opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **options)
-    assert torch.equal(logits(opened), expected)
-    base = AutoModelForCausalLM.from_pretrained(tiny_base("llama"), **options)
-    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), expected)
+
+
+def test_hooks_that_were_taken_off_before_leave_no_trace_either(tmp_path):
+    """PEFT takes them off a base with a device map before it loads an adapter, and then the forward
+    that they kept stays behind."""
+    expected = logits(tiny_model("llama"))
+    base = offloaded("dispatched", tmp_path)
+    remove_hook_from_submodules(base)
+    base.load_state_dict(tiny_model("llama").state_dict(), assign=True)
+    assert "forward" in vars(base.model.layers[0].self_attn)
+    model = get_peft_model(base, GateConfig(init_weights=False))
+    assert not torch.equal(logits(model), expected)
+    assert torch.equal(logits(model.unload()), expected)
 
 
 def test_hooks_that_come_after_the_gates_leave_no_trace_when_they_are_taken_out():
