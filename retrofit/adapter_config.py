@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from retrofit.errors import UserError
 from retrofit.files import read_json
 from retrofit.gates import GateConfig
-from retrofit.gates.config import Activation, Granularity, Position
+from retrofit.gates.config import Activation, Granularity, Position, Sinks
+from retrofit.pickles import refuse_pickles
 
 _Index = Annotated[int, Field(ge=0)]
 
@@ -27,6 +28,8 @@ class _Told(BaseModel):
     position: Position = "G1"
     input_dependent: bool = True
     centered: bool = False
+    sinks: Sinks = "none"
+    key_bias: bool = False
     init_weights: bool = True
     layers_to_transform: Annotated[list[_Index], Field(min_length=1)] | _Index | None = None
     layers_pattern: list[str] | str | None = None
@@ -72,3 +75,14 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
             "or use the version that wrote it"
         )
     return told
+
+
+def check_adapter_files(adapter: Path) -> None:
+    """No adapter is opened whose gates are not in safetensors.
+
+    Raises:
+        UserError: if they are not there, or lie in a pickle as well.
+    """
+    refuse_pickles([adapter / "adapter_model.bin"])
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter} has no adapter_model.safetensors; train again")

@@ -19,14 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from retrofit.adapter_config import read_adapter_config
+from retrofit.adapter_config import check_adapter_files, read_adapter_config
 from retrofit.errors import UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.source import check_ungated, has_published_gates
 from retrofit.foreign_code import with_consent
 from retrofit.opening import DAMAGES, check_complete, one_line, opening
 from retrofit.origin import adapter_in, check_base, run_of
-from retrofit.pickles import refuse_pickled_weights, refuse_pickles
+from retrofit.pickles import refuse_pickled_weights
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
 from retrofit.tokenizer_file import check_tokenizer
 
@@ -173,16 +173,6 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
             f"the adapter in {adapter} does not fit its base: {min(wrong)} is in one alone"
         )
     return model
-
-
-def check_adapter_files(adapter: Path) -> None:
-    """
-    Raises:
-        UserError: if the gates are not in safetensors, or also in a pickle.
-    """
-    refuse_pickles([adapter / "adapter_model.bin"])
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter} has no adapter_model.safetensors; train again")
 
 
 def _load_published(spec: Model) -> tuple[PeftModel, PreTrainedTokenizerBase]:

@@ -206,7 +206,7 @@ def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, 
     scores."""
     module: Any
     for module in model.modules():
-        gate = getattr(module, "g1", None)
+        gate: Any = getattr(module, "g1", None)
         if isinstance(gate, GateLayer):
             for projection in gate.g_proj.values():
                 if projection.position == "G1" and projection.weight is not None:

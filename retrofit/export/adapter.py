@@ -12,7 +12,9 @@ from retrofit.errors import UserError
 from retrofit.export.shards import StoredWeights
 from retrofit.gates import GateConfig, GateProjection
 
-_GATE_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.g1\.g_proj\.(\w+)")
+_GATE_KEY = re.compile(
+    r"base_model\.model\.model\.layers\.(0|[1-9]\d*)\.self_attn\.g1\.g_proj\.(\w+)"
+)
 
 Tensors = dict[str, torch.Tensor]
 ByLayer = dict[int, torch.Tensor]

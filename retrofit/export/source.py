@@ -9,12 +9,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from retrofit.adapter_config import check_adapter_files, read_adapter_config
 from retrofit.adapters import family_of
 from retrofit.errors import UserError
 from retrofit.export.adapter import Gates, read_gates
 from retrofit.export.shards import StoredWeights
-from retrofit.files import read_json
 from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.origin import adapter_in, facts_of, run_of
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ def read_source(run: Path, base: str | None = None) -> Source:
     Raises:
         UserError: if anything is missing, damaged, or does not belong together.
     """
-    adapter = run / "adapter" if (run / "adapter").is_dir() else run
+    run = run_of(run)
+    adapter = adapter_in(run)
     trained = _adapter_config(adapter, run)
-    facts = _read(run / "run.json") if (run / "run.json").is_file() else {}
+    check_adapter_files(adapter)
+    facts = facts_of(run)
     named = facts.get("base", {})
     name = base or named.get("name_or_path") or trained.get("base_model_name_or_path")
     if not name:
@@ -69,23 +72,13 @@ def read_source(run: Path, base: str | None = None) -> Source:
     return Source(run, facts, adapter, gates, name, folder, config, weights, shapes)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
 def _adapter_config(adapter: Path, run: Path) -> dict[str, Any]:
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(
             f"{run} is not a finished run: it has no adapter/adapter_config.json; give the folder "
             "that `retrofit train` wrote, or a PEFT adapter folder"
         )
-    config = _read(adapter / "adapter_config.json")
-    if config.get("peft_type") != "G1_GATE":
-        raise UserError(f"{adapter} holds a {config.get('peft_type')} adapter, not gates")
-    return config
+    return read_adapter_config(adapter)
 
 
 def _base_folder(name: str, revision: str | None) -> Path:

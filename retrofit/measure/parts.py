@@ -16,6 +16,7 @@ from retrofit.measure.long_context import LongContext
 from retrofit.measure.quantization import Quantization
 from retrofit.measure.streaming import Streaming
 from retrofit.measure.subject import Part
+from retrofit.strict_yaml import parse_value
 
 PARTS: dict[str, Any] = {
     part.name: part for part in (Streaming, Quantization, LongContext, Heads, Cost, Examples)
@@ -49,7 +50,7 @@ def _parsed(setting: str) -> tuple[str, str, Any]:
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
         raise UserError(f"--set {setting}: no such option{hint}")
     try:
-        return part, option, yaml.safe_load(text)
+        return part, option, parse_value(text)
     except yaml.YAMLError:
         raise UserError(f"--set {setting}: {text!r} is not a value") from None
 

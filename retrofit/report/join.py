@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from retrofit.errors import UserError
 from retrofit.files import read_json
@@ -21,25 +21,31 @@ _TEXT = {
 _SAME = 1e-5  # relative: the order of sums depends on the number of threads
 
 
-class _Metrics(BaseModel):
+class _Strict(BaseModel):
+    """Text is no number."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Metrics(_Strict):
     peak_column_share: FiniteFloat = Field(gt=0)
     peak_column_position: int
     max_activation: FiniteFloat = Field(gt=0)
     perplexity: FiniteFloat = Field(gt=0)
 
 
-class _PerLayer(BaseModel):
+class _PerLayer(_Strict):
     max_activation: list[FiniteFloat | None]
 
 
-class _Model(BaseModel):
+class _Model(_Strict):
     name: str
     metrics: _Metrics
     per_layer: _PerLayer
     nll_by_window: list[FiniteFloat] = Field(min_length=1)
 
 
-class _Settings(BaseModel):
+class _Settings(_Strict):
     text: str
     text_sha256: str
     tokens_sha256: str
@@ -49,18 +55,18 @@ class _Settings(BaseModel):
     dtype: str
 
 
-class _TaskModel(BaseModel):
+class _TaskModel(_Strict):
     name: str
     tasks: dict[str, dict[str, dict[str, FiniteFloat]]]
 
 
-class _TaskResult(BaseModel):
+class _TaskResult(_Strict):
     """What `scripts/tasks.py --out` writes."""
 
     models: list[_TaskModel] = Field(min_length=1)
 
 
-class _Result(BaseModel):
+class _Result(_Strict):
     """What every reader of a result relies on; parts that were not measured are not there."""
 
     models: list[_Model] = Field(min_length=1)
