@@ -16,15 +16,23 @@ import engines
 pytestmark = pytest.mark.engines
 
 
-@pytest.fixture(scope="module", params=["smollm2", "qwen2.5-coder"])
+SINKS, PROJECTION = "smollm2-135m-cpu", "scripts/ablations/recipes/elementwise.yaml"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("smollm2", SINKS), ("smollm2", PROJECTION), ("qwen2.5-coder", SINKS)],
+    ids=lambda param: f"{param[0]}-{'sinks' if param[1] == SINKS else 'projection'}",
+)
 def run(request, tmp_path_factory) -> Path:
     """Gates that a few steps on real text have moved."""
     folder, texts = tmp_path_factory.mktemp("engines"), assets.ensure("texts")
+    base, name = request.param
     recipe = load_recipe(
-        "smollm2-135m-cpu",
+        name,
         [
             f"output_dir={folder / 'run'}",
-            f"model.base={assets.ensure(request.param)}",
+            f"model.base={assets.ensure(base)}",
             f"data.sources=[{{path: {texts / 'c4-train.jsonl'}}}]",
             "data.sequence_length=192",
             "train.learning_rate=auto",

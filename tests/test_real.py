@@ -85,10 +85,11 @@ def run(smollm2, texts, tmp_path_factory) -> Path:
 def test_training_moves_the_gates_and_nothing_else(run, smollm2, texts):
     summary = json.loads((run / "run.json").read_text())
     assert summary["base"]["weights_sha256"] == summary["base_weights_sha256_after"]
-    assert summary["gate"]["weights"] == 30 * 576 * (9 * 64 + 9)  # a score a channel, one a head
+    # By layer 9 odds, a key bias on 24 channels of 3 heads, and how much of 3 first keys goes.
+    assert summary["gate"]["weights"] == 30 * (9 + 3 * 24 + 3)
     result = measure([str(smollm2), str(run)], texts / "wiki.jsonl", windows=2, progress=False)
     base, gated = (model["metrics"] for model in result["models"])
-    assert abs(gated["gate_score"] - 0.5) > 1e-3
+    assert 0.001 < gated["sink_share"] < 0.9
     assert 0 < gated["kl_to_base"] < 0.5
     assert gated["perplexity"] < 1.5 * base["perplexity"]  # the sink is just breaking
 
@@ -99,7 +100,7 @@ def test_the_merged_checkpoint_is_stock_and_says_what_the_trained_model_says(run
     assert figures["kl"] < 1e-7
     assert figures["greedy_until"] is None
     merged = AutoModelForCausalLM.from_pretrained(out)
-    assert type(merged).__name__ == "Qwen3_5ForCausalLM"
+    assert type(merged).__name__ == "GraniteSWAForCausalLM"
     tokenizer = AutoTokenizer.from_pretrained(out)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     text = tokenizer.decode(merged.generate(**prompt, max_new_tokens=5, do_sample=False)[0])

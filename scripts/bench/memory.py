@@ -17,6 +17,7 @@ from retrofit.process import prepare_process
 from retrofit.recipe import load_recipe
 
 QWEN = "~/.cache/retrofit/models/qwen2.5-coder-0.5b-instruct"
+RECIPE = Path(__file__).parent.parent / "ablations" / "recipes" / "elementwise.yaml"
 RECIPES = {
     "SmolLM2-135M, elementwise, all losses, float32, 2 x 512": (),
     "SmolLM2-135M, headwise, float32, 4 x 1024, checkpointed": (
@@ -60,7 +61,7 @@ def said(name: str) -> dict:
     from retrofit.memory import estimate, this_device
     from retrofit.train import preflight
 
-    recipe = load_recipe("smollm2-135m-cpu", RECIPES[name])
+    recipe = load_recipe(str(RECIPE), RECIPES[name])
     found = estimate(recipe, preflight(recipe), this_device())
     return {"gb": found.total / 1e9, "checkpointing": found.checkpointing}
 
@@ -80,9 +81,7 @@ def taken(name: str) -> dict:
     step, GateTrainer.training_step = GateTrainer.training_step, first_step  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         short = (f"output_dir={Path(folder) / 'run'}", "train.max_steps=3", "measure=null")
-        train(
-            load_recipe("smollm2-135m-cpu", [*RECIPES[name], *short]), console=Console(quiet=True)
-        )
+        train(load_recipe(str(RECIPE), [*RECIPES[name], *short]), console=Console(quiet=True))
     return {"gb": held_gb(peak=True)}
 
 
