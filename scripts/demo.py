@@ -1,8 +1,8 @@
 """The whole road on a real model, on a CPU, in minutes: `make demo`.
 
-SmolLM2-135M gets gates, trains them on State of the Union addresses and web text, is
-measured on Wikipedia that was never trained on, merged into a stock checkpoint, and that checkpoint
-answers a prompt without retrofit.
+SmolLM2-135M gets sink logits, trains them on State of the Union addresses, web text and generated
+recall, is measured on Wikipedia that was never trained on, merged into a stock checkpoint, and that
+checkpoint answers a prompt without retrofit.
 
     python scripts/demo.py [KEY=VALUE ...]      # as for `retrofit train`
 """
@@ -18,7 +18,7 @@ import assets
 RUN = Path("runs/demo")
 MERGED = Path("runs/demo-merged")
 RECIPE = "smollm2-135m-cpu"
-STEPS = 80  # of the recipe's 300: the sink goes by then, and perplexity is not yet back
+STEPS = 60  # of the recipe's 150: the sink is nearly gone by then
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -53,9 +53,11 @@ def verdict(measured: dict) -> str:
     base, gated = (model["metrics"] for model in measured["models"])
     sink = f"{base['peak_column_share']:.3f} -> {gated['peak_column_share']:.3f}"
     lines = [
-        f"gates moved: their mean score is {gated['gate_score']:.3f}, where 0.5 is no change",
+        f"the slots in the softmax take {gated['sink_share']:.1%} of all attention; at first 0%",
         f"perplexity on Wikipedia: {base['perplexity']:.2f} -> {gated['perplexity']:.2f}, and "
         f"{gated['kl_to_base']:.4f} nats from the base",
+        f"the second half of a passage that comes twice: {base['copied_nats']:.3f} -> "
+        f"{gated['copied_nats']:.3f} nats a token",
         f"largest activation: {base['max_activation']:,.0f} -> {gated['max_activation']:,.0f}",
     ]
     left = gated["peak_column_share"] / base["peak_column_share"]

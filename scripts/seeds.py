@@ -31,6 +31,7 @@ ROWS = {
     "perplexity": ("perplexity", "{:.2f}"),
     "perplexity_far": ("perplexity past the first 64 tokens", "{:.2f}"),
     "kl_to_base": ("KL to the base, nats", "{:.3f}"),
+    "copied_nats": ("copied text, nats a token", "{:.3f}"),
 }
 PANELS = {
     "column_share": ("Attention to the first key positions", "key position", "mean share"),
