@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from retrofit.errors import UserError
 from retrofit.files import read_json
+from retrofit.gate_settings import Activation, Granularity, Position, Sinks
 from retrofit.gates import GateConfig
-from retrofit.gates.config import Activation, Granularity, Position, Sinks
 from retrofit.pickles import refuse_pickles
 
 _Index = Annotated[int, Field(ge=0)]

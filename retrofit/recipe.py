@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from retrofit.errors import UserError
+from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict
 from retrofit.strict_yaml import parse, parse_value
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -45,11 +46,11 @@ class Model(_Section):
 
 
 class Gate(_Section):
-    sinks: Literal["none", "constant", "input"] = "none"  # a logit that joins each head's softmax
+    sinks: Sinks = "none"  # a logit that joins each head's softmax
     key_bias: bool = False  # added to the keys on slow RoPE pairs, so that sinks follow the query
-    granularity: Literal["none", "headwise", "elementwise", "shared"] = "headwise"  # scores from X
-    activation: Literal["sigmoid", "ns_sigmoid", "silu", "linear"] = "sigmoid"  # rest: ablations
-    position: Literal["G1", "G2", "G3", "G4", "G5"] = "G1"  # before o_proj; the rest are ablations
+    granularity: Granularity = "headwise"  # scores from X
+    activation: Activation = "sigmoid"  # rest: ablations
+    position: Position = "G1"  # before o_proj; the rest are ablations
     input_dependent: bool = True  # False, an ablation: constants instead of scores by token
     centered: bool = False  # a closed gate leaves the sink's value, read off the base, not nothing
     # Which layers to gate; all of them by default.
@@ -57,12 +58,8 @@ class Gate(_Section):
 
     @model_validator(mode="after")
     def _settings_go_together(self):
-        if self.granularity == "none" and self.sinks == "none":
-            raise ValueError("granularity and sinks are both none, which leaves no gates")
-        if self.key_bias and self.sinks == "none":
-            raise ValueError("key_bias moves the keys for a sink logit: set sinks to constant")
-        if self.position != "G1" and (self.centered or self.sinks != "none"):
-            raise ValueError("centers and sinks are at G1: leave position out")
+        if (problem := conflict(self)) is not None:
+            raise ValueError(problem)
         return self
 
 

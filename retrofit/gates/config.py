@@ -1,16 +1,12 @@
 """Configuration of the gates, as PEFT stores it in `adapter_config.json`."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from peft.config import PeftConfig
 
+from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict
 from retrofit.gates._peft_type import G1_GATE
-
-Granularity = Literal["none", "headwise", "elementwise", "shared"]
-Activation = Literal["sigmoid", "ns_sigmoid", "silu", "linear"]
-Position = Literal["G1", "G2", "G3", "G4", "G5"]
-Sinks = Literal["none", "constant", "input"]
 
 _CHOICES: dict[str, Any] = {
     "granularity": Granularity,
@@ -113,16 +109,3 @@ class GateConfig(PeftConfig):
         if self.granularity == "none":
             return True
         return self.activation == "sigmoid" and self.position == "G1" and self.input_dependent
-
-
-def conflict(gates: Any) -> str | None:
-    """Why these settings of gates, a `GateConfig` or a recipe's section, do not go together."""
-    if gates.granularity == "none" and gates.sinks == "none":
-        return "granularity and sinks are both none, which leaves no gates; choose one"
-    if gates.key_bias and gates.sinks == "none":
-        return "key_bias moves the keys for a sink logit: set sinks to constant"
-    if gates.position != "G1" and gates.centered:
-        return f"centered gates are at G1, not {gates.position}"
-    if gates.position != "G1" and gates.sinks != "none":
-        return f"beside sinks, a projection is at G1, not {gates.position}"
-    return None

@@ -10,7 +10,8 @@ from torch import nn
 
 from retrofit.adapters._sinks import Sink
 from retrofit.errors import UserError
-from retrofit.gates.config import GateConfig, Position
+from retrofit.gate_settings import Position
+from retrofit.gates.config import GateConfig
 from retrofit.gates.functional import double_sigmoid, scale
 from retrofit.gates.sinks import SinkLogits
 
