@@ -21,7 +21,8 @@ def gated(base: type, name: str) -> Any:
     `adapters/modeling_gated.py` describes.
 
     Raises:
-        ValueError: when built for gates that vLLM's attention cannot have.
+        NotImplementedError: when built for gates that vLLM's attention cannot have. vLLM would
+            wrap a `ValueError` in several lines.
     """
 
     class GatedConfig(base):  # type: ignore[misc, valid-type]
@@ -38,11 +39,8 @@ def gated(base: type, name: str) -> Any:
             **kwargs,
         ):
             super().__init__(**kwargs)
-            if gate_sinks not in ("none", "constant"):
-                raise ValueError(
-                    f"gates with sinks={gate_sinks!r} do not run in vLLM, whose attention takes "
-                    "constant sinks; transformers runs them, with trust_remote_code"
-                )
+            if reason := _refusal(gate_sinks, kwargs):
+                raise NotImplementedError(reason)
             self.gate_granularity = gate_granularity
             self.gate_sinks = gate_sinks
             self.gate_key_bias = gate_key_bias
@@ -53,6 +51,17 @@ def gated(base: type, name: str) -> Any:
     # vLLM sends configs to its processes, which find the class by its name.
     GatedConfig.__name__ = GatedConfig.__qualname__ = f"Gated{name}Config"
     return GatedConfig
+
+
+def _refusal(sinks: str, others: dict) -> str | None:
+    if sinks not in ("none", "constant"):
+        return (
+            f"gates with sinks={sinks!r} do not run in vLLM, whose attention takes constant sinks; "
+            "transformers runs them, with trust_remote_code"
+        )
+    if sinks != "none" and others.get("dual_chunk_attention_config"):
+        return "vLLM has no dual chunk attention with sinks; drop dual_chunk_attention_config"
+    return None
 
 
 GatedGemma3TextConfig = gated(Gemma3TextConfig, "Gemma3Text")

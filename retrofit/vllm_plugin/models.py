@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
@@ -33,7 +34,10 @@ class Gated(nn.Module):
 
 
 class GatedGemma3TextForCausalLM(Gated, Gemma3ForCausalLM):
-    pass
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        if vllm_config.model_config.dtype == torch.float16:  # vLLM refuses the base by its name
+            raise ValueError("Gemma 3 is not stable in float16: set dtype to bfloat16 or float32")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
 
 class GatedLlamaForCausalLM(Gated, LlamaForCausalLM):
