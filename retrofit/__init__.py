@@ -5,9 +5,8 @@ line answers at once: the registration runs when PEFT is first imported.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
-
-import wrapt
 
 if TYPE_CHECKING:
     from retrofit.gates import GateConfig
@@ -15,9 +14,13 @@ if TYPE_CHECKING:
 __all__ = ["GateConfig", "__version__"]
 
 
-@wrapt.when_imported("peft")
 def _register_peft_method(_peft):
     import_module("retrofit.gates")
+
+
+# vLLM's environment has this package for the plugin alone, and without what the rest needs.
+if find_spec("wrapt"):
+    import_module("wrapt").when_imported("peft")(_register_peft_method)
 
 
 def __getattr__(name: str):

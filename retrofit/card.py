@@ -194,9 +194,18 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 _TRUST = ", trust_remote_code=True"
 
+_SERVE_PLUGIN = """
+
+vLLM (0.32) runs it on its own classes, without this code, once it has a plugin:
+
+```bash
+pip install --no-deps gate-retrofit  # into vLLM's environment, which has all that it needs
+vllm serve {name}
+```"""
+
 _SERVE_CODE = """
 
-vLLM runs it through its Transformers backend:
+Without the plugin, vLLM runs it through its Transformers backend:
 
 ```bash
 vllm serve {name} --trust-remote-code --model-impl transformers
@@ -214,7 +223,7 @@ def _how_to_load(report: dict, name: str) -> str:
         how = (
             "Its four Python files are the model; read them, then:\n\n"
             + _LOAD.format(name=name, imports="", options=_TRUST)
-            + _SERVE_CODE.format(name=name) * (report["gate"]["sinks"] == "none")
+            + _how_to_serve_code(report, name)
         )
     elif checkpoint["format"] == "gated-attention":
         how = (
@@ -234,6 +243,14 @@ def _how_to_load(report: dict, name: str) -> str:
             "For llama.cpp, merge the run with `--format gguf`."
         )
     return f"## How to load it\n\n{how}"
+
+
+def _how_to_serve_code(report: dict, name: str) -> str:
+    sinks, model_type = report["gate"]["sinks"], report["base"]["model_type"]
+    if sinks == "input" or model_type == "gpt_oss":
+        return ""
+    how = _SERVE_PLUGIN + (_SERVE_CODE if sinks == "none" else "")
+    return how.format(name=name)
 
 
 def _recipe(path: Path) -> str:

@@ -2,6 +2,7 @@
 
     python tests/family_table.py                  # the table of docs/families.md, and its reasons
     python tests/family_table.py --vllm PYTHON    # what vLLM makes of each, half a minute a cell
+    python tests/family_table.py --plugin PYTHON  # the same of a Python whose vLLM has our plugin
 
 `test_family_table.py` holds the document to the first.
 """
@@ -40,6 +41,12 @@ PROJECTION = {"sinks": "none", "key_bias": False, "granularity": "headwise"}
 # The formats of gates that read the input, where they are not those of sinks.
 OF_PROJECTION = {"native, projection": "native", "gguf, projection": "gguf",
                  "gated-attention, projection": "gated-attention"}  # fmt: skip
+# What no stock architecture holds for every family, and what none does for any.
+OF_PLUGIN = {
+    "sinks, key bias, centers": SINKS | {"centered": True},
+    "elementwise, centers": {"granularity": "elementwise", "centered": True},
+    "sinks, key bias, headwise, centers": SINKS | {"granularity": "headwise", "centered": True},
+}
 COLUMNS = (
     "`model_type`",
     "train",
@@ -90,16 +97,37 @@ def cells_of_vllm(name: str, python: str) -> dict[str, str]:
         folder = Path(temporary)
         write_tiny(folder / "base", model_type, **overrides, head_dim=32)
         for column, (format, gate) in kinds.items():
-            model = AutoModelForCausalLM.from_pretrained(folder / "base")
-            gates = GateConfig(init_weights=False, task_type="CAUSAL_LM", **gate)
-            adapter, out = folder / "adapter" / column, folder / column
-            get_peft_model(model, gates).save_pretrained(str(adapter))
-            try:
-                report = merge(adapter, out, format=format)
-                figures = verify(report, out, "vllm", python)
-                found[column] = f"{figures['max_logprob_difference']:.1e}"
-            except (UserError, CheckError) as error:
-                found[column] = f"no: {error}"
+            found[column] = _in_vllm(folder, column, format, gate, python)
+    return found
+
+
+def _in_vllm(folder: Path, column: str, format: str, gate: dict, python: str) -> str:
+    """Merge the base of a folder with random gates, and see what vLLM makes of it."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    gates = GateConfig(init_weights=False, task_type="CAUSAL_LM", **gate)
+    adapter, out = folder / "adapter" / column, folder / column
+    get_peft_model(model, gates).save_pretrained(str(adapter))
+    try:
+        report = merge(adapter, out, format=format)
+        figures = verify(report, out, "vllm", python)
+    except (UserError, CheckError) as error:
+        return f"no: {error}"
+    until = figures["greedy_until"]
+    greedy = "" if until is None else f", greedy text the same for {until} tokens"
+    return f"{figures['max_logprob_difference']:.1e}{greedy}"
+
+
+def cells_of_plugin(name: str, python: str) -> dict[str, str]:
+    """Of one family: the largest difference of a log probability in vLLM with our plugin."""
+    model_type, overrides = FAMILIES[name]
+    if model_type == "qwen2":  # vLLM divides the width by the heads
+        overrides = overrides | {"hidden_size": 128}
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_tiny(folder / "base", model_type, **overrides, head_dim=32)
+        for column, gate in OF_PLUGIN.items():
+            found[column] = _in_vllm(folder, column, "remote-code", gate, python)
     return found
 
 
@@ -158,8 +186,12 @@ def _without_names(reason: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--vllm", metavar="PYTHON")
+    parser.add_argument("--plugin", metavar="PYTHON")
     options = parser.parse_args()
-    if options.vllm:
+    if options.plugin:
+        of_plugin = {name: cells_of_plugin(name, options.plugin) for name in FAMILIES}
+        print(table(of_plugin, [*OF_PLUGIN]))
+    elif options.vllm:
         columns = ("native", "native, projection", "remote-code, projection")
         print(table({name: cells_of_vllm(name, options.vllm) for name in FAMILIES}, columns))
     else:

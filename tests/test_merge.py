@@ -286,7 +286,10 @@ def test_every_family_carries_sinks_in_code_of_its_own(
     run = make_run(tmp_path / "run", tiny_base(family), **gates, centered=True)
     report = merge(run, tmp_path / "out", format="remote-code")
     assert report["verification"]["max_logprob_difference"] < 1e-4
-    assert "vllm serve" not in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    served = gates["sinks"] == "constant" and family != "gpt_oss"
+    assert ("--no-deps gate-retrofit" in card and "vllm serve" in card) == served
+    assert "--model-impl transformers" not in card
 
 
 @pytest.mark.parametrize("gates", [SINKS, MIXED], ids=["constant", "mixed"])

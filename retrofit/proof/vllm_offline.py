@@ -4,7 +4,8 @@ Run as a plain script, by a Python that has vLLM, which wants an environment of 
 
     python vllm_offline.py CHECKPOINT REFERENCE RESULT [--trust-remote-code]
 
-It imports vLLM and nothing of this package.
+It imports vLLM and nothing of this package. But if that Python has `retrofit.vllm_plugin`, vLLM
+loads it, and its own classes run what otherwise the code in the checkpoint does.
 """
 
 import argparse
@@ -18,12 +19,15 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import torch
 from reference import CANDIDATES, STEPS, Reference, compare, summarize, windows
+from transformers import CONFIG_MAPPING
 from vllm import LLM, SamplingParams
+from vllm.plugins import load_general_plugins
 
 
 def check(checkpoint: Path, reference: Path, trust_remote_code: bool) -> dict:
     """The figures of every position of the reference, and of greedy text."""
     trained = Reference.load(reference)
+    trust_remote_code = trust_remote_code and not is_known(checkpoint)
     input_ids = torch.tensor(trained.input_ids)
     engine = LLM(
         model=str(checkpoint),
@@ -52,6 +56,12 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool) -> dict:
         **summarize(positions),
         "greedy_until": greedy_until(trained.greedy, continued),
     }
+
+
+def is_known(checkpoint: Path) -> bool:
+    """Whether a plugin has told the type of the model."""
+    load_general_plugins()
+    return json.loads((checkpoint / "config.json").read_text())["model_type"] in CONFIG_MAPPING
 
 
 def greedy_until(ours: list[list[int]], theirs: list[list[int]]) -> int | None:

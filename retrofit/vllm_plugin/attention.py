@@ -1,0 +1,66 @@
+"""Attention of vLLM with a gate: the modules of the family's own, and the steps that all share."""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+
+from retrofit.vllm_plugin.gate import Gate
+
+
+class GatedAttention(nn.Module):
+    """Takes the place of a family's attention module, under whose name its weights are stored.
+
+    Args:
+        attention: that vLLM has built, of any family that computes as Llama does, with or without
+            norms of the queries and keys.
+        prefix: its name in the model.
+    """
+
+    def __init__(self, attention: nn.Module, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.q_size, self.kv_size = attention.q_size, attention.kv_size
+        self.head_dim = attention.head_dim
+        self.qkv_proj, self.o_proj = attention.qkv_proj, attention.o_proj
+        self.q_norm = getattr(attention, "q_norm", None)
+        self.k_norm = getattr(attention, "k_norm", None)
+        self.rotary_emb = attention.rotary_emb
+        self.g1 = Gate(vllm_config.model_config.hf_config, attention, f"{prefix}.g1")
+        self.attn = attention.attn
+        if self.g1.sinks is not None:
+            self.attn = with_sinks(self.attn, attention.scaling, self.g1.sinks, vllm_config)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, **kwargs
+    ) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        if self.q_norm is not None:
+            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
+        k, v = self.g1.before(k, v)
+        q, k = self.rotary_emb(positions, q, k)
+        attn_output = self.g1(self.attn(q, k, v), hidden_states)
+        output, _ = self.o_proj(attn_output)
+        return output
+
+    def _normed(self, norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        return norm(states.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
+
+def with_sinks(
+    attn: Attention, scale: float, sinks: torch.Tensor, vllm_config: VllmConfig
+) -> Attention:
+    """The same layer with sinks, which choose the kernel and are therefore given when it is built.
+    It takes the other's place in the list of layers that have a cache."""
+    del vllm_config.compilation_config.static_forward_context[attn.layer_name]
+    return Attention(
+        attn.num_heads,
+        attn.head_size,
+        scale,
+        num_kv_heads=attn.num_kv_heads,
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        per_layer_sliding_window=attn.sliding_window,
+        prefix=attn.layer_name,
+        sinks=sinks,
+    )
