@@ -1,5 +1,7 @@
 """Every family: zero gates are the base bit for bit, and gates that are not zero gate."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -212,6 +214,6 @@ def test_an_unsupported_architecture_is_refused_with_the_list():
 def test_a_patched_attention_is_refused():
     model = tiny_model("llama")
     attention = model.model.layers[2].self_attn
-    attention.forward = attention.forward
-    with pytest.raises(UserError, match="patched by a hook"):
+    attention.forward = partial(attention.forward)
+    with pytest.raises(UserError, match="forward is patched; insert the gates before"):
         get_peft_model(model, GateConfig())

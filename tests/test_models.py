@@ -153,7 +153,10 @@ def test_an_adapter_whose_run_json_is_gone_is_no_run(run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"granularity": "rowwise"}, "granularity: input should be 'headwise', 'elementwise' or"),
+        (
+            {"granularity": "rowwise"},
+            "granularity: input should be 'none', 'headwise', 'elementwise' or",
+        ),
         ({"granularity": 3}, "granularity: input should be"),
         ({"position": ["G1"]}, "position: input should be"),
         ({"input_dependent": "no"}, "input_dependent: input should be a valid boolean"),
