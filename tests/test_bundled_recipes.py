@@ -31,6 +31,7 @@ def test_recipe_checks_trains_measures_and_merges(name, tiny_base, tmp_path):
             f"model.base={tiny_base(model_type)}",
             f"data.sources=[{{path: {text}, weight: 1.0}}, {{path: {text}, weight: 1.0}}]",
             "data.sequence_length=192",
+            "data.first_tokens=64",
             "train.max_steps=2",
             f"measure={{text: {text}, length: 192, windows: 2}}",
         ],

@@ -35,6 +35,7 @@ def run(request, tmp_path_factory) -> Path:
             f"model.base={assets.ensure(base)}",
             f"data.sources=[{{path: {texts / 'c4-train.jsonl'}}}]",
             "data.sequence_length=192",
+            "data.first_tokens=64",
             "train.learning_rate=auto",
             "train.max_steps=4",
             "train.report_to=[]",

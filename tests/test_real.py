@@ -73,7 +73,8 @@ def run(smollm2, texts, tmp_path_factory) -> Path:
             f"output_dir={folder / 'run'}",
             f"model.base={smollm2}",
             f"data.sources=[{{path: {texts / 'c4-train.jsonl'}}}]",
-            "data.sequence_length=192",  # the last 64 tokens stand alone
+            "data.sequence_length=192",
+            "data.first_tokens=64",
             "train.max_steps=6",
             "train.report_to=[]",
             "measure=null",
