@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from test_merge import SINKS, make_run
 from tiny import DENSE, tiny_model, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,6 +24,8 @@ import levers  # noqa: E402
 import packing  # noqa: E402
 import paired  # noqa: E402
 import serving  # noqa: E402
+import serving_engines  # noqa: E402
+import serving_shapes  # noqa: E402
 import startup  # noqa: E402
 import training  # noqa: E402
 from base_gguf import write_base_gguf  # noqa: E402
@@ -169,14 +172,14 @@ def test_the_weights_that_a_gate_adds_are_those_of_its_formula(tiny_base, center
     expected = layers * heads * width  # twice the queries
     if centered:
         expected += layers * width * (2 + 3 * groups)
-    added = serving.added_weights(config)
+    added = serving_shapes.added_weights(config)
     assert added["native, centered" if centered else "native"] == expected
     assert added["narrow"] == layers * heads * 64
     written = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**native_config(config, centered=centered))
     )
     matrices = [p.numel() for p in written.model.layers.parameters() if p.ndim > 1]
-    assert sum(matrices) == serving.passed(config)[0] + expected
+    assert sum(matrices) == serving_shapes.passed(config)[0] + expected
 
 
 def test_a_prompt_is_read_once_and_each_new_token_alone():
@@ -185,29 +188,117 @@ def test_a_prompt_is_read_once_and_each_new_token_alone():
     model.model.register_forward_pre_hook(
         lambda _m, _a, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    prefill, decoding = serving.prefill_and_decode(model, torch.arange(20)[None], new_tokens=3)
+    prefill, decoding = serving_engines.prefill_and_decode(
+        model, torch.arange(20)[None], new_tokens=3
+    )
     assert widths == [20, 1, 1, 1]
     assert prefill > 0 and decoding > 0
 
 
-def test_a_merged_model_and_a_run_are_timed_beside_the_base(
-    tiny_base, tmp_path, in_process, monkeypatch, capsys
-):
-    base, out = tiny_base("llama"), tmp_path / "out.json"
-    command = ["serving.py", str(base), "--engines", "transformers", "--repeats", "2"]
-    command += ["--prompt", "16", "--new-tokens", "2", "--json", str(out)]
-    monkeypatch.setattr(sys, "argv", [*command, "--variants", "native", "run (PEFT)"])
-    serving.main()
-    rows = {row["name"]: row for row in read_json(out)["ratios"]}
+@pytest.fixture
+def serve(tmp_path, in_process, monkeypatch, capfd):
+    """Runs the benchmark on little, and gives its ratios by name."""
+
+    def run(*arguments: str) -> dict[str, dict]:
+        out = tmp_path / "out.json"
+        command = ["serving.py", *arguments, "--repeats", "2", "--new-tokens", "2"]
+        monkeypatch.setattr(sys, "argv", [*command, "--json", str(out)])
+        serving.main()
+        assert "tokens/s" in capfd.readouterr().out
+        rows = {row["name"]: row for row in read_json(out)["ratios"]}
+        assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows.values())
+        return rows
+
+    return run
+
+
+@pytest.fixture
+def run_with_sinks(tmp_path) -> Path:
+    """Constant sinks with key biases and centers, as the recipes train them."""
+    write_tiny(tmp_path / "base", "llama")
+    return make_run(tmp_path / "run", tmp_path / "base", centered=True, **SINKS)
+
+
+def phases(*prompts: int) -> list[str]:
+    return [each for n in prompts for each in (f"prefill of {n}", f"decoding after {n}")]
+
+
+def test_a_merged_model_and_a_run_are_timed_beside_the_base(tiny_base, serve):
+    rows = serve(
+        *(str(tiny_base("llama")), "--engines", "transformers", "--prompt", "16"),
+        *("--variants", "native", "run (PEFT)"),
+    )
     assert set(rows) == {
-        f"transformers, {variant}, {phase}"
+        f"transformers, {variant}, sdpa / sdpa, {phase}"
         for variant in ("native", "run (PEFT)")
-        for phase in ("prefill", "decoding")
+        for phase in phases(16)
     }
-    assert rows["transformers, native, prefill"]["goal"] == serving.GOAL
-    assert rows["transformers, run (PEFT), prefill"]["goal"] is None
-    assert all(row["low"] <= row["median"] <= row["high"] for row in rows.values())
-    assert "tokens/s" in capsys.readouterr().out
+    assert rows["transformers, native, sdpa / sdpa, prefill of 16"]["goal"] == serving.GOAL
+    assert rows["transformers, run (PEFT), sdpa / sdpa, prefill of 16"]["goal"] is None
+
+
+def test_sinks_are_timed_beside_the_base_under_both_attentions(run_with_sinks, serve):
+    given = ("--run", str(run_with_sinks), "--engines", "transformers", "--prompt", "16", "24")
+    assert set(serve(*given, "--variants", "native")) == {
+        f"transformers, native, eager / {attention}, {phase}"
+        for attention in ("eager", "sdpa")
+        for phase in phases(16, 24)
+    }
+
+
+def test_sinks_are_timed_in_llama_cpp_in_each_kind_of_weights(run_with_sinks, serve):
+    given = ("--run", str(run_with_sinks), "--engines", "llama.cpp", "--prompt", "32")
+    assert set(serve(*given, "--gguf", "float32", "q8_0")) == {
+        f"llama.cpp, gguf, {kind}, {phase}" for kind in ("float32", "q8_0") for phase in phases(32)
+    }
+
+
+VLLM = """
+import json
+import pathlib
+import time
+
+class SamplingParams:
+    def __init__(self, max_tokens, **_):
+        self.max_tokens = max_tokens
+
+class LLM:
+    def __init__(self, model, **_):
+        self.model = model
+
+    def generate(self, prompts, asked, **_):
+        call = [self.model, len(prompts[0]["prompt_token_ids"]), asked.max_tokens]
+        with open(pathlib.Path(__file__).with_name("calls"), "a") as calls:
+            print(json.dumps(call), file=calls)
+        time.sleep(0.01 * asked.max_tokens)
+"""
+
+
+def test_sinks_take_turns_with_the_base_in_vllm(run_with_sinks, serve, tmp_path, monkeypatch):
+    """A stand-in for vLLM writes down what it is asked for."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/vllm.py").write_text(VLLM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    given = ("--run", str(run_with_sinks), "--engines", "vllm", "--vllm", sys.executable)
+    rows = serve(*given, "--prompt", "16", "24")
+    assert set(rows) == {f"vllm, native, {phase}" for phase in phases(16, 24)}
+    calls = [json.loads(line) for line in (tmp_path / "site/calls").read_text().splitlines()]
+    assert [call[1:] for call in calls] == 6 * [[16, 1], [16, 3]] + 6 * [[24, 1], [24, 3]]
+    own, base = calls[0][0], str(tmp_path / "base")
+    assert [call[0] for call in calls[:12:2]] == [own, base, own, base, base, own]
+
+
+def test_vllm_has_to_be_named(serve, capfd):
+    with pytest.raises(SystemExit):
+        serve("--engines", "vllm")
+    assert "name its Python with --vllm" in capfd.readouterr().err
+
+
+def test_weights_are_counted_as_they_are_held(tmp_path):
+    model = tiny_model("llama")
+    model.bfloat16().save_pretrained(tmp_path)
+    held = serving_engines.weight_bytes(model.float())
+    assert serving_engines.stored_bytes(tmp_path, "float32") == held
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -227,7 +318,7 @@ def test_llama_cpp_runs_the_base_itself(family, tmp_path):
 def test_llama_cpp_tells_the_times_of_prompt_and_new_tokens(tmp_path):
     write_tiny(tmp_path / "base", "llama")
     write_base_gguf(tmp_path / "base", tmp_path / "base.gguf", "bfloat16")
-    server = serving.llama_server(tmp_path / "base.gguf", 40)
+    server = serving_engines.llama_server(tmp_path / "base.gguf", 40)
     for _ in range(2):  # the prompt is read again each time
-        prefill, decoding = serving.told_by(server, list(range(60, 92)), 4)
+        prefill, decoding = serving_engines.told_by(server, list(range(60, 92)), 4)
         assert prefill > 0 and decoding > 0

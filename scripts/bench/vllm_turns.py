@@ -1,10 +1,10 @@
-"""Time two checkpoints in vLLM, in turns. `serving.py --vllm PYTHON` runs it.
+"""Time checkpoints in vLLM, in turns that go back and forth. `serving.py --vllm PYTHON` runs it.
 
     python vllm_turns.py REQUEST RESULT
 
 Run as a plain script, by a Python that has vLLM, which wants an environment of its own. REQUEST is
-a JSON file with `folders`, `input_ids`, `new_tokens`, `repeats` and `dtype`; RESULT gets, for each
-folder, `[prefill, decode]` of each run in seconds.
+a JSON file with `folders`, `prompts` of token ids, `new_tokens`, `repeats` and `dtype`; RESULT
+gets, for each folder and prompt, `[prefill, decode]` of each run in seconds.
 """
 
 import json
@@ -22,32 +22,48 @@ from vllm import LLM, SamplingParams
 
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
-    engines = {
-        folder: LLM(
-            model=folder,
-            dtype=request["dtype"],
-            enforce_eager=True,
-            max_model_len=len(request["input_ids"]) + request["new_tokens"] + 1,
-            max_num_seqs=1,
-            enable_prefix_caching=False,
-            gpu_memory_utilization=0.4,
-        )
-        for folder in request["folders"]
-    }
-    turns: dict[str, list[list[float]]] = {folder: [] for folder in engines}
-    for index in range(request["repeats"] + 1):
-        for folder, engine in engines.items():
-            prefill = seconds(engine, request, 1)
-            whole = seconds(engine, request, 1 + request["new_tokens"])
-            if index:  # the first is left out
-                turns[folder].append([prefill, whole - prefill])
+    engines = {folder: engine_of(folder, request) for folder in request["folders"]}
+    turns: dict[str, list] = {folder: [] for folder in engines}
+    for prompt in request["prompts"]:
+        for folder, runs in in_turns(engines, prompt, request).items():
+            turns[folder].append(runs)
     Path(sys.argv[2]).write_text(json.dumps(turns))
 
 
-def seconds(engine: LLM, request: dict, new_tokens: int) -> float:
+def engine_of(folder: str, request: dict) -> LLM:
+    return LLM(
+        model=folder,
+        dtype=request["dtype"],
+        enforce_eager=True,
+        max_model_len=max(map(len, request["prompts"])) + request["new_tokens"] + 1,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=0.4,
+    )
+
+
+def in_turns(engines: dict[str, LLM], prompt: list[int], request: dict) -> dict[str, list]:
+    """`[prefill, decode]` of each run; the first of each engine is left out."""
+    runs: dict[str, list] = {folder: [] for folder in engines}
+    order = list(engines.items())
+    for engine in engines.values():
+        prefill_and_decode(engine, prompt, request["new_tokens"])
+    for _ in range(request["repeats"]):
+        for folder, engine in order:
+            runs[folder].append(prefill_and_decode(engine, prompt, request["new_tokens"]))
+        order.reverse()
+    return runs
+
+
+def prefill_and_decode(engine: LLM, prompt: list[int], new_tokens: int) -> list[float]:
+    prefill = seconds(engine, prompt, 1)
+    return [prefill, seconds(engine, prompt, 1 + new_tokens) - prefill]
+
+
+def seconds(engine: LLM, prompt: list[int], new_tokens: int) -> float:
     asked = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     start = time.perf_counter()
-    engine.generate([{"prompt_token_ids": request["input_ids"]}], asked, use_tqdm=False)
+    engine.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
     return time.perf_counter() - start
 
 
