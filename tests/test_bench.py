@@ -15,6 +15,7 @@ from test_merge import SINKS, make_run
 from tiny import DENSE, tiny_model, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from retrofit.export.granite_swa import granite_config
 from retrofit.export.native import native_config
 from retrofit.files import read_json
 
@@ -180,6 +181,12 @@ def test_the_weights_that_a_gate_adds_are_those_of_its_formula(tiny_base, center
     )
     matrices = [p.numel() for p in written.model.layers.parameters() if p.ndim > 1]
     assert sum(matrices) == serving_shapes.passed(config)[0] + expected
+
+
+def test_sink_logits_add_no_matrix(tiny_base):
+    config = AutoConfig.from_pretrained(tiny_base("llama"))
+    merged = AutoConfig.for_model(**granite_config(config, biased=True))
+    assert serving_shapes.passed(merged) == serving_shapes.passed(config)
 
 
 def test_a_prompt_is_read_once_and_each_new_token_alone():

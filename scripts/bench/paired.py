@@ -129,6 +129,12 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def where(settings: dict[str, Any]) -> str:
+    """The machine that gave the figures."""
+    threads = f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}"
+    return f"{settings['device']}, {threads}, torch {settings['torch']}"
+
+
 def table(ratios: Iterable[Ratio]) -> str:
     """In Markdown: median, quartiles, goal."""
     lines = ["| ratio | median | quartiles | goal | |", "|---|--:|---|--:|---|"]
@@ -143,13 +149,11 @@ def table(ratios: Iterable[Ratio]) -> str:
 
 
 def report(ratios: list[Ratio], options: argparse.Namespace) -> None:
-    """Print the table; write the JSON if asked to."""
-    print(table(ratios))
+    """Print the machine and the table; write the JSON if asked to."""
+    told = settings(options)
+    print(f"{where(told)}\n\n{table(ratios)}")
     if options.json:
-        write_json(
-            options.json,
-            {"settings": settings(options), "ratios": [asdict(each) for each in ratios]},
-        )
+        write_json(options.json, {"settings": told, "ratios": [asdict(each) for each in ratios]})
 
 
 def parser(description: str) -> argparse.ArgumentParser:

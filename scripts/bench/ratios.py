@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from paired import Ratio, table
+from paired import Ratio, table, where
 from retrofit.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -73,10 +73,10 @@ def run(command: list[str]) -> dict:
 def tables(results: dict) -> str:
     parts = []
     for name, result in results.items():
-        settings = result["settings"]
-        where = f"{settings['device']}, {settings['threads']} threads, torch {settings['torch']}"
         ratios = [Ratio(**each) for each in result["ratios"]]
-        parts.append(f"### {name}\n\n`{result['command']}`: {where}\n\n{table(ratios)}")
+        parts.append(
+            f"### {name}\n\n`{result['command']}`: {where(result['settings'])}\n\n{table(ratios)}"
+        )
     return "\n\n".join(parts)
 
 

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from peft import get_peft_model
 
-from paired import Ratio, parser, ratio, report
+from paired import Ratio, parser, ratio, report, table
 from retrofit import GateConfig
 from retrofit.export.source import read_source
 from retrofit.merge import Format, merge
@@ -69,7 +69,15 @@ def main() -> None:
         print(shapes(options.base))
         return
     with TemporaryDirectory() as folder:
-        report(list(measured(options, Path(folder))), options)
+        rows: list[Ratio] = []
+        try:
+            for row in measured(options, Path(folder)):
+                print(f"{row.name}: {row.median:.3g}", file=sys.stderr)
+                rows.append(row)
+        except BaseException:  # what one engine gave is shown where the next one fails
+            print(table(rows))
+            raise
+        report(rows, options)
 
 
 def asked() -> Namespace:
@@ -110,9 +118,7 @@ def measured(options: Namespace, folder: Path) -> Iterator[Ratio]:
             for kind in options.gguf if engine == "llama.cpp" else [options.dtype]:
                 served = serve_as(variant, kind, options, folder)
                 for compared in TIMED[engine](served, kind, options, folder):
-                    for row in ratios(engine, variant, compared, options.new_tokens):
-                        print(f"{row.name}: {row.median:.3g}", file=sys.stderr)
-                        yield row
+                    yield from ratios(engine, variant, compared, options.new_tokens)
 
 
 def chosen(engine: str, options: Namespace) -> list[Variant]:
