@@ -119,8 +119,7 @@ def sink_attention(
         return attend(module, query, key, value, attention_mask, sink=sink, **kwargs)
     if name != "eager":
         raise ValueError(
-            f"gates with sinks do not run on attn_implementation={name!r}; set it to "
-            f"{', '.join(sorted(SINK_ATTENTION_FUNCTIONS))} or eager"
+            f"gates with sinks do not run on attn_implementation={name!r}; set it to sdpa or eager"
         )
     return _beside_kernel(
         attention_interface, module, query, key, value, attention_mask, sink, **kwargs
@@ -346,8 +345,8 @@ def _logits(query, key, scaling, attention_mask):
         queries = query[:, :, rows].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         logits = (queries @ key.mT).view(*query[:, :, rows].shape[:3], keys).float() * scaling
         if attention_mask is None:
-            ahead = torch.ones(length, keys, dtype=torch.bool, device=key.device)[rows]
-            hidden = ahead.triu(keys - length + start + 1)
+            visible = torch.ones(rows.stop - start, keys, dtype=torch.bool, device=key.device)
+            hidden = visible.triu(keys - length + start + 1)
         elif attention_mask.dtype == torch.bool:
             hidden = ~attention_mask[..., rows, :]
         else:

@@ -11,7 +11,8 @@ keep the massive activation from forming: closing on a first token's value would
 
 **Sink logits**: the base's own sink is a slot whose logit changes from query to query. The constant
 that comes closest takes the same share of a head's attention in the mean, `mean sigmoid(s - LSE) =
-mean A` with `LSE` over all other keys. Training starts from it, with a slot of no weight yet.
+mean A` with `LSE` over all other keys. Training starts from it, with a slot of no weight yet. For
+a key bias the mean first key and the mean query are read as well (`retrofit.gates.sinks`).
 
 **The size of the gates' input**: Adam moves every weight by about the learning rate, so a step
 moves a gate's logit by up to `learning_rate * sum |X|`. That sum is what the norm before it was

@@ -74,11 +74,16 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     interrupt, bar = Interrupt(console), ProgressBar(console)
     trainer = gate_trainer(recipe, args, base, sources, callbacks=[GradientCheck(), interrupt, bar])
     trainer.remove_callback(PrinterCallback)
+    try:
+        _calibrate(trainer, recipe, resumed=checkpoint is not None)
+    except UserError:
+        if checkpoint is None and ranks.is_main_process:
+            shutil.rmtree(run, ignore_errors=True)  # the Trainer makes it with nothing in it
+        raise
     if ranks.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
     ranks.wait_for_everyone()
-    _calibrate(trainer, recipe, resumed=checkpoint is not None)
     if recipe.train.torch_compile:
         trainer.compile_layers()
     try:
@@ -112,6 +117,12 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
         raise UserError(
             f"data.packing: transformers does not keep the documents of a row apart in a "
             f"{config.model_type} model; set it to false"
+        )
+    kernel = recipe.model.attn_implementation
+    if recipe.gate.sinks != "none" and kernel not in (None, "sdpa", "eager"):
+        raise UserError(
+            f"model.attn_implementation: gates with sinks do not run on {kernel}; set it to sdpa "
+            "or eager, or gate.sinks to none"
         )
     for tracker in recipe.train.report_to:
         if find_spec(tracker) is None:
@@ -178,6 +189,11 @@ def _calibrate(trainer: GateTrainer, recipe: Recipe, resumed: bool) -> None:
         return
     calibration = trainer.calibrate()
     if constants:
+        if recipe.gate.sinks != "none" and not calibration.sink_logits:
+            raise UserError(
+                "data: of the first 64 documents none has two tokens beyond its 64th, which sink "
+                "logits are fitted on; train on longer texts, or set gate.sinks to none"
+            )
         calibration.give_to(trainer.model)
     if automatic:
         trainer.learning_rates = calibration.learning_rates
@@ -281,8 +297,8 @@ def _save_adapter(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Pat
 def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    losses_logged = ("loss", "lm", "kl", "pressure", "activation", "hidden", "balance")
-    keys = (*losses_logged, "gate_movement", "sink_share")
+    losses_of_layers = ("pressure", "activation", "hidden", "balance")
+    keys = ("loss", "lm", "kl", *losses_of_layers, "gate_movement", "sink_share")
     return {
         "base": before,
         "base_weights_sha256_after": after["weights_sha256"],

@@ -309,7 +309,7 @@ def gate_movement(layers: Iterable[GateLayer]) -> Iterator[list[torch.Tensor]]:
     def record(_module, _args, gate):
         movements.append((gate.detach() - 1).abs().mean(dtype=torch.float32))
 
-    projections = [gate for layer in layers for gate in layer.g_proj.values()]
+    projections = [projection for layer in layers for projection in layer.g_proj.values()]
     handles = [projection.register_forward_hook(record) for projection in projections]
     try:
         yield movements

@@ -5,7 +5,8 @@
 Speeches and web pages seldom repeat themselves, and what heads for copying and lookup do is hardly
 seen in the loss on them. These documents are made of it: passages that come twice, and lists of
 records of which some are asked for later. They are drawn from a seed and from the web pages
-that recipes train on, and their wording is no benchmark's. docs/lab.md tells what they bring.
+that recipes train on, and their wording is no benchmark's. The run `no-recall` of
+scripts/ablations/sinks.yaml is without them.
 """
 
 import random

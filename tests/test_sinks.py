@@ -1,5 +1,8 @@
 """Sink logits: exact against a full softmax with one more column, and the base where they start."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,6 +19,8 @@ from retrofit.gates.rope import slow_pairs
 from retrofit.gates.sinks import UNIT
 from retrofit.packed_attention import NAME as BY_DOCUMENT
 from retrofit.probe import probe
+from retrofit.recipe import load_recipe
+from retrofit.train import preflight, train
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 6, 2, 16, 0.3
 KINDS = [
@@ -344,6 +349,40 @@ def test_an_implementation_whose_log_sum_exp_is_not_read_is_refused():
     model.get_base_model().config._attn_implementation = "foreign"
     with pytest.raises(ValueError, match="attn_implementation='foreign'; set it to .*sdpa"):
         model(batch(padded=False)["input_ids"])
+
+
+@pytest.fixture
+def sinks_recipe(tiny_base, tmp_path):
+    """A recipe with sinks on documents of so many words, with overrides."""
+
+    def recipe(words: int, *overrides: str):
+        text = tmp_path / "text.jsonl"
+        text.write_text((json.dumps({"text": "sink " * words}) + "\n") * 80)
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"base": str(tiny_base("llama"))},
+            "gate": {"sinks": "constant", "granularity": "none"},
+            "data": {"sources": [{"path": str(text)}], "sequence_length": 256},
+            "train": {"max_steps": 1, "report_to": [], "learning_rate": 0.01},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps(settings))
+        return load_recipe(str(path), overrides)
+
+    return recipe
+
+
+def test_a_recipe_on_another_kernel_is_refused_before_anything_is_loaded(sinks_recipe):
+    with pytest.raises(UserError, match="do not run on flex_attention; set it to sdpa or eager"):
+        preflight(sinks_recipe(60, "model.attn_implementation=flex_attention"))
+
+
+def test_texts_too_short_to_fit_sink_logits_on_are_refused(sinks_recipe):
+    with pytest.raises(UserError, match="train on longer texts"):
+        train(sinks_recipe(5))
+    assert not Path(sinks_recipe(5).output_dir).exists()
+    run = sinks_recipe(40, "output_dir=" + sinks_recipe(5).output_dir + "-longer")
+    assert (train(run) / "run.json").is_file()
 
 
 def test_the_closest_constant_takes_the_same_share():

@@ -105,9 +105,9 @@ class GateProjection(SinkLogits):
     def scale(self, states: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`center + g * (states - center)`, `states` `[..., num_heads, head_dim]`."""
         center = self.center_by_head()
-        return scale(
-            states, self(hidden_states), None if center is None else center.to(states.dtype)
-        )
+        if center is not None:
+            center = center.to(states.dtype)
+        return scale(states, self(hidden_states), center)
 
     def center_by_head(self) -> torch.Tensor | None:
         """`center` of each query head, `[num_heads, head_dim]`."""
