@@ -26,11 +26,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import (
-    pack_gqa,
     repeat_kv,
     sdpa_attention_forward,
     use_gqa_in_sdpa,
 )
+
+try:
+    from transformers.integrations.sdpa_attention import pack_gqa
+except ImportError:  # An older transformers, as vLLM has it, repeats the keys for one query as well.
+    pack_gqa = None
 
 _BLOCK = 128  # queries whose logits are held at a time
 # exp of more overflows float32, and 0 times infinity would be no number. A sink so far above all
@@ -249,7 +253,7 @@ def _flash(query, key, value, scaling, is_causal, attention_mask):
     heads, length = query.shape[1:3]
     groups = heads // key.shape[1]
     if groups > 1:
-        if length == 1 and not use_gqa_in_sdpa(attention_mask, key, value):
+        if pack_gqa and length == 1 and not use_gqa_in_sdpa(attention_mask, key, value):
             query, attention_mask = pack_gqa(query, groups), pack_gqa(attention_mask, groups)
         else:
             key, value = repeat_kv(key, groups), repeat_kv(value, groups)
