@@ -53,6 +53,8 @@ class Calibration:
             head_dim]` in float32; empty likewise.
         first_keys: by layer, the mean key of documents' first tokens before RoPE,
             `[num_key_value_heads, head_dim]` in float32; empty likewise.
+        first_shares: by layer, the mean share that a head pays first tokens, `[num_heads]` in
+            float32; empty likewise.
         input_sizes: by layer, the mean of `sum |X|` over tokens, `X` `[hidden_size]` what a gate
             reads.
     """
@@ -61,6 +63,7 @@ class Calibration:
     sink_logits: dict[int, torch.Tensor]
     mean_queries: dict[int, torch.Tensor]
     first_keys: dict[int, torch.Tensor]
+    first_shares: dict[int, torch.Tensor]
     input_sizes: dict[int, float]
 
     def give_to(self, model: PeftModel) -> None:
@@ -76,12 +79,25 @@ class Calibration:
 
     def cpu(self) -> "Calibration":
         """The same on the CPU, to be told to other ranks."""
-        by_layer = ("values", "sink_logits", "mean_queries", "first_keys")
+        by_layer = ("values", "sink_logits", "mean_queries", "first_keys", "first_shares")
         moved = {
             name: {index: tensor.cpu() for index, tensor in getattr(self, name).items()}
             for name in by_layer
         }
         return replace(self, **moved)
+
+    def summary(self) -> str:
+        """The sinks of the base in one line; empty where no text is long enough to tell."""
+        if not self.first_shares:
+            return ""
+        shares = torch.cat([*self.first_shares.values()])
+        by_layer = {index: share.mean().item() for index, share in self.first_shares.items()}
+        most = max(by_layer, key=lambda index: by_layer[index])
+        return (
+            f"the base pays its first token {shares.mean():.2f} of its attention in the mean, and "
+            f"{by_layer[most]:.2f} in layer {most}; {(shares > SINK_SHARE).sum()} of {len(shares)} "
+            f"heads pay it more than {SINK_SHARE}"
+        )
 
     @property
     def learning_rates(self) -> dict[int, float]:
@@ -140,6 +156,9 @@ class _Reader:
     def sink_logits(self) -> torch.Tensor:
         return closest_logits(torch.cat(self.others), torch.cat(self.shares))
 
+    def first_share(self) -> torch.Tensor:
+        return torch.cat(self.shares).mean(0)
+
     def mean_query(self) -> torch.Tensor:
         return torch.cat(self.queries).mean(0) * self.rope_scaling
 
@@ -151,7 +170,7 @@ class _Reader:
         value = torch.cat(self.values).mean(0).view(-1, self.attention.head_dim)
         if not self.shares:  # no text is long enough to tell
             return value
-        share = torch.cat(self.shares).mean(0).view(len(value), -1).mean(-1)
+        share = self.first_share().view(len(value), -1).mean(-1)
         return value * (share > SINK_SHARE).unsqueeze(-1)
 
     def mean_size(self) -> float:
@@ -216,5 +235,6 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
         sink_logits={index: reader.sink_logits() for index, reader in told.items()},
         mean_queries={index: reader.mean_query() for index, reader in told.items()},
         first_keys={index: reader.first_key() for index, reader in told.items()},
+        first_shares={index: reader.first_share() for index, reader in told.items()},
         input_sizes={index: reader.mean_size() for index, reader in readers.items()},
     )

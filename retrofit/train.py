@@ -75,7 +75,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     trainer = gate_trainer(recipe, args, base, sources, callbacks=[GradientCheck(), interrupt, bar])
     trainer.remove_callback(PrinterCallback)
     try:
-        _calibrate(trainer, recipe, resumed=checkpoint is not None)
+        _calibrate(trainer, recipe, console, resumed=checkpoint is not None)
     except UserError:
         if checkpoint is None and ranks.is_main_process:
             shutil.rmtree(run, ignore_errors=True)  # the Trainer makes it with nothing in it
@@ -181,7 +181,7 @@ def gate_config(recipe: Recipe) -> GateConfig:
     )
 
 
-def _calibrate(trainer: GateTrainer, recipe: Recipe, resumed: bool) -> None:
+def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: bool) -> None:
     automatic = recipe.train.learning_rate == "auto"
     # A checkpoint holds the constants.
     constants = (recipe.gate.centered or recipe.gate.sinks != "none") and not resumed
@@ -195,6 +195,8 @@ def _calibrate(trainer: GateTrainer, recipe: Recipe, resumed: bool) -> None:
                 "logits are fitted on; train on longer texts, or set gate.sinks to none"
             )
         calibration.give_to(trainer.model)
+        if summary := calibration.summary():
+            console.print(f"gates start from what the texts show: {summary}", highlight=False)
     if automatic:
         trainer.learning_rates = calibration.learning_rates
 

@@ -75,11 +75,28 @@ def test_input_size_is_the_sum_of_what_a_gate_reads(family):
     }
 
 
+def test_the_summary_says_how_much_the_base_pays_its_first_token():
+    base = tiny_model("llama")
+    input_ids = torch.randint(5, 250, (2, 90), generator=torch.Generator().manual_seed(0))
+    model = get_peft_model(base, GateConfig(init_weights=False))
+    batch = {"input_ids": input_ids, "position_ids": torch.arange(90).expand(2, -1)}
+    shown = calibrate(model, [batch])
+    base.set_attn_implementation("eager")
+    with torch.no_grad(), model.disable_adapter():
+        attentions = base(input_ids, output_attentions=True).attentions
+    paid = torch.stack([layer[:, :, 64:, 0].mean((0, 2)) for layer in attentions])
+    assert f"{paid.mean():.2f} of its attention" in shown.summary()
+    assert f"{paid.mean(1).max():.2f} in layer {paid.mean(1).argmax()}" in shown.summary()
+    assert f"{(paid > 0.1).sum()} of 12 heads" in shown.summary()
+    short = {"input_ids": input_ids[:, :9], "position_ids": torch.arange(9).expand(2, -1)}
+    assert calibrate(model, [short]).summary() == ""
+
+
 def test_no_step_moves_a_logit_further_than_it_says():
     """Adam's first step moves every weight by the rate: with signs that agree, the whole step."""
     states = torch.randn(64, generator=torch.Generator().manual_seed(0))
     sizes = {0: states.abs().sum().item()}
-    rate = Calibration({}, {}, {}, {}, sizes).learning_rates[0]
+    rate = Calibration({}, {}, {}, {}, {}, sizes).learning_rates[0]
     weight = torch.zeros(64, requires_grad=True)
     (weight @ states).backward()
     torch.optim.AdamW([weight], lr=rate).step()
