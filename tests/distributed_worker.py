@@ -1,5 +1,6 @@
 """One rank of `test_distributed.py`: a training step of FSDP2-sharded gates on gloo."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from retrofit import GateConfig
 from retrofit.auxiliary import add_auxiliary
 from retrofit.fingerprint import base_weights, weights_sha256
-from retrofit.gates import gate_layers
 from retrofit.objectives import add_objectives
 from retrofit.recipe import Objective
+from retrofit.sharded import whole
 
 # Every row is sampled, so that one rank and two look at the same ones.
 OBJECTIVE = Objective(lm=1.0, kl=0.5, pressure=20.0, hidden=10.0, activation=1.0, sampled_rows=160)
@@ -31,29 +32,30 @@ def step(model, input_ids) -> torch.Tensor:
     return outputs.loss.detach()
 
 
-def build(base: str):
+def build(base: str, gates: dict):
     torch.manual_seed(0)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), GateConfig(init_weights=False)
+        AutoModelForCausalLM.from_pretrained(base), GateConfig(init_weights=False, **gates)
     ).train()
     add_objectives(model.get_base_model(), OBJECTIVE)
     return model
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    grads = {i: g.g_proj["default"].weight.grad for i, g in gate_layers(model).items()}
+    """Of every trained tensor, whole."""
     return {
-        str(i): grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        for i, grad in grads.items()
+        name: whole(parameter.grad)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
 
 
-def main(base: str, folder: Path) -> None:
+def main(base: str, folder: Path, gates: dict) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
     rows = load_file(folder / "rows.safetensors")["input_ids"]
-    model = build(base)
+    model = build(base, gates)
     before = weights_sha256(base_weights(model))
     mesh = init_device_mesh("cpu", (world,))
     for layer in model.get_base_model().model.layers:
@@ -69,4 +71,4 @@ def main(base: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -16,23 +16,32 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_two_ranks_of_fsdp2_give_the_gradients_of_one(family, tiny_base, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "gates"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("llama", {"granularity": "none", "sinks": "constant", "key_bias": True}),
+        ("qwen2", {"granularity": "none", "sinks": "input"}),
+    ],
+    ids=["llama", "qwen3", "llama-sinks", "qwen2-sinks-of-the-input"],
+)
+def test_two_ranks_of_fsdp2_give_the_gradients_of_one(family, gates, tiny_base, tmp_path):
     rows = torch.randint(0, 256, (2, 160), generator=torch.Generator().manual_seed(0))
     save_file({"input_ids": rows}, tmp_path / "rows.safetensors")
-    model = build(str(tiny_base(family)))
+    model = build(str(tiny_base(family)), gates)
     step(model, rows)
     expected = gradients(model)
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*command, str(WORKER), str(tiny_base(family)), str(tmp_path)], check=True, timeout=300
-    )
+    arguments = [str(tiny_base(family)), str(tmp_path), json.dumps(gates)]
+    subprocess.run([*command, str(WORKER), *arguments], check=True, timeout=300)
     sharded = load_file(tmp_path / "grads.safetensors")
     assert sharded.keys() == expected.keys()
-    for layer, grad in expected.items():
+    for name, grad in expected.items():
+        assert grad.any(), name
         # FSDP averages over ranks what one rank sums over rows.
-        torch.testing.assert_close(2 * sharded[layer], grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(2 * sharded[name], grad, rtol=1e-3, atol=1e-4)
 
 
 LOSSES = {"kl": 0.5, "pressure": 20.0, "hidden": 10.0, "activation": 1.0, "balance": 0.01}
