@@ -16,8 +16,9 @@ class PackedRows(DataCollatorForLanguageModeling):
     Args:
         pad_token_id: the tokenizer's.
         end_to_end: as TRL has it.
-        first_tokens: so many tokens at the end of each row become documents of their own. They
-            have no label; the penalty on massive activations sees them.
+        first_tokens: so many tokens at the end of each row become documents of one token and of
+            two, half of the tokens each. They have no labels; the penalty on massive activations
+            sees them.
     """
 
     def __init__(self, pad_token_id: int, end_to_end: bool, first_tokens: int = 0):
@@ -39,8 +40,14 @@ class PackedRows(DataCollatorForLanguageModeling):
     def _split_end(self, row: dict[str, Any]) -> dict[str, Any]:
         alone = min(self.first_tokens, len(row["input_ids"]))
         left = len(row["input_ids"]) - alone
+        labels = row.get("labels", row["input_ids"])[:left] + [-100] * alone
         lengths = []
         for length in row["seq_lengths"]:
             lengths.append(min(length, left))
             left -= lengths[-1]
-        return row | {"seq_lengths": [length for length in lengths if length] + [1] * alone}
+        pairs = alone // 4
+        short = [1] * (alone - 2 * pairs) + [2] * pairs
+        return row | {
+            "labels": labels,
+            "seq_lengths": [length for length in lengths if length] + short,
+        }

@@ -1,11 +1,13 @@
-"""Attention of packed rows, a document at a time.
+"""Attention of packed rows, document by document.
 
 SDPA keeps the documents of a row apart by a mask of `T x T`, and computes all that it then hides:
 the half that lies ahead, and every other document. Here each document is a causal call of its own,
-`sum of length**2 / 2` instead of `T**2`, and there is no mask. Kernels that take the lengths of
-documents (FlashAttention) do the same inside, so this is for CPUs, where there is none.
+`sum of length**2 / 2` instead of `T**2`, and there is no mask; neighbours of one length share a
+call. Kernels that take the lengths of documents (FlashAttention) do the same inside, so this is for
+CPUs, where there is none.
 """
 
+from dataclasses import replace
 from itertools import groupby, pairwise
 
 import torch
@@ -67,55 +69,59 @@ def sdpa_by_document(
     outputs = []
     for row, positions in enumerate(position_ids.expand(len(query), -1)):
         start = 0
-        for width, alone in _pieces(positions):
-            at = slice(row, row + 1), slice(start, start + width)
-            q, k, v = (states[at[0], :, at[1]] for states in (query, key, value))
-            slot = None if sink is None else sink.of_queries(*at)
-            outputs.append(attend_to_document(q, k, v, scaling, dropout, slot, alone=alone))
-            start += width
+        for count, length in _runs(positions):
+            end = start + count * length
+            at = slice(row, row + 1), slice(start, end)
+            states = (_by_document(each[at[0], :, at[1]], count) for each in (query, key, value))
+            slot = None if sink is None else _slot_by_document(sink.of_queries(*at), count)
+            attended = attend_to_documents(*states, scaling, dropout, slot)
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+            start = end
     batch, heads, length, _ = query.shape
     return torch.cat(outputs).view(batch, length, heads, -1), None
 
 
-def _pieces(positions: torch.Tensor) -> list[tuple[int, bool]]:
-    """Widths of the documents of a row, and whether each of their tokens is a document alone: such
-    neighbours are one piece."""
+def _runs(positions: torch.Tensor) -> list[tuple[int, int]]:
+    """How many documents of which length follow one another in a row."""
     starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
     lengths = [end - start for start, end in pairwise([0, *starts]) if end > start]
-    runs = groupby(lengths, lambda length: length == 1)
-    return [
-        piece
-        for alone, run in runs
-        for piece in ([(sum(run), True)] if alone else [(length, False) for length in run])
-    ]
+    return [(len([*run]), length) for length, run in groupby(lengths)]
 
 
-def attend_to_document(
+def _by_document(states: torch.Tensor, count: int) -> torch.Tensor:
+    """`[1, heads, count * length, channels]` as `[count, heads, length, channels]`."""
+    return states.squeeze(0).unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _slot_by_document(sink: Sink, count: int) -> Sink:
+    if sink.logits.ndim == 1:
+        return sink
+    logits = sink.logits.squeeze(0).unflatten(1, (count, -1)).transpose(0, 1)
+    return replace(sink, logits=logits)
+
+
+def attend_to_documents(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float,
     dropout: float,
     sink: Sink | None,
-    *,
-    alone: bool = False,
 ) -> torch.Tensor:
-    """`[width, heads, head_dim]` of one document, `[1, heads, width, head_dim]`; or of several that
-    are `alone`, a token each."""
-    if alone:  # each attends to itself
+    """`[count, heads, length, head_dim]` of documents of one length, as queries are; keys and
+    values are `[count, kv_heads, length, head_dim]`."""
+    if query.shape[2] == 1:  # each attends to itself
         output = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-        if sink is not None:
-            output = _beside_itself(query, key, output, scaling, sink)
-    elif sink is not None and not dropout:
-        output = attend_on_cpu(query, key, value, sink, scaling, is_causal=True)
-    else:
-        output = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        if sink is not None:
-            log_sum_exp = read_log_sum_exp(query, key, scaling)
-            output = towards(output, sink.left(log_sum_exp), sink.center)
-    return output.squeeze(0).transpose(0, 1)
+        return output if sink is None else _beside_itself(query, key, output, scaling, sink)
+    if sink is not None and not dropout:
+        return attend_on_cpu(query, key, value, sink, scaling, is_causal=True)
+    output = F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    if sink is None:
+        return output
+    log_sum_exp = read_log_sum_exp(query, key, scaling)
+    return towards(output, sink.left(log_sum_exp), sink.center)
 
 
 def _beside_itself(query, key, value, scaling: float, sink: Sink) -> torch.Tensor:

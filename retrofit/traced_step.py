@@ -166,8 +166,9 @@ def _by_document(
         at = slice(row, row + 1), slice(None)
         slot = None if sink is None else sink.of_queries(*at)
         q, k, v = (states[at] for states in (query, key, value))
-        outputs.append(packed_attention.attend_to_document(q, k, v, scaling, dropout, slot))
-    return torch.cat(outputs).view(len(query), query.shape[2], query.shape[1], -1), None
+        attended = packed_attention.attend_to_documents(q, k, v, scaling, dropout, slot)
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs), None
 
 
 AttentionInterface.register(_BY_DOCUMENT, _by_document)

@@ -50,17 +50,18 @@ def test_the_pull_is_one_part_of_the_height_however_high(height):
 
 
 @pytest.mark.parametrize("end_to_end", [True, False])
-def test_the_end_of_a_row_becomes_documents_of_one_token(end_to_end):
+def test_the_end_of_a_row_becomes_documents_of_one_token_and_of_two(end_to_end):
     rows = [
         {"input_ids": list(range(10, 20)), "seq_lengths": [4, 3, 3]},
         {"input_ids": list(range(20, 30)), "seq_lengths": [10]},
     ]
     batch = PackedRows(0, end_to_end, first_tokens=4)(rows)
-    positions = [[0, 1, 2, 3, 0, 1, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5, 0, 0, 0, 0]]
+    positions = [[0, 1, 2, 3, 0, 1, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5, 0, 0, 0, 1]]
     assert batch["position_ids"].view(2, 10).tolist() == positions
     assert batch["input_ids"].flatten().tolist() == list(range(10, 30))
     labelled = batch["labels"].view(2, 10) != -100
-    assert torch.equal(labelled, torch.tensor(positions) > 0)
+    assert torch.equal(labelled[:, :6], torch.tensor(positions)[:, :6] > 0)
+    assert not labelled[:, 6:].any()
     assert rows[1]["seq_lengths"] == [10]
     assert PackedRows(0, end_to_end)(rows)["position_ids"].flatten().tolist() == [
         *[0, 1, 2, 3, 0, 1, 2, 0, 1, 2],
@@ -69,17 +70,18 @@ def test_the_end_of_a_row_becomes_documents_of_one_token(end_to_end):
 
 
 def test_a_token_alone_is_what_it_is_at_the_start_of_a_text(family):
-    """The reason for such rows: no other token, and no gate but its own, can reach the first."""
+    """The reason for such rows: what comes later, and its gates, cannot reach the first tokens."""
     if not family_of(family).packs:
         pytest.skip("its documents cannot share a row")
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(family), GateConfig(init_weights=False)).eval()
     rows = [{"input_ids": [7, 8, 9, 10, 11, 12], "seq_lengths": [6]}]
-    batch = PackedRows(0, end_to_end=False, first_tokens=3)(rows)
+    batch = PackedRows(0, end_to_end=False, first_tokens=5)(rows)
     del batch["labels"]
     with torch.no_grad():
-        packed = model(**batch, use_cache=False, output_hidden_states=True).hidden_states[-1][0, 3:]
-        for token, state in zip([10, 11, 12], packed, strict=True):
-            text = torch.tensor([[token, 40, 41]])
-            alone = model(text, output_hidden_states=True).hidden_states[-1][0, 0]
-            torch.testing.assert_close(state, alone)
+        packed = model(**batch, use_cache=False, output_hidden_states=True).hidden_states[-1][0, 1:]
+        for start in ([8], [9], [10], [11, 12]):
+            text = torch.tensor([[*start, 40, 41]])
+            alone = model(text, output_hidden_states=True).hidden_states[-1][0, : len(start)]
+            own, packed = packed.split([len(start), len(packed) - len(start)])
+            torch.testing.assert_close(own, alone)

@@ -6,7 +6,11 @@ from tiny import tiny_model
 
 from retrofit.packed_attention import NAME, attend_by_document
 
-ROWS = ([[0, 1, 2, 3, 0, 1, 2, 0, 0, 0], [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]], [list(range(10))] * 2)
+ROWS = (
+    [[0, 1, 2, 3, 0, 1, 2, 0, 0, 0], [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]],
+    [[0, 1, 0, 1, 0, 1, 2, 0, 1, 2], [0, 0, 1, 0, 1, 0, 0, 0, 1, 2]],  # runs of one length
+    [list(range(10))] * 2,
+)
 
 
 def states_and_gradients(model, position_ids):
