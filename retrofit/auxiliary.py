@@ -30,7 +30,7 @@ from retrofit.balance import (
     sink_load,
     vanilla_load,
 )
-from retrofit.massive import excess_activation
+from retrofit.massive import excess_activation, is_massive
 from retrofit.pressure import collision_probability
 from retrofit.recipe import Objective
 from retrofit.sampling import SampledRows, attention_of_rows, sample_rows
@@ -71,7 +71,8 @@ class Auxiliary:
         self.weights: dict[str, float] = {}
         self.sampled: SampledRows | None = None
         self.position_ids = torch.empty(0)
-        self.base: dict[int, torch.Tensor] = {}
+        self.base: dict[int, torch.Tensor] = {}  # by layer, what it reads in the base
+        self.kept: dict[int, torch.Tensor] = {}  # by layer, the tokens that are compared with it
         self.values: dict[str, dict[int, torch.Tensor]] = {}
         self.gates: list[torch.Tensor] = []  # of the layer that runs
         self.left: dict[int, torch.Tensor] = {}  # by layer, what the slots leave to the keys
@@ -121,21 +122,26 @@ class Auxiliary:
             return attn_output
         losses = self._attention_losses(attention, query_states, key_states, sink, gates)
         if "hidden" in self.weights:
-            losses["hidden"] = relative_distance(
-                hidden_states, self.base[index], self.position_ids > 0
-            )
+            losses["hidden"] = relative_distance(hidden_states, self.base[index], self.kept[index])
         return self._inject(attn_output, index, losses)
 
     @torch.compiler.disable
     def before_layer(self, layer: nn.Module, args: tuple) -> tuple | None:
         """Forward pre-hook of a decoder layer, whose first argument is the residual stream."""
         attention = layer.self_attn
-        if "activation" not in self.weights or not torch.is_grad_enabled():
-            return None
         if attention.g1.disable_adapters:
+            if "hidden" in self.weights:
+                self.kept[attention.layer_idx] = self._kept(args[0])
+            return None
+        if "activation" not in self.weights or not torch.is_grad_enabled():
             return None
         losses = {"activation": excess_activation(args[0], self.position_ids)}
         return self._inject(args[0], attention.layer_idx, losses), *args[1:]
+
+    def _kept(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Bool `[batch, T]`: the tokens that are to stay what they are in the base, which are all
+        but the first of each document and those whose activation is massive."""
+        return (self.position_ids > 0) & ~is_massive(hidden_states, self.position_ids)
 
     def keep_gate(self, _projection: nn.Module, _args: tuple, gate: torch.Tensor) -> None:
         """Forward hook of a gate, for `balance` to read what its layer has computed."""

@@ -4,7 +4,8 @@ A few early feed-forward blocks write values a thousand times the usual into the
 text, and the norm after them turns those into the constant key that every query matches
 (arXiv:2603.05498). The pressure on attention hardly sees how large they are, for the norm flattens
 its gradient; this reads the hidden states before the norm. What the first token becomes depends on
-nothing but which token it is, so `data.first_tokens` lets many of them come first.
+nothing but which token it is, and the second, which may become one as well, on little more: so
+`data.first_tokens` lets many tokens come first and second.
 """
 
 import torch
@@ -24,11 +25,22 @@ def excess_activation(hidden_states: torch.Tensor, position_ids: torch.Tensor) -
     Returns:
         A float32 scalar with the gradient of `hidden_states`.
     """
-    real = position_ids >= 0
+    above = _times_usual(hidden_states, position_ids) / MARGIN
+    excess = above.log().clamp(min=0).masked_fill(position_ids < 0, 0)
+    return (excess.sum(-1) / (position_ids == 0).sum(-1).clamp(min=1)).mean()
+
+
+@torch.no_grad()
+def is_massive(hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Bool `[batch, T]`: the tokens that `excess_activation` counts; arguments as there."""
+    return _times_usual(hidden_states, position_ids) > MARGIN
+
+
+def _times_usual(hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """`[batch, T]`: each token's largest `|activation|` over that of its row's median token."""
     # Found first and then picked out: the gradient of a maximum reads every channel again.
     _, channel = hidden_states.detach().abs().max(-1, keepdim=True)
     largest = hidden_states.gather(-1, channel).squeeze(-1).abs().float()
-    usual = largest.detach().masked_fill(~real, torch.nan).nanmedian(-1, keepdim=True).values
-    usual = usual.nan_to_num(1.0)  # of a row that is all padding
-    excess = (largest / (MARGIN * usual)).log().clamp(min=0).masked_fill(~real, 0)
-    return (excess.sum(-1) / (position_ids == 0).sum(-1).clamp(min=1)).mean()
+    real = largest.detach().masked_fill(position_ids < 0, torch.nan)
+    usual = real.nanmedian(-1, keepdim=True).values
+    return largest / usual.nan_to_num(1.0)  # of a row that is all padding

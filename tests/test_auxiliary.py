@@ -42,16 +42,18 @@ class Added(Auxiliary):
             gate = projection(hidden_states)
             rows = zip(gate, self.sampled.rows, strict=True)
             load = effective_load(load, torch.stack([g[sampled] for g, sampled in rows]))
+        index = attention.layer_idx
         losses = (
             3.0 * collision_probability(weights, self.sampled)
             + 0.5 * balance_loss(load, self.sampled.counts, 1)
-            + 2.0
-            * relative_distance(hidden_states, self.base[attention.layer_idx], POSITION_IDS > 0)
+            + 2.0 * relative_distance(hidden_states, self.base[index], self.kept[index])
         )
         self.total = self.total + losses / 3
         return attn_output
 
     def before_layer(self, layer, args):
+        if layer.self_attn.g1.disable_adapters:
+            return
         self.total = self.total + 0.7 * massive.excess_activation(args[0], POSITION_IDS) / 3
 
 
@@ -127,6 +129,20 @@ def test_zero_gates_have_no_distance_and_others_have():
         auxiliary = press(model, objective=Objective(hidden=1.0))
         model(INPUT_IDS)
         assert (auxiliary.means()["hidden"] == 0) == zero
+
+
+def test_a_token_that_is_massive_in_the_base_is_not_held_to_it(monkeypatch):
+    monkeypatch.setattr(massive, "MARGIN", 20.0)
+    model = get_peft_model(tiny_model("llama"), GateConfig(init_weights=False)).train()
+    embeddings = model.get_input_embeddings()(INPUT_IDS).detach()
+    embeddings[0, 5, 3] = 1e4
+    auxiliary = add_auxiliary(model, Objective(hidden=1.0))
+    auxiliary.prepare(POSITION_IDS, 0.0)
+    with torch.no_grad(), gates_off(model):
+        model(inputs_embeds=embeddings, position_ids=POSITION_IDS)
+    expected = POSITION_IDS > 0
+    expected[0, 5] = False
+    assert all(kept.equal(expected) for kept in auxiliary.kept.values())
 
 
 def test_distance_is_relative_and_leaves_out_what_does_not_count():
