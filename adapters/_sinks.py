@@ -33,10 +33,8 @@ from transformers.integrations.sdpa_attention import (
 
 try:
     from transformers.integrations.sdpa_attention import pack_gqa
-except (
-    ImportError
-):  # An older transformers, as vLLM has it, repeats the keys for one query as well.
-    pack_gqa = None
+except ImportError:
+    pack_gqa = None  # An older transformers, as vLLM has it, repeats keys for one query as well.
 
 _BLOCK = 128  # queries whose logits are held at a time
 # exp of more overflows float32, and 0 times infinity would be no number. A sink so far above all
