@@ -40,6 +40,7 @@ _BLOCK = 128  # queries whose logits are held at a time
 # exp of more overflows float32, and 0 times infinity would be no number. A sink so far above all
 # keys takes everything either way.
 _MOST = 80.0
+_LEAST_ODDS = 0.1  # whose gradient smaller ones have
 _NOTHING = -1e30  # a query with a smaller log-sum-exp sees no key
 
 SINK_ATTENTION_FUNCTIONS: dict[str, Callable] = {}
@@ -76,17 +77,51 @@ class Sink:
         index = queries.unsqueeze(1).expand(-1, self.logits.shape[1], -1)
         return Sink(self.logits.gather(-1, index), self.odds, self.center)
 
-    def weight(self, log_sum_exp: torch.Tensor) -> torch.Tensor:
-        """`exp(s - LSE)`: the slot's weight over that of all keys, `[batch, num_heads, T]`."""
-        logits = self.logits if self.logits.ndim > 1 else self.logits[:, None]
-        above = (logits - log_sum_exp).clamp(max=_MOST)
-        # Padding sees nothing, and the slot is not to be its only key.
-        above = above.masked_fill(log_sum_exp < _NOTHING, -torch.inf)
-        return self.odds[:, None] * above.exp()
+    def added(self, log_sum_exp: torch.Tensor) -> torch.Tensor:
+        """`log(1 + m exp(s - LSE))`: what the slot adds to the log-sum-exp of the keys, `[batch,
+        num_heads, T]` as that is, with the gradient of `logits`, `odds` and `LSE`."""
+        return _Added.apply(self.logits, self.odds, log_sum_exp)
 
     def left(self, log_sum_exp: torch.Tensor) -> torch.Tensor:
         """`g = sigmoid(LSE - s)`: what the slot leaves to the keys, `[batch, num_heads, T]`."""
-        return 1 / (1 + self.weight(log_sum_exp))
+        return self.added(log_sum_exp).neg().exp()
+
+
+class _Added(torch.autograd.Function):
+    """`a = log(1 + m r)` with `r = exp(s - LSE)`: `da / ds = m r / (1 + m r)`, `da / dm = r / (1 +
+    m r)`.
+
+    The last is unbounded where `m` is 0: a query that finds far less than others would have a
+    gradient of `r`, which may be e**80, and outweigh all of them. So odds of less than
+    `_LEAST_ODDS` have the gradient of those, which is the same for every `r` of common size.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, odds, log_sum_exp):
+        ctx.save_for_backward(logits, odds, log_sum_exp)
+        return (odds[:, None] * _ratio(logits, log_sum_exp)).log1p()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _of_added(grad, *ctx.saved_tensors)
+
+
+def _ratio(logits: torch.Tensor, log_sum_exp: torch.Tensor) -> torch.Tensor:
+    above = (logits if logits.ndim > 1 else logits[:, None]) - log_sum_exp
+    # Padding sees nothing, and the slot is not to be its only key.
+    return above.clamp(max=_MOST).exp().masked_fill(log_sum_exp < _NOTHING, 0)
+
+
+def _of_added(
+    grad: torch.Tensor, logits: torch.Tensor, odds: torch.Tensor, log_sum_exp: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of logits, odds and log-sum-exp, from that of `added`."""
+    ratio = _ratio(logits, log_sum_exp)
+    weight = odds[:, None] * ratio
+    by_logits = grad * weight / (1 + weight)
+    by_odds = grad * ratio / (1 + odds.clamp(min=_LEAST_ODDS)[:, None] * ratio)
+    of_logits = by_logits if logits.ndim > 1 else by_logits.sum((0, 2))
+    return of_logits, by_odds.sum((0, 2)), -by_logits
 
 
 def sink_attention(
@@ -195,15 +230,13 @@ class _FlashOnCpu(torch.autograd.Function):
 
     With `LSE'` and `out` those of the softmax with the slot, `dV = P'^T dout` and `dS = P' (dout .
     v - dout . out)`, where `P' = exp(S - LSE')`: the backward of plain flash attention, given these
-    two. Of the slot, `ds = (1 - g) (dout . c - dout . out)`.
+    two. Of what the slot adds, `LSE' - LSE`, the gradient is `dout . c - dout . out`.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, logits, odds, center, scaling, is_causal, attention_mask):
         output, log_sum_exp = _flash(query, key, value, scaling, is_causal, attention_mask)
-        weight = Sink(logits, odds).weight(log_sum_exp)
-        left = 1 / (1 + weight)
-        output = towards(output, left, center)
+        output = towards(output, Sink(logits, odds).left(log_sum_exp), center)
         ctx.save_for_backward(
             query, key, value, logits, odds, center, output, log_sum_exp, attention_mask
         )
@@ -213,8 +246,6 @@ class _FlashOnCpu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         query, key, value, logits, odds, center, output, lse, attention_mask = ctx.saved_tensors
-        sink = Sink(logits, odds)
-        weight = sink.weight(lse)
         groups = query.shape[1] // key.shape[1]
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad.contiguous(),
@@ -222,7 +253,7 @@ class _FlashOnCpu(torch.autograd.Function):
             repeat_kv(key, groups),
             repeat_kv(value, groups),
             output,
-            lse + weight.log1p(),
+            lse + Sink(logits, odds).added(lse),
             0.0,
             ctx.is_causal,
             attn_mask=attention_mask,
@@ -230,19 +261,14 @@ class _FlashOnCpu(torch.autograd.Function):
         )
         grad_query, *grad_kv = grads
         grad_key, grad_value = (g.unflatten(1, (-1, groups)).sum(2) for g in grad_kv)
-        # What a nat more of the slot's logit does, over its odds: at odds of 0 that is not 0.
         away = -output if center is None else center.unsqueeze(1).to(output.dtype) - output
-        towards_slot = torch.linalg.vecdot(grad.float(), away.float()) / (1 + weight)
-        by_odds = towards_slot * Sink(logits, torch.ones_like(odds)).weight(lse)
-        grad_odds = by_odds.sum((0, 2))
-        grad_logits = (towards_slot * weight).sum_to_size(
-            logits.shape if logits.ndim > 1 else (1, len(logits), 1)
-        )
+        grad_added = torch.linalg.vecdot(grad.float(), away.float())
+        grad_logits, grad_odds, _ = _of_added(grad_added, logits, odds, lse)
         return (
             grad_query,
             grad_key,
             grad_value,
-            grad_logits.view_as(logits),
+            grad_logits,
             grad_odds,
             *[None] * 4,
         )

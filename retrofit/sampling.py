@@ -117,7 +117,7 @@ def sampled_attention(
     if sinks is not None:
         log_sum_exp = torch.logaddexp(log_sum_exp, sinks.float()[:, None])
     if sink is not None:
-        log_sum_exp = log_sum_exp + sink.of_sampled(sampled.rows).weight(log_sum_exp).log1p()
+        log_sum_exp = log_sum_exp + sink.of_sampled(sampled.rows).added(log_sum_exp)
     return (logits - log_sum_exp.unsqueeze(-1)).exp()
 
 
