@@ -72,9 +72,10 @@ def sdpa_by_document(
         for count, length in _runs(positions):
             end = start + count * length
             at = slice(row, row + 1), slice(start, end)
-            states = (_by_document(each[at[0], :, at[1]], count) for each in (query, key, value))
+            states = (states[at[0], :, at[1]] for states in (query, key, value))
+            q, k, v = (_by_document(each, count) for each in states)
             slot = None if sink is None else _slot_by_document(sink.of_queries(*at), count)
-            attended = attend_to_documents(*states, scaling, dropout, slot)
+            attended = attend_to_documents(q, k, v, scaling, dropout, slot)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
             start = end
     batch, heads, length, _ = query.shape
