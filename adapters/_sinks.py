@@ -33,7 +33,9 @@ from transformers.integrations.sdpa_attention import (
 
 try:
     from transformers.integrations.sdpa_attention import pack_gqa
-except ImportError:  # An older transformers, as vLLM has it, repeats the keys for one query as well.
+except (
+    ImportError
+):  # An older transformers, as vLLM has it, repeats the keys for one query as well.
     pack_gqa = None
 
 _BLOCK = 128  # queries whose logits are held at a time

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from retrofit.errors import UserError
 from retrofit.files import read_json
-from retrofit.proof.reference import FILE
+from retrofit.proof.reference import FILE, Reference
 
 REPORT = "retrofit-merge.json"
 
@@ -53,6 +53,7 @@ def read_report(folder: Path) -> dict[str, Any]:
         report = read_json(folder / REPORT)
         checkpoint = _Report.model_validate(report).checkpoint
         config = _config(folder)
+        _check_reference(folder / FILE)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -72,6 +73,22 @@ def read_report(folder: Path) -> dict[str, Any]:
                 f"{value or 'none'}; merge again"
             )
     return report
+
+
+def _check_reference(path: Path) -> None:
+    """
+    Raises:
+        UserError: if an engine could not be held against it.
+    """
+    try:
+        reference = TypeAdapter(Reference).validate_python(read_json(path), strict=True)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged: {reason}; merge again") from None
+    lengths = [len(row) for row in reference.input_ids]
+    for name in ("tokens", "logprobs"):
+        if [len(row) for row in getattr(reference, name)] != lengths or len(lengths) != 2:
+            raise UserError(f"{path} is damaged: {name} are not those of its text; merge again")
 
 
 def _config(folder: Path) -> dict[str, Any]:
