@@ -85,11 +85,11 @@ def _data(report: dict, base: Path) -> ModelCardData:
         library_name=_LIBRARY.get(report["checkpoint"]["format"], "transformers"),
         pipeline_tag="text-generation",
         tags=["retrofit", "gated-attention", "attention-sink"],
-        **_licensed(base / "README.md"),
+        **license_of(base / "README.md"),
     )
 
 
-def _licensed(card: Path) -> dict[str, Any]:
+def license_of(card: Path) -> dict[str, Any]:
     """License and language as the base's card has them, or nothing if it cannot be read: a merge
     that is verified does not end at somebody's README."""
     try:

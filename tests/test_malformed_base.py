@@ -3,6 +3,7 @@ anything."""
 
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from malformed import refusal
 from safetensors.torch import load_file, save_file
 from test_merge import make_run
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from retrofit.card import license_of
 from retrofit.merge import merge
 from retrofit.models import load_base
 from retrofit.recipe import Model
@@ -185,8 +188,6 @@ def test_a_config_that_no_model_can_have_is_refused(work, spoil, message):
 
 
 def assert_told(message: str, told: str, base: Path) -> None:
-    import re
-
     assert re.search(message, told, re.IGNORECASE), told
     assert str(base) in told, told
 
@@ -481,13 +482,10 @@ CARDS = {
 
 @pytest.mark.parametrize(("text", "kept"), CARDS.values(), ids=CARDS)
 def test_a_broken_card_of_the_base_is_accepted_and_what_it_says_kept(tmp_path, text, kept):
-    from huggingface_hub import ModelCard
-
-    from retrofit.card import _licensed
 
     path = tmp_path / "README.md"
     content("README.md", text)(tmp_path)
-    found = _licensed(path)
+    found = license_of(path)
     assert kept.items() <= found.items() and (kept or not found)
     card = ModelCard("---\n" + yaml.safe_dump({"tags": ["x"]} | found) + "---\n# Name\n")
     assert kept.items() <= card.data.to_dict().items()
