@@ -112,7 +112,19 @@ def check_files(spec: Model, config: PreTrainedConfig) -> None:
             "without adapter_config.json as the base"
         )
     if folder.is_dir() and not weights:
-        StoredWeights(folder)  # a file that is missing or damaged is told of before any is loaded
+        # A file that is missing or damaged is told of before any is loaded.
+        _check_packed(StoredWeights(folder), config, spec.base)
+
+
+def _check_packed(stored: StoredWeights, config: PreTrainedConfig, base: str) -> None:
+    """Weights that bitsandbytes did not pack are not those of a config that says so."""
+    how = getattr(config, "quantization_config", None) or {}
+    says_packed = how.get("quant_method", "bitsandbytes") == "bitsandbytes" if how else False
+    if says_packed and not any(name.endswith((".absmax", ".SCB")) for name in stored):
+        raise UserError(
+            f"the config.json of {base} says that bitsandbytes packed its weights, and they are "
+            "not packed; take quantization_config out of it"
+        )
 
 
 def load_model(

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_merge import make_run
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from typer.testing import CliRunner
 
+from retrofit import cli
 from retrofit.card import license_of
 from retrofit.merge import merge
 from retrofit.models import load_base
@@ -42,9 +44,9 @@ def good(tmp_path_factory):
 def work(good, tmp_path):
     """A base to be spoilt, a run that was trained on it, a recipe and texts."""
     shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    facts = json.loads((tmp_path / "run/run.json").read_text())
-    facts["base"]["name_or_path"] = str(tmp_path / "base")
-    (tmp_path / "run/run.json").write_text(json.dumps(facts))
+    for name in ("run.json", "recipe.resolved.yaml"):  # which say where the base is
+        path = tmp_path / "run" / name
+        path.write_text(path.read_text().replace(str(good), str(tmp_path)))
     lines = [json.dumps({"text": f"a sink is token {number} " * 20}) for number in range(20)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     (tmp_path / "text.txt").write_text("Call me Ishmael, some years ago. " * 40)
@@ -442,6 +444,19 @@ def test_a_base_that_is_stored_quantized_is_not_trained_on_or_merged(in_four_bit
     for told in refusals(in_four_bits, "check", "train"):
         assert "is stored quantized (bitsandbytes)" in told and "model.quantization" in told
     assert "is stored quantized; name the unquantized" in refusals(in_four_bits, "merge")[0]
+
+
+def test_a_base_that_is_stored_quantized_is_accepted_by_measure(in_four_bits):
+    text = ("--text", str(in_four_bits / "text.txt"), "--length", "192", "--windows", "1")
+    done = CliRunner().invoke(cli.app, ["measure", str(in_four_bits / "base"), *text])
+    assert done.exit_code == 0 and "perplexity" in done.output
+
+
+def test_a_config_that_says_packed_of_weights_that_are_not_is_refused(work):
+    config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(
+        work / "base"
+    )
+    assert "they are not packed" in refusals(work, "measure")[0]
 
 
 def test_a_base_that_is_stored_without_its_prefix_is_accepted_and_merged(work, in_process):
