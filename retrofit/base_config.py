@@ -35,6 +35,22 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
+class _Stored(_Part):
+    """What transformers would fall over as it reads the file."""
+
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    quantization_config: dict[str, Any] | None = None
+
+    @field_validator("dtype", "torch_dtype")
+    @classmethod
+    def _is_a_dtype(cls, value: str | None) -> str | None:
+        name = (value or "float32").removeprefix("torch.")
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise ValueError("that is no dtype of torch")
+        return value
+
+
 class _Rope(_Part):
     rope_type: str | None = None
     rope_theta: _Positive | None = None
@@ -118,6 +134,8 @@ def read_config(
     """
     with opening(base):
         check_folder(Path(location))
+        told, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
+        _check(_Stored, told, base)
         config = AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
         )

@@ -1,5 +1,6 @@
 """`retrofit-merge.json`: what a merge says of the folder that it wrote, held against the folder."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,7 +54,6 @@ def read_report(folder: Path) -> dict[str, Any]:
         report = read_json(folder / REPORT)
         checkpoint = _Report.model_validate(report).checkpoint
         config = _config(folder)
-        _check_reference(folder / FILE)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -62,6 +62,7 @@ def read_report(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
+    _check_reference(folder / FILE)
     found = {"format": _format(folder, config, checkpoint)}
     if found["format"] in ("native", "remote-code"):
         stored = config.get("dtype", config.get("torch_dtype", checkpoint.dtype))
@@ -81,7 +82,8 @@ def _check_reference(path: Path) -> None:
         UserError: if an engine could not be held against it.
     """
     try:
-        reference = TypeAdapter(Reference).validate_python(read_json(path), strict=True)
+        told = json.dumps(read_json(path))
+        reference = TypeAdapter(Reference).validate_json(told, strict=True)
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged: {reason}; merge again") from None

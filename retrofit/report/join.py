@@ -1,5 +1,6 @@
 """Results of several measurements as one, where they can be compared."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,6 +113,7 @@ def read_result(path: Path) -> dict[str, Any]:
         settings = result.get("settings") if isinstance(result, dict) else None
         is_of_tasks = isinstance(settings, dict) and "documents" in settings
         (TaskResult if is_of_tasks else Result).model_validate(result)
+        json.dumps(result, ensure_ascii=False).encode()  # half a character cannot be shown
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
