@@ -217,6 +217,8 @@ def check_stored_whole(config: PreTrainedConfig, base: str) -> None:
 
 
 def _check(kind: type[_Part], told: Any, base: str) -> None:
+    if not isinstance(told, dict):
+        raise UserError(f"the config.json of {base} holds no settings where a model's should be")
     try:
         kind.model_validate(told)
     except ValidationError as error:

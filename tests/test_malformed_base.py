@@ -173,7 +173,7 @@ CONFIGS = {
         "transformers knows no quant_method 'nonsense'",
     ),
     "an empty file": (content("config.json", ""), "not a valid JSON file"),
-    "a list": (content("config.json", "[]"), "damaged"),
+    "a list": (content("config.json", "[]"), "holds no settings|damaged"),
     "null": (content("config.json", "null"), "damaged"),
     "half a file": (content("config.json", '{"model_type": "lla'), "not a valid JSON file"),
     "lists without end": (content("config.json", "[" * 100_000), "recursion"),
