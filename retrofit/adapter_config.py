@@ -8,6 +8,7 @@ from peft import TaskType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from retrofit.errors import UserError
+from retrofit.export.shards import StoredWeights
 from retrofit.files import read_json
 from retrofit.gate_settings import Activation, Granularity, Position, Sinks
 from retrofit.gates import GateConfig
@@ -81,8 +82,9 @@ def check_adapter_files(adapter: Path) -> None:
     """No adapter is opened whose gates are not in safetensors.
 
     Raises:
-        UserError: if they are not there, or lie in a pickle as well.
+        UserError: if they are not there or damaged, or lie in a pickle as well.
     """
     refuse_pickles([adapter / "adapter_model.bin"])
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter} has no adapter_model.safetensors; train again")
+    StoredWeights(adapter, "adapter_model.safetensors")

@@ -1,13 +1,58 @@
 """The model card of a merged checkpoint: what was done to the base, what it cost, how to run it."""
 
-import json
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+
+from retrofit.errors import UserError
+from retrofit.files import read_json
 
 _LIBRARY = {"gguf": "gguf", "adapter": "peft"}
 _PAPER = "[arXiv:2505.06708](https://arxiv.org/abs/2505.06708)"
 _SINKS = "[arXiv:2602.01203](https://arxiv.org/abs/2602.01203)"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    metrics: dict[str, FiniteFloat | None]
+
+
+class _Measured(BaseModel):
+    """What is shown of `measure.json`."""
+
+    models: list[_Model]
+    settings: dict[str, Any] = {}
+
+
+def check_shown(run: Path) -> None:
+    """
+    Args:
+        run: whose recipe and measurement a card is to show.
+
+    Raises:
+        UserError: if one of them cannot be read, which would else be noticed when all is done.
+    """
+    measured, recipe = run / "measure.json", run / "recipe.resolved.yaml"
+    try:
+        if measured.is_file():
+            _Measured.model_validate(read_json(measured))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(f"{measured}: {key}: {first['msg'].lower()}; remove it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{measured} is damaged ({error}); remove it") from None
+    try:
+        if recipe.is_file():
+            recipe.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{recipe} is damaged: {error}") from None
 
 
 def model_card(report: dict, base: Path, checkpoint: Path, name: str) -> ModelCard:
@@ -34,19 +79,34 @@ def model_card(report: dict, base: Path, checkpoint: Path, name: str) -> ModelCa
 
 def _data(report: dict, base: Path) -> ModelCardData:
     """Metadata for the hub, which knows its own models only."""
-    licensed = {}
-    if (base / "README.md").is_file():
-        theirs = ModelCard.load(base / "README.md", ignore_metadata_errors=True).data.to_dict()
-        names = ("license", "license_name", "license_link", "language")
-        licensed = {name: theirs[name] for name in names if name in theirs}
     return ModelCardData(
         base_model=None if report["base"]["is_local"] else report["base"]["name"],
         base_model_relation=None if report["base"]["is_local"] else "finetune",
         library_name=_LIBRARY.get(report["checkpoint"]["format"], "transformers"),
         pipeline_tag="text-generation",
         tags=["retrofit", "gated-attention", "attention-sink"],
-        **licensed,
+        **license_of(base / "README.md"),
     )
+
+
+def license_of(card: Path) -> dict[str, Any]:
+    """License and language as the base's card has them, or nothing if it cannot be read: a merge
+    that is verified does not end at somebody's README."""
+    try:
+        block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
+        # Read as text, for in YAML the language `no` is false.
+        told = yaml.load(block[2], yaml.BaseLoader) if block else None
+    except (OSError, RecursionError, yaml.YAMLError):
+        return {}
+    names = ("license", "license_name", "license_link", "language")
+    told = told if isinstance(told, dict) else {}
+    return {name: told[name] for name in names if _is_text(told.get(name))}
+
+
+def _is_text(value: Any) -> bool:
+    """Or a list of texts."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(each, str) and each for each in values)
 
 
 def _what_was_done(report: dict) -> str:
@@ -93,7 +153,7 @@ def _measured(path: Path) -> str:
     """A column for each model that was measured, a row for each figure."""
     if not path.is_file():
         return ""
-    measured = json.loads(path.read_text())
+    measured = read_json(path)
     models = measured["models"]
     names = dict.fromkeys(name for model in models for name in model["metrics"])
     rows = [
@@ -256,4 +316,4 @@ def _how_to_serve_code(report: dict, name: str) -> str:
 def _recipe(path: Path) -> str:
     if not path.is_file():
         return ""
-    return f"## Recipe\n\n```yaml\n{path.read_text().strip()}\n```"
+    return f"## Recipe\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```"

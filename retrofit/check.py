@@ -11,10 +11,19 @@ from retrofit.errors import UserError
 from retrofit.export import forms
 from retrofit.memory import Device, NotTracedError, estimate, remedy, this_device
 from retrofit.models import load_tokenizer
+from retrofit.opening import opening
 from retrofit.recipe import Recipe
 from retrofit.train import gate_config, preflight
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}
+_BYTES = {
+    "float64": 8.0,
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "int8": 1.0,
+    "nf4": 0.5,
+    "fp4": 0.5,
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,9 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
 
 
 def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
-    with torch.device("meta"):
+    with opening(recipe.model.base), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):
         base = model.num_parameters()
         gated = get_peft_model(model, gate_config(recipe))
     return base, sum(p.numel() for p in gated.parameters() if p.requires_grad)

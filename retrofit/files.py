@@ -29,7 +29,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """
+    Raises:
+        ValueError: if it is no JSON, which knows no NaN and no infinity, or no UTF-8.
+    """
+    return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON")
 
 
 def copy(folder: Path, to: Path, *patterns: str) -> None:

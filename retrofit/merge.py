@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from transformers import GenerationConfig
 
-from retrofit.card import model_card
+from retrofit.card import check_shown, model_card
 from retrofit.errors import UserError
 from retrofit.export import forms, gated_attention
 from retrofit.export.remote_code import write_remote_code
@@ -91,6 +91,7 @@ def merge(
         )
     if llama_cpp:
         llama_cpp.check_tokenizer(source)
+    check_shown(source.folder)
     seconds: dict[str, float] = {}
     with appearing_whole(out) as folder:
         with _timed(seconds, "reference"):

@@ -10,7 +10,6 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -20,11 +19,13 @@ from transformers import (
 )
 
 from retrofit.adapter_config import check_adapter_files, read_adapter_config
+from retrofit.base_config import check_gateable, read_config
 from retrofit.errors import UserError
 from retrofit.export.gated_attention import unpack
+from retrofit.export.shards import StoredWeights
 from retrofit.export.source import check_ungated, has_published_gates
 from retrofit.foreign_code import with_consent
-from retrofit.opening import DAMAGES, check_complete, one_line, opening
+from retrofit.opening import DAMAGES, check_complete, finite, one_line, opening
 from retrofit.origin import adapter_in, check_base, run_of
 from retrofit.pickles import refuse_pickled_weights
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
@@ -35,12 +36,12 @@ def load_base(spec: Model) -> PreTrainedModel:
     """The base model of a recipe, in eval mode, on the GPU if there is one.
 
     Raises:
-        UserError: if it cannot be found, is damaged, lacks a weight or has one too many, is stored
-            in pickles, or is quantized without bitsandbytes.
+        UserError: if it cannot be found, is damaged, lacks a weight or has one too many, has one
+            that is no number, is stored in pickles, or is quantized twice or without bitsandbytes.
     """
     config = load_config(spec)
     check_ungated(config, spec.base)
-    _check_files(spec, config)
+    check_files(spec, config)
     kwargs: dict[str, Any] = {}
     if spec.quantization:
         kwargs["quantization_config"] = _quantization(spec, config)
@@ -61,6 +62,8 @@ def load_base(spec: Model) -> PreTrainedModel:
             **kwargs,
         )
     check_complete(loading, spec.base)
+    for _ in finite(model.named_parameters(), spec.base):
+        pass
     return model.eval()
 
 
@@ -68,12 +71,10 @@ def load_config(spec: Model) -> PreTrainedConfig:
     """The base's config.
 
     Raises:
-        UserError: if there is no such folder or hub id, or it is damaged.
+        UserError: if there is no such folder or hub id, it is damaged, or it says what no model
+            can be.
     """
-    with opening(spec.base):
-        return AutoConfig.from_pretrained(
-            spec.location, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+    return read_config(spec.location, spec.base, spec.revision, spec.trust_remote_code)
 
 
 def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
@@ -92,17 +93,37 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_files(spec: Model, config: PreTrainedConfig) -> None:
-    """No pickle is opened, and no other model stands in for the one that is named."""
+def check_files(spec: Model, config: PreTrainedConfig) -> None:
+    """No pickle is opened, and no other model stands in for the one that is named.
+
+    Raises:
+        UserError: if the base's files are pickles, missing, damaged, or those of an adapter.
+    """
     folder = Path(spec.location)
     refuse_pickled_weights(folder)
     weights = getattr(config, "transformers_weights", None)
     if weights and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
         raise UserError(f"the config.json of {spec.base} names {weights}, which is no safetensors")
+    if weights and Path(str(weights)).name != str(weights):
+        raise UserError(f"the config.json of {spec.base} names {weights}, outside of its folder")
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{spec.base} holds an adapter, which transformers would put on it; name a folder "
             "without adapter_config.json as the base"
+        )
+    if folder.is_dir() and not weights:
+        # A file that is missing or damaged is told of before any is loaded.
+        _check_packed(StoredWeights(folder), config, spec.base)
+
+
+def _check_packed(stored: StoredWeights, config: PreTrainedConfig, base: str) -> None:
+    """Weights that bitsandbytes did not pack are not those of a config that says so."""
+    how = getattr(config, "quantization_config", None) or {}
+    says_packed = how.get("quant_method", "bitsandbytes") == "bitsandbytes" if how else False
+    if says_packed and not any(name.endswith((".absmax", ".SCB")) for name in stored):
+        raise UserError(
+            f"the config.json of {base} says that bitsandbytes packed its weights, and they are "
+            "not packed; take quantization_config out of it"
         )
 
 
@@ -137,7 +158,10 @@ def load_model(
         if has_published_gates(load_config(spec)):
             return _load_published(spec)
         return load_base(spec), load_tokenizer(spec)
+    check_adapter_files(adapter)
+    told = read_adapter_config(adapter)
     spec = _base_of(folder, adapter, trust_remote_code)
+    check_gateable(load_config(spec), spec.base, told.get("layers_to_transform"))
     if dtype != "auto":
         spec = spec.model_copy(update={"dtype": dtype})
     if quantization:
@@ -217,6 +241,11 @@ def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:
 def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:
     from transformers.utils import is_bitsandbytes_available
 
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{spec.base} is stored quantized already; set quantization to none, or name the "
+            "unquantized original"
+        )
     if not is_bitsandbytes_available():
         raise UserError('quantization needs bitsandbytes: pip install "gate-retrofit[bnb]"')
     if spec.quantization == "int8":

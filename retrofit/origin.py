@@ -112,8 +112,8 @@ def check_base(
     elif trained.quantization:
         return
     else:
-        weights, dtype = StoredWeights(stored), getattr(torch, trained.dtype)
         names = [name for name, _ in base_weights(base)]
+        weights, dtype = StoredWeights(stored).named_as(names), getattr(torch, trained.dtype)
         found = weights_sha256((name, weights[name].to(dtype)) for name in names)
     if found != trained.weights_sha256:
         raise UserError(

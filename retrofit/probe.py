@@ -88,7 +88,9 @@ def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
     Raises:
         UserError: if its attention cannot be watched.
     """
-    decoder_layers = model.get_decoder().layers
+    decoder_layers = getattr(model.get_decoder(), "layers", None)
+    if decoder_layers is None:
+        raise UserError(f"cannot measure a {model.config.model_type!r} model: it has no `layers`")
     # Merging scales the residual stream of families without query and key norms, which nothing in
     # the model can tell: activations are given in the base's units.
     constant = _constant_heads(model)

@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from retrofit.errors import UserError
@@ -66,14 +65,3 @@ def check_published(config: dict[str, Any], weights: StoredWeights, name: str) -
                     f"{name} stores {key} in the shape {weights.shape(key)}, but its "
                     f"config.json says {(count, told.hidden_size)}"
                 )
-
-
-def finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself.
-
-    Raises:
-        UserError: if there is a NaN or an infinity in it.
-    """
-    if not tensor.isfinite().all():
-        raise UserError(f"{name} has NaN or infinite weights; download it again")
-    return tensor

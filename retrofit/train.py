@@ -19,14 +19,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, Tra
 from trl import SFTConfig
 
 from retrofit.adapters import family_of
+from retrofit.base_config import check_gateable, check_stored_whole
 from retrofit.callbacks import GradientCheck, Interrupt, ProgressBar
 from retrofit.checkpoint import accumulation_steps, last_checkpoint, whole_adapter
 from retrofit.data import LoadedSource, load_sources
 from retrofit.errors import CheckError, UserError
+from retrofit.export.source import stored_as_told
 from retrofit.files import write_json, write_text
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
-from retrofit.models import load_base, load_config, load_tokenizer
+from retrofit.models import check_files, load_base, load_config, load_tokenizer
 from retrofit.process import return_large_blocks
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.trainer import GateTrainer
@@ -112,6 +114,12 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
             text to measure on that is not there, which would else be noticed hours later.
     """
     config = load_config(recipe.model)
+    check_gateable(config, recipe.model.base, recipe.gate.layers)
+    check_stored_whole(config, recipe.model.base)
+    check_files(recipe.model, config)
+    folder, elsewhere = Path(recipe.model.location), ("transformers_weights", "quantization_config")
+    if folder.is_dir() and not any(getattr(config, name, None) for name in elsewhere):
+        stored_as_told(folder, config, recipe.model.base)
     family = family_of(config.model_type)
     if recipe.data.packing and not family.packs:
         raise UserError(

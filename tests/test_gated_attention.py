@@ -125,7 +125,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, name):
     weights = load_file(path)
     weights[name].view(-1)[0] = torch.nan
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} has NaN or infinite weights"):
+    with pytest.raises(UserError, match=f"NaN or infinite numbers in {name}"):
         unpack(tmp_path / "published", tmp_path / "apart")
     assert not (tmp_path / "apart").exists()
 

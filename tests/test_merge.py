@@ -787,7 +787,7 @@ def short_text(run, base, tmp_path):
             "no native checkpoint of .* has no sliding window; .* --format remote-code",
         ),
         (further_tensor, "stores model.layers.3.mlp.up_proj.weight, for which its config.json"),
-        (pickled_base, "has no model.safetensors; only safetensors checkpoints are read"),
+        (pickled_base, "has no safetensors, and pytorch_model.bin is a pickle"),
         (nan_gate, r"gate of layer \d has NaN or infinite weights: training diverged"),
         (ablation, "no checkpoint can carry the gates of .*: only sigmoid gates at G1"),
         (no_channels, "the gate of layer 0 lacks a part of its weights; train again"),

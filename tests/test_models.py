@@ -164,7 +164,7 @@ def test_an_adapter_whose_run_json_is_gone_is_no_run(run):
         ({"layers_to_transform": []}, "layers_to_transform: list should have at least 1 item"),
         ({"layers_to_transform": [-1]}, "layers_to_transform: input should be greater than or"),
         ({"layers_to_transform": [True]}, "layers_to_transform: input should be a valid integer"),
-        ({"layers_to_transform": [0, 1, 99]}, "does not fit its base"),
+        ({"layers_to_transform": [0, 1, 99]}, "gates in layer 99 of "),
         ({"modules_to_save": "lm_head"}, "modules_to_save: input should be a valid list"),
         ({"task_type": "POETRY"}, "'poetry' is no task of peft's"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path: input should be a valid str"),

@@ -64,6 +64,12 @@ def read_gates(adapter: Path, config: PreTrainedConfig, trained: dict[str, Any])
     gate_config = _gate_config(trained, adapter)
     gates = Gates(gate_config.granularity, gate_config.sinks)
     for index, tensors in _by_layer(adapter).items():
+        if index >= config.num_hidden_layers:
+            raise UserError(
+                f"{adapter} holds the gate of layer {index}, but the base has "
+                f"{config.num_hidden_layers} layers; name the base that it was trained on with "
+                "--base"
+            )
         gate = _gate(config, gate_config, tensors)
         expected = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
         if unknown := tensors.keys() - expected.keys():

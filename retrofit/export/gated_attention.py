@@ -11,15 +11,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
+from retrofit.base_config import check_config, check_gateable
 from retrofit.errors import UserError
 from retrofit.export import native
 from retrofit.export.constant_head import add_center
 from retrofit.export.shards import StoredWeights, write_shards
-from retrofit.export.source import Source
+from retrofit.export.source import Source, shapes_of
 from retrofit.files import appearing_whole, copy, copy_tokenizer, read_json, write_json
 from retrofit.gates import GateConfig, GateProjection
-from retrofit.published import check_published, finite
+from retrofit.opening import finite, opening
+from retrofit.published import check_published
 
 _SHARD = 5 * 10**9  # bytes
 _KINDS = ("headwise", "elementwise")
@@ -119,6 +122,7 @@ def unpack(checkpoint: Path, out: Path) -> None:
     """
     config, weights = _published_config(checkpoint), StoredWeights(checkpoint)
     check_published(config, weights, str(checkpoint))
+    _check_base(_base_config(config), weights, str(checkpoint))
     gates = GateConfig(
         granularity="headwise" if config["headwise_attn_output_gate"] else "elementwise",
         task_type="CAUSAL_LM",
@@ -132,7 +136,7 @@ def unpack(checkpoint: Path, out: Path) -> None:
             part.mkdir()
             copy_tokenizer(checkpoint, part)
         write_json(base / "config.json", _base_config(config))
-        write_shards(_base_tensors(weights, config), base, _SHARD)
+        write_shards(_base_tensors(weights, config, checkpoint), base, _SHARD)
         copy(checkpoint, base, "generation_config.json", "LICENSE*", "README.md")
         gates.save_pretrained(str(adapter))
         save_file(
@@ -143,15 +147,38 @@ def unpack(checkpoint: Path, out: Path) -> None:
 def _published_config(checkpoint: Path) -> dict:
     try:
         config = read_json(checkpoint / "config.json")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{checkpoint} has no usable config.json: {error}") from error
-    if not any(config.get(f"{kind}_attn_output_gate") for kind in _KINDS):
+    if not isinstance(config, dict) or not any(
+        config.get(f"{kind}_attn_output_gate") for kind in _KINDS
+    ):
         raise UserError(
             f"{checkpoint} has no gates in the layout of qiuzh20/gated_attention: its config.json "
             "asks for neither headwise_attn_output_gate nor elementwise_attn_output_gate"
         )
     return config | {f"{kind}_attn_output_gate": config.get(f"{kind}_attn_output_gate", False)
                      for kind in _KINDS}  # fmt: skip
+
+
+def _check_base(config: dict, weights: StoredWeights, name: str) -> None:
+    """The base is one that transformers would load, with all of its weights and no other; of
+    projections with gates `check_published` has seen to."""
+    kinds = {key: value for key, value in config.items() if key != "model_type"}
+    with opening(name):
+        base = AutoConfig.for_model(config["model_type"], **kinds)
+    check_config(base, name)
+    check_gateable(base, name, None)
+    shapes = shapes_of(base, name)
+    if unknown := weights.keys() - shapes.keys():
+        raise UserError(f"{name} stores {min(unknown)}, for which its config.json has no place")
+    for parameter, shape in shapes.items():
+        if parameter not in weights:
+            raise UserError(f"{name} lacks the tensor {parameter}; download it again")
+        if weights.shape(parameter) != shape and ".q_proj." not in parameter:
+            raise UserError(
+                f"{name} stores {parameter} in the shape {weights.shape(parameter)}, but its "
+                f"config.json says {shape}"
+            )
 
 
 def _base_config(config: dict) -> dict:
@@ -165,9 +192,10 @@ def _base_config(config: dict) -> dict:
     }
 
 
-def _base_tensors(weights: StoredWeights, config: dict) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in weights:
-        tensor = finite(name, weights[name])
+def _base_tensors(
+    weights: StoredWeights, config: dict, folder: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in finite(weights.items(), str(folder)):
         if ".q_proj." in name:
             tensor, gate = _split(tensor, config)
             if name.endswith("bias") and gate.any():

@@ -4,8 +4,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -25,15 +27,11 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path, single: str = _SINGLE):
         index = folder / _INDEX
-        if index.is_file() and not (folder / single).is_file():
-            try:
-                files = read_json(index)["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{index} is damaged; download it again") from error
-            self._files = {name: folder / file for name, file in files.items()}
-        elif (folder / single).is_file():
-            with _opened(folder / single) as file:
-                self._files = dict.fromkeys(file.keys(), folder / single)
+        self._bare: dict[str, str] = {}  # how a tensor is stored, where it has another name
+        if (folder / single).is_file():
+            self._files = dict.fromkeys(_names_in(folder / single), folder / single)
+        elif index.is_file():
+            self._files = _indexed(index)
         elif any(folder.glob("*-of-*.safetensors")):
             raise UserError(f"{folder} has shards but no {_INDEX}; download it again")
         else:
@@ -41,7 +39,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with _opened(self._files[name]) as file:
-            return file.get_tensor(name)
+            return file.get_tensor(self._bare.get(name, name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -52,15 +50,58 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Without reading the tensor."""
         with _opened(self._files[name]) as file:
-            return tuple(file.get_slice(name).get_shape())
+            return tuple(file.get_slice(self._bare.get(name, name)).get_shape())
+
+    def named_as(self, names: Iterable[str]) -> "StoredWeights":
+        """The same, with the names of a whole model where a base was stored without the part that
+        predicts: `layers.0...` for `model.layers.0...`. transformers reads it so, too."""
+        for name in names:
+            bare = name.removeprefix("model.")
+            if name not in self._files and bare in self._files:
+                self._files[name] = self._files.pop(bare)
+                self._bare[name] = bare
+        return self
+
+
+class _Index(BaseModel):
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """By tensor, the shard that holds it.
+
+    Raises:
+        UserError: if the index is none, names a file elsewhere, or a shard lacks what it says.
+    """
+    try:
+        files = _Index.model_validate(read_json(index)).weight_map
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{index} is damaged; download it again ({reason})") from None
+    found: dict[str, Path] = {}
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{index} names {file!r}, which is no safetensors file beside it")
+        found |= dict.fromkeys(_names_in(index.with_name(file)), index.with_name(file))
+    for name, file in files.items():
+        if name not in found:
+            raise UserError(f"{index.with_name(file)} lacks the tensor {name}; download it again")
+    return found
+
+
+def _names_in(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing, or no file; download it again")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged; download it again ({error})") from error
 
 

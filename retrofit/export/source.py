@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from retrofit.adapter_config import check_adapter_files, read_adapter_config
-from retrofit.adapters import family_of
+from retrofit.base_config import check_gateable, read_config
 from retrofit.errors import UserError
 from retrofit.export.adapter import Gates, read_gates
 from retrofit.export.shards import StoredWeights
 from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.opening import finite, opening
 from retrofit.origin import adapter_in, facts_of, run_of
+from retrofit.pickles import refuse_pickled_weights
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ def read_source(run: Path, base: str | None = None) -> Source:
     if not name:
         raise UserError(f"{run} does not say which base it was trained on; name it with --base")
     folder = _base_folder(name, None if base else named.get("revision") or trained.get("revision"))
-    config = _base_config(folder, name, trained.get("base_model_type"))
-    weights, shapes = StoredWeights(folder), _shapes(config)
-    _check_complete(weights, shapes, name)
+    config = _base_config(folder, name, trained)
+    refuse_pickled_weights(folder)
+    weights, shapes = stored_as_told(folder, config, name)
     gates = read_gates(adapter, config, trained)
     _check_same(weights, shapes, name, named)
     return Source(run, facts, adapter, gates, name, folder, config, weights, shapes)
@@ -105,14 +107,14 @@ def _base_folder(name: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-def _base_config(folder: Path, name: str, trained_on: str | None) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"base model {name!r} has no usable config.json: {reason}") from error
-    family_of(config.model_type)
+def _base_config(folder: Path, name: str, trained: dict[str, Any]) -> PreTrainedConfig:
+    config = read_config(str(folder), name)
+    check_gateable(config, name, trained.get("layers_to_transform"))
     check_ungated(config, name)
+    if (folder / "generation_config.json").is_file():
+        with opening(name):
+            GenerationConfig.from_pretrained(folder)
+    trained_on = trained.get("base_model_type")
     if trained_on not in (None, config.model_type):
         raise UserError(
             f"the gates were trained on a {trained_on} model, but base {name!r} is a "
@@ -121,6 +123,11 @@ def _base_config(folder: Path, name: str, trained_on: str | None) -> PreTrainedC
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"base {name!r} is stored quantized; name the unquantized original with --base"
+        )
+    if getattr(config, "transformers_weights", None):
+        raise UserError(
+            f"the config.json of {name} names other weights than model.safetensors; give them that "
+            "name"
         )
     return config
 
@@ -143,10 +150,29 @@ def check_ungated(config: PreTrainedConfig, name: str) -> None:
         )
 
 
-def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
+def shapes_of(config: PreTrainedConfig, base: str) -> dict[str, tuple[int, ...]]:
+    """Of the parameters of a model with this config, tied ones once.
+
+    Raises:
+        UserError: if there can be no such model.
+    """
+    with opening(base), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return {name: tuple(tensor.shape) for name, tensor in base_weights(model)}
+
+
+def stored_as_told(
+    folder: Path, config: PreTrainedConfig, name: str
+) -> tuple[StoredWeights, dict[str, tuple[int, ...]]]:
+    """The weights of a base and their shapes, of which only the headers of files are read.
+
+    Raises:
+        UserError: if a weight is missing, or has another shape than its config says.
+    """
+    shapes = shapes_of(config, name)
+    weights = StoredWeights(folder).named_as(shapes)
+    _check_complete(weights, shapes, name)
+    return weights, shapes
 
 
 def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
@@ -161,14 +187,17 @@ def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
 
 
 def _check_same(weights: StoredWeights, shapes: dict, name: str, named: dict) -> None:
-    """The weights are those that the gates were trained on, in the dtype they were trained in.
+    """The weights are numbers, and those that the gates were trained on, in the dtype they were
+    trained in.
 
     A quantized run hashed its packed weights, which cannot be compared.
     """
+    dtype = getattr(torch, named.get("dtype", "float32"))
+    read = finite(((each, weights[each]) for each in shapes), name)
+    found = weights_sha256((each, tensor.to(dtype)) for each, tensor in read)
     if not named.get("weights_sha256") or named.get("quantization"):
         return
-    dtype = getattr(torch, named["dtype"])
-    if weights_sha256((n, weights[n].to(dtype)) for n in shapes) != named["weights_sha256"]:
+    if found != named["weights_sha256"]:
         raise UserError(
             f"base {name!r} has other weights than the gates were trained on: its sha256 differs "
             "from the one in run.json; name the right base with --base"

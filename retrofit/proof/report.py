@@ -1,13 +1,14 @@
 """`retrofit-merge.json`: what a merge says of the folder that it wrote, held against the folder."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from retrofit.errors import UserError
 from retrofit.files import read_json
-from retrofit.proof.reference import FILE
+from retrofit.proof.reference import FILE, Reference
 
 REPORT = "retrofit-merge.json"
 
@@ -61,6 +62,7 @@ def read_report(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
+    _check_reference(folder / FILE)
     found = {"format": _format(folder, config, checkpoint)}
     if found["format"] in ("native", "remote-code"):
         stored = config.get("dtype", config.get("torch_dtype", checkpoint.dtype))
@@ -72,6 +74,23 @@ def read_report(folder: Path) -> dict[str, Any]:
                 f"{value or 'none'}; merge again"
             )
     return report
+
+
+def _check_reference(path: Path) -> None:
+    """
+    Raises:
+        UserError: if an engine could not be held against it.
+    """
+    try:
+        told = json.dumps(read_json(path))
+        reference = TypeAdapter(Reference).validate_json(told, strict=True)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged: {reason}; merge again") from None
+    lengths = [len(row) for row in reference.input_ids]
+    for name in ("tokens", "logprobs"):
+        if [len(row) for row in getattr(reference, name)] != lengths or len(lengths) != 2:
+            raise UserError(f"{path} is damaged: {name} are not those of its text; merge again")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import ValidationError
 
 from retrofit.errors import UserError
 from retrofit.files import read_json
+from retrofit.report.schema import Result, TaskResult
 
 # What must be equal for two figures to be of the same thing.
 _TEXT = {
@@ -19,58 +20,6 @@ _TEXT = {
     "tokens_sha256": "the tokens",
 }
 _SAME = 1e-5  # relative: the order of sums depends on the number of threads
-
-
-class _Strict(BaseModel):
-    """Text is no number."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class _Metrics(_Strict):
-    peak_column_share: FiniteFloat = Field(gt=0)
-    peak_column_position: int
-    max_activation: FiniteFloat = Field(gt=0)
-    perplexity: FiniteFloat = Field(gt=0)
-
-
-class _PerLayer(_Strict):
-    max_activation: list[FiniteFloat | None]
-
-
-class _Model(_Strict):
-    name: str
-    metrics: _Metrics
-    per_layer: _PerLayer
-    nll_by_window: list[FiniteFloat] = Field(min_length=1)
-
-
-class _Settings(_Strict):
-    text: str
-    text_sha256: str
-    tokens_sha256: str
-    length: int
-    windows: int
-    first_token: str | None
-    dtype: str
-
-
-class _TaskModel(_Strict):
-    name: str
-    tasks: dict[str, dict[str, dict[str, FiniteFloat]]]
-
-
-class _TaskResult(_Strict):
-    """What `scripts/tasks.py --out` writes."""
-
-    models: list[_TaskModel] = Field(min_length=1)
-
-
-class _Result(_Strict):
-    """What every reader of a result relies on; parts that were not measured are not there."""
-
-    models: list[_Model] = Field(min_length=1)
-    settings: _Settings
 
 
 def join(paths: Sequence[Path]) -> dict[str, Any]:
@@ -88,7 +37,7 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
     for place, path in enumerate(paths):
         if path.resolve() in [each.resolve() for each in paths[:place]]:
             raise UserError(f"{path} is given twice")
-    read = {path: _read(path) for path in paths}
+    read = {path: read_result(path) for path in paths}
     answers = {
         path: result for path, result in read.items() if "per_layer" not in result["models"][0]
     }
@@ -98,6 +47,10 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
     joined = _join(paths, [read[path] for path in paths])
     for path, result in answers.items():
         _add_tasks(joined, path, result)
+    try:
+        Result.model_validate(joined)
+    except ValidationError as error:
+        raise UserError(f"the files do not belong together ({_told(error)})") from error
     return joined
 
 
@@ -149,31 +102,35 @@ def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> No
     joined["settings"]["tasks"] = {key: settings[key] for key in ("documents", "seed", "dtype")}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
+    """A file of `retrofit measure --json` or of `scripts/tasks.py --out`.
+
+    Raises:
+        UserError: if it is none.
+    """
     try:
         result = read_json(path)
-        if isinstance(result, dict) and "documents" in result.get("settings", {}):
-            _TaskResult.model_validate(result)
-            return result
-        found = _Result.model_validate(result)
+        settings = result.get("settings") if isinstance(result, dict) else None
+        is_of_tasks = isinstance(settings, dict) and "documents" in settings
+        (TaskResult if is_of_tasks else Result).model_validate(result)
+        json.dumps(result, ensure_ascii=False).encode()  # half a character cannot be shown
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON, or not all of it: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(place) for place in first["loc"]) or "the whole"
         raise UserError(
             f"{path} is not what this version of `retrofit measure --json` writes "
-            f"({where}: {first['msg'].lower()}); measure again"
+            f"({_told(error)}); measure again"
         ) from error
-    for model in found.models:
-        if len(model.nll_by_window) != found.settings.windows:
-            raise UserError(
-                f"{path} is damaged: {model.name} has {len(model.nll_by_window)} windows, and the "
-                f"settings say {found.settings.windows}"
-            )
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON, or not all of it: {error}") from error
     return result
+
+
+def _told(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(place) for place in first["loc"]) or "the whole"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}"
 
 
 def _check_text(first: Path, settings: dict, path: Path, others: dict) -> None:
