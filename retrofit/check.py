@@ -6,13 +6,11 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from retrofit.data import load_sources
 from retrofit.errors import UserError
 from retrofit.export import forms
 from retrofit.memory import Device, NotTracedError, estimate, remedy, this_device
-from retrofit.models import load_tokenizer
 from retrofit.recipe import Recipe
-from retrofit.train import gate_config, preflight
+from retrofit.train import gate_config, preflight, read_texts
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}
 
@@ -38,8 +36,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
     """
     config, cached = preflight(recipe), recipe.objective.cache_teacher
     base, gates = _count_weights(config, recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    sources = load_sources(recipe.data)
+    tokenizer, sources = read_texts(recipe, config)
     return [
         Check("base", _describe_base(config, recipe, base)),
         Check("gates", _describe_gates(config, recipe, gates, base)),

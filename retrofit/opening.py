@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 from retrofit.foreign_code import HINT
 
 DAMAGES = (
@@ -69,7 +69,3 @@ def not_opened(base: str, error: Exception) -> UserError:
         return UserError(f"{base} is not a model folder, or a damaged one: {reason}")
     hint = "; `make assets` fetches the models and texts of the CPU recipes" if "~" in base else ""
     return UserError(f"no model at {base!r}: neither a folder nor a hub id within reach{hint}")
-
-
-def one_line(error: BaseException, length: int = 200) -> str:
-    return " ".join(str(error).split())[:length]

@@ -15,7 +15,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 from trl import SFTConfig
 
 from retrofit.adapters import family_of
@@ -26,10 +32,12 @@ from retrofit.errors import CheckError, UserError
 from retrofit.files import write_json, write_text
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
+from retrofit.measure.planned import check_planned_measurement
 from retrofit.models import load_base, load_config, load_tokenizer
 from retrofit.process import return_large_blocks
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.trainer import GateTrainer
+from retrofit.vocabulary import check_end
 
 
 class BaseChangedError(CheckError):
@@ -63,16 +71,17 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console(quiet=not ranks.is_main_process)
     run = Path(recipe.output_dir).expanduser()
     checkpoint = _check_folder(run, recipe, resume)
-    preflight(recipe)
+    config = preflight(recipe)
     ranks.wait_for_everyone()  # all have looked before one writes
     args = training_arguments(recipe, run, checkpoint)
     if args.gradient_checkpointing:
         return_large_blocks()
-    sources = load_sources(recipe.data)  # before weights, which take longer
+    tokenizer, sources = read_texts(recipe, config)  # before weights, which take longer
     base = load_base(recipe.model)
     frozen = _fingerprint(base, recipe)
     interrupt, bar = Interrupt(console), ProgressBar(console)
-    trainer = gate_trainer(recipe, args, base, sources, callbacks=[GradientCheck(), interrupt, bar])
+    callbacks = [GradientCheck(), interrupt, bar]
+    trainer = gate_trainer(recipe, args, base, tokenizer, sources, callbacks)
     trainer.remove_callback(PrinterCallback)
     try:
         _calibrate(trainer, recipe, resumed=checkpoint is not None)
@@ -108,8 +117,8 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
     """The base's config, once all is well that can be seen without weights and data.
 
     Raises:
-        UserError: for an architecture that cannot be gated, a tracker that is not installed, or a
-            text to measure on that is not there, which would else be noticed hours later.
+        UserError: for an architecture that cannot be gated, rows longer than it reads, or a
+            tracker that is not installed.
     """
     config = load_config(recipe.model)
     family = family_of(config.model_type)
@@ -133,15 +142,40 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
             f"objective.balance_shared_heads: {shared} of {heads} heads leave fewer than two to "
             f"balance; lower it to {heads - 2} or less"
         )
-    if recipe.measure and not Path(recipe.measure.text).expanduser().is_file():
-        raise UserError(f"measure.text: no file {recipe.measure.text}")
+    length = recipe.data.sequence_length
+    limit = getattr(config.get_text_config(), "max_position_embeddings", length)
+    if length > limit:
+        raise UserError(
+            f"data.sequence_length: {length} is more than the {limit} positions of the base; lower "
+            f"it to {limit} or less"
+        )
     return config
+
+
+def read_texts(
+    recipe: Recipe, config: PreTrainedConfig
+) -> tuple[PreTrainedTokenizerBase, list[LoadedSource]]:
+    """The tokenizer of a recipe and its data, once all is well with them and with the text to
+    measure on, which would else be noticed hours later.
+
+    Args:
+        recipe: what to train on.
+        config: of its base.
+
+    Raises:
+        UserError: for a tokenizer, data or a text that cannot be used.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    check_end(tokenizer, config, recipe.model.base)
+    check_planned_measurement(recipe, config, tokenizer)
+    return tokenizer, load_sources(recipe.data, tokenizer)
 
 
 def gate_trainer(
     recipe: Recipe,
     args: SFTConfig | None = None,
     base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     sources: list[LoadedSource] | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> GateTrainer:
@@ -150,14 +184,15 @@ def gate_trainer(
     Args:
         recipe: what to train, on what.
         args: its `training_arguments`.
-        base: its base, if it is loaded already; `sources` likewise.
+        base: its base, if it is loaded already; `tokenizer` and `sources` likewise.
         callbacks: added to the Trainer's own.
     """
+    tokenizer = tokenizer or load_tokenizer(recipe.model)
     return GateTrainer(
         model=base or load_base(recipe.model),
         args=args or training_arguments(recipe, Path(recipe.output_dir)),
-        sources=sources or load_sources(recipe.data),
-        processing_class=load_tokenizer(recipe.model),
+        sources=sources or load_sources(recipe.data, tokenizer),
+        processing_class=tokenizer,
         gates=gate_config(recipe),
         objective=recipe.objective,
         callbacks=callbacks,
