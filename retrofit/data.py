@@ -102,7 +102,7 @@ def _load(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> Loa
 
 def _check_whole(rows: Any, columns: list[str], problem: Problem, is_chat: bool, path: str) -> None:
     if is_chat or not is_plain_text(rows, columns):
-        check_rows(enumerate(rows, 1), problem, path, "row")
+        check_rows(enumerate(_read(rows, path), 1), problem, path, "row")
     if not is_chat and is_blank(rows, columns[-1]):
         raise UserError(f"data: {path} holds nothing but blanks")
 
@@ -113,14 +113,24 @@ def _opened(source: Source, path: Path | None, streaming: bool) -> tuple[Any, di
         with _alone():
             rows = _open(source, path, streaming)
             first = next(iter(rows), None)
-    except Exception as error:  # datasets raises a dozen kinds, wrapped in one another
+    except Exception as error:  # datasets raises a dozen kinds
         if path:
             _explain(path, source.path)
-        cause = error.__cause__ or error
-        raise UserError(f"data: cannot read {source.path}: {one_line(cause)}") from None
+        raise _unreadable(source.path, error) from None
     if first is None:
         raise UserError(f"data: {source.path} is empty")
     return rows, first
+
+
+def _read(rows: Any, name: str) -> Iterator[dict]:
+    try:
+        yield from rows
+    except Exception as error:  # of datasets again; what is done with a row is not in here
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    return UserError(f"data: cannot read {name}: {one_line(error.__cause__ or error)}")
 
 
 def _local(source: Source) -> Path | None:

@@ -44,7 +44,7 @@ def _writable(text: str) -> str:
     """
     if not text.strip():
         raise ValueError("is empty")
-    if "\0" in text or not text.isascii() and text != text.encode(errors="ignore").decode():
+    if "\0" in text or text != text.encode(errors="ignore").decode():  # or half a surrogate pair
         raise ValueError(f"{_short(text)} holds what is no character")
     return text
 
@@ -159,7 +159,8 @@ class Objective(_Section):
     balance: Annotated[float, Field(ge=0)] = 0.0  # heads of one layer should carry equal loads
     balance_load: Literal["effective", "vanilla", "gated"] = "effective"  # (1 - A_sink) * g, or one
     balance_shared_heads: Annotated[int, Field(ge=0)] = 0  # but this many of the busiest
-    sampled_rows: Annotated[int, Field(ge=2, le=2**16)] = 64  # queries of a sequence that these two look at
+    # Queries of a sequence that these two look at.
+    sampled_rows: Annotated[int, Field(ge=2, le=2**16)] = 64
 
     @model_validator(mode="after")
     def _something_must_move_the_gates(self):
