@@ -45,7 +45,7 @@ _COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"), ("text"
 _WORDS_OF_TRL = {"conversations": "messages"}
 _BESIDE = ("tools", "chat_template_kwargs")  # what a chat template is given besides
 _READ = ".jsonl, .json, .txt (all three also as .gz) and .parquet"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _OTHER_FILES = re.compile(
     r"\.(csv|tsv|xlsx?|zip|tar|tgz|gz|zst|xz|bz2|7z|arrow|md|html?|pdf|docx?|ya?ml)"
 )
@@ -130,6 +130,8 @@ def _read(rows: Any, name: str) -> Iterator[dict]:
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
+    if "corresponds to no data" in str(error):
+        return UserError(f"data: {name} is empty")
     return UserError(f"data: cannot read {name}: {one_line(error.__cause__ or error)}")
 
 

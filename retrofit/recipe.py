@@ -342,7 +342,9 @@ def bundled_recipes() -> Iterator[tuple[str, Path]]:
 def _apply(settings: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
-        raise UserError(f"{override!r} is not an override: write key=value, as in train.seed=1")
+        raise UserError(
+            f"{_short(override)} is not an override: write key=value, as in train.seed=1"
+        )
     *parents, last = key.split(".")
     for parent in parents:
         settings = settings.setdefault(parent, {})
@@ -351,7 +353,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     try:
         settings[last] = parse_value(value)
     except yaml.YAMLError:
-        raise UserError(f"{key}: {value!r} is not a YAML value") from None
+        raise UserError(f"{key}: {_short(value)} is not a YAML value") from None
 
 
 def _explain(error: ValidationError) -> str:

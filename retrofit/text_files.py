@@ -102,7 +102,15 @@ def _decoded(line: bytes, number: int, path: Path) -> str:
 
 def _parsed(line: str, number: int, path: Path) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line)
+        if "\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise UserError(
+            f"cannot read {path}: line {number} escapes half a character (\\ud800 to \\udfff "
+            "come in pairs)"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"cannot read {path}: line {number} is not JSON: {one_line(error, 100)}"

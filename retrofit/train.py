@@ -117,8 +117,8 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
     """The base's config, once all is well that can be seen without weights and data.
 
     Raises:
-        UserError: for an architecture that cannot be gated, rows longer than it reads, or a
-            tracker that is not installed.
+        UserError: for an architecture that cannot be gated, layers that it does not have, rows
+            longer than it reads, or a tracker that is not installed.
     """
     config = load_config(recipe.model)
     family = family_of(config.model_type)
@@ -142,6 +142,9 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
             f"objective.balance_shared_heads: {shared} of {heads} heads leave fewer than two to "
             f"balance; lower it to {heads - 2} or less"
         )
+    layers = config.get_text_config().num_hidden_layers
+    if (last := max(recipe.gate.layers or [0])) >= layers:
+        raise UserError(f"gate.layers: there is no layer {last}; the base has 0 to {layers - 1}")
     length = recipe.data.sequence_length
     limit = getattr(config.get_text_config(), "max_position_embeddings", length)
     if length > limit:

@@ -14,7 +14,9 @@ def embedded_tokens(config: PreTrainedConfig) -> int:
     return config.get_text_config().vocab_size
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str):
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str
+) -> None:
     """Any text can hold any token of the vocabulary. Tokens added to it may lie past the
     embeddings, as that of an image in Gemma 3 does, as long as no text holds them.
 
@@ -88,9 +90,12 @@ def check_rows_of_tokens(
         for batch in batches:
             _check_last(pc.max(pc.list_flatten(batch["input_ids"])).as_py(), tokenizer, size)
         return rows
-    return rows.filter(
-        lambda row: _check_last(max(row["input_ids"], default=0), tokenizer, size) is None
-    )
+
+    def passes(row: dict) -> bool:
+        _check_last(max(row["input_ids"], default=0), tokenizer, size)
+        return True
+
+    return rows.filter(passes)
 
 
 def _check_last(last: int | None, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
