@@ -63,8 +63,8 @@ def measure(
 
     Raises:
         UserError: if a model is named twice, the text is missing, empty or too short, the length is
-            too short for the metrics or too long for a model, tokenizers differ, the text holds a token
-            that a model has no embedding for, or outputs are not finite.
+            too short for the metrics or too long for a model, tokenizers differ, the text holds a
+            token that a model has no embedding for, or outputs are not finite.
     """
     if length < NEAR + TAIL:
         raise UserError(f"length must be at least {NEAR + TAIL} tokens, not {length}")
