@@ -6,14 +6,13 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from retrofit.data import load_sources
 from retrofit.errors import UserError
 from retrofit.export import forms
 from retrofit.memory import Device, NotTracedError, estimate, remedy, this_device
-from retrofit.models import load_tokenizer
 from retrofit.opening import opening
+from retrofit.preflight import preflight, read_texts
 from retrofit.recipe import Recipe
-from retrofit.train import gate_config, preflight
+from retrofit.train import gate_config
 
 _BYTES = {
     "float64": 8.0,
@@ -47,8 +46,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
     """
     config, cached = preflight(recipe), recipe.objective.cache_teacher
     base, gates = _count_weights(config, recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    sources = load_sources(recipe.data)
+    tokenizer, sources = read_texts(recipe, config)
     return [
         Check("base", _describe_base(config, recipe, base)),
         Check("gates", _describe_gates(config, recipe, gates, base)),

@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class CheckError(RuntimeError):
     """A check of our own failed: what was made is not what it should be. Exit code 1."""
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """What an exception says, for a message of one line."""
+    return " ".join(str(error).split())[:length]

@@ -112,8 +112,17 @@ def _mean_of(metric: str) -> dict[str, Any]:
     return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
+def _quoted(argument: str) -> str:
+    """A path as lm-evaluation-harness reads it whole: it cuts at commas, and takes digits for a
+    number."""
+    path = argument.removeprefix("pretrained=")
+    is_path = path != argument and Path(path).exists()
+    return f"pretrained={path!r}" if is_path else argument
+
+
 def main() -> int:
     prepare_process(keep_freed_memory=True)
+    sys.argv[1:] = map(_quoted, sys.argv[1:])
     try:
         cli_evaluate()
     except UserError as error:

@@ -30,6 +30,7 @@ from retrofit.origin import adapter_in, check_base, run_of
 from retrofit.pickles import refuse_pickled_weights
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
 from retrofit.tokenizer_file import check_tokenizer
+from retrofit.vocabulary import check_vocabulary, embedded_tokens
 
 
 def load_base(spec: Model) -> PreTrainedModel:
@@ -81,14 +82,18 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer.
 
     Raises:
-        UserError: if there is none, it is damaged, or transformers makes another one of it.
+        UserError: if there is none, it is damaged, transformers makes another one of it, or the
+            model has no embedding for some of its tokens.
     """
+    config = load_config(spec)
     with opening(spec.base):
         tokenizer = AutoTokenizer.from_pretrained(
             spec.location, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
         check_tokenizer(tokenizer, spec.location, spec.revision)
-    if tokenizer.pad_token is None:
+        check_vocabulary(tokenizer, config, spec.base)
+    # A token of its own for padding is often added without an embedding; any token serves.
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= embedded_tokens(config):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

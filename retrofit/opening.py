@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 from retrofit.foreign_code import HINT
 
 DAMAGES = (
@@ -96,7 +96,3 @@ def _is_folder(base: str) -> bool:
     with suppress(OSError):  # a name that is too long for one
         return Path(base).expanduser().is_dir()
     return False
-
-
-def one_line(error: BaseException, length: int = 200) -> str:
-    return " ".join(str(error).split())[:length]

@@ -5,20 +5,72 @@ validates. Each field below is documented once, here; `retrofit recipes show NAM
 """
 
 import difflib
+import os
+import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict
 from retrofit.strict_yaml import parse, parse_value
+from retrofit.text_files import read_text
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["nf4", "fp4", "int8"]
+
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})", re.ASCII)
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 40
+_MICRO_BATCH = 2**24  # tokens; no device holds as many, and to plan for many more takes forever
+
+
+def _writable(text: str) -> str:
+    """
+    Raises:
+        ValueError: for text that no file could hold or have for a name.
+    """
+    if not text.strip():
+        raise ValueError("is empty")
+    if "\0" in text or text != text.encode(errors="ignore").decode():  # or half a surrogate pair
+        raise ValueError(f"{_short(text)} holds what is no character")
+    return text
+
+
+def _expanded(text: str) -> str:
+    """A path with the values of its variables, as a shell would have it.
+
+    Raises:
+        ValueError: for a variable that is not set, unless a file has that name.
+    """
+    if os.path.lexists(text):
+        return text
+    expanded = os.path.expandvars(text)
+    if unset := _VARIABLE.search(expanded):
+        raise ValueError(f"the variable {unset[0]} is not set")
+    return expanded
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it, but no longer than a line."""
+    return _REPR.repr(value)
+
+
+Text = Annotated[str, AfterValidator(_writable)]
+Location = Annotated[Text, AfterValidator(_expanded)]  # a path, or a hub id
+Count = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class _Section(BaseModel):
@@ -27,11 +79,11 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    base: str  # a folder, or a hub id
-    revision: str | None = None
+    base: Location  # a folder, or a hub id
+    revision: Text | None = None
     dtype: Dtype = "auto"  # auto: as stored
     quantization: Quantization | None = None  # bitsandbytes; the merge uses none
-    attn_implementation: str | None = None  # sdpa where the model has it
+    attn_implementation: Text | None = None  # sdpa where the model has it
     trust_remote_code: bool = False
 
     @property
@@ -64,10 +116,10 @@ class Gate(_Section):
 
 
 class Source(_Section):
-    path: str  # a .jsonl, .parquet or .txt file, or a hub id
-    name: str | None = None  # the hub dataset's configuration
-    split: str = "train"
-    text_field: str = "text"  # for plain text: the column that holds it
+    path: Location  # a .jsonl, .json, .parquet or .txt file, or a hub id
+    name: Text | None = None  # the hub dataset's configuration
+    split: Text = "train"
+    text_field: Text = "text"  # for plain text: the column that holds it
     weight: Annotated[float, Field(gt=0)] | None = None  # its share of the training tokens
 
 
@@ -107,7 +159,8 @@ class Objective(_Section):
     balance: Annotated[float, Field(ge=0)] = 0.0  # heads of one layer should carry equal loads
     balance_load: Literal["effective", "vanilla", "gated"] = "effective"  # (1 - A_sink) * g, or one
     balance_shared_heads: Annotated[int, Field(ge=0)] = 0  # but this many of the busiest
-    sampled_rows: Annotated[int, Field(ge=2)] = 64  # queries of a sequence that these two look at
+    # Queries of a sequence that these two look at.
+    sampled_rows: Annotated[int, Field(ge=2, le=2**16)] = 64
 
     @model_validator(mode="after")
     def _something_must_move_the_gates(self):
@@ -153,10 +206,10 @@ def _held(progress: float, release: float) -> float:
 
 
 class Train(_Section):
-    max_steps: Annotated[int, Field(gt=0)] | None = None  # else `epochs` over the data
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    batch_size: Annotated[int, Field(gt=0)] = 1  # rows of sequence_length a step and device
-    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    max_steps: Count | None = None  # else `epochs` over the data
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    batch_size: Count = 1  # rows of sequence_length a step and device
+    gradient_accumulation_steps: Count = 1
     # Of the gates; nothing else trains. auto: one for each layer, see calibrate.py.
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -167,19 +220,19 @@ class Train(_Section):
     gradient_checkpointing: Literal["auto", "none", "selective", "full", "reentrant"] = "auto"
     torch_compile: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # numpy takes no other
-    logging_steps: Annotated[int, Field(gt=0)] = 1
-    save_steps: Annotated[int, Field(gt=0)] = 100
+    logging_steps: Count = 1
+    save_steps: Count = 100
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
 
 
 class Measure(_Section):
-    text: str  # .txt or .jsonl that no source contains
-    length: Annotated[int, Field(ge=192)] = 512
-    windows: Annotated[int, Field(gt=0)] = 16
+    text: Location  # .txt or .jsonl that no source contains
+    length: Annotated[int, Field(ge=192, lt=2**31)] = 512
+    windows: Count = 16
 
 
 class Recipe(_Section):
-    output_dir: str  # the run folder; must not exist
+    output_dir: Location  # the run folder; must not exist
     model: Model
     gate: Gate = Gate()
     data: Data
@@ -193,6 +246,16 @@ class Recipe(_Section):
             raise ValueError("a stream has no end: set train.max_steps")
         if self.data.streaming and self.objective.cache_teacher:
             raise ValueError("objective.cache_teacher: a stream comes by once; set it to false")
+        return self
+
+    @model_validator(mode="after")
+    def _a_batch_has_bounds(self):
+        tokens = self.data.sequence_length * self.train.batch_size
+        if tokens > _MICRO_BATCH:
+            raise ValueError(
+                f"data.sequence_length times train.batch_size are {tokens:.3g} tokens at once, "
+                f"more than {_MICRO_BATCH:,}; lower one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -234,10 +297,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: one line that names the file, the key and what it should be.
     """
+    text = read_text(recipe_file(name))
     try:
-        settings = parse(recipe_file(name).read_text(encoding="utf-8"))
+        settings = parse(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name} is not YAML: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{name} is not a recipe: expected keys such as model and data")
     for override in overrides:
@@ -278,7 +342,9 @@ def bundled_recipes() -> Iterator[tuple[str, Path]]:
 def _apply(settings: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
-        raise UserError(f"{override!r} is not an override: write key=value, as in train.seed=1")
+        raise UserError(
+            f"{_short(override)} is not an override: write key=value, as in train.seed=1"
+        )
     *parents, last = key.split(".")
     for parent in parents:
         settings = settings.setdefault(parent, {})
@@ -287,7 +353,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     try:
         settings[last] = parse_value(value)
     except yaml.YAMLError:
-        raise UserError(f"{key}: {value!r} is not a YAML value") from None
+        raise UserError(f"{key}: {_short(value)} is not a YAML value") from None
 
 
 def _explain(error: ValidationError) -> str:
@@ -304,7 +370,7 @@ def _explain(error: ValidationError) -> str:
     if others and first["type"] == "literal_error" and _is_same_field(first, others[0]):
         key = key.rpartition(".")[0]
         message += f" or {others[0]['msg'].removeprefix('Input should be ')}"
-    given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
+    given = "" if first["type"] == "value_error" else f", not {_short(first['input'])}"
     return f"{key}: {message}{given}" if key else message
 
 

@@ -32,7 +32,12 @@ def parse(text: str) -> Any:
     Raises:
         YAMLError: if it is not YAML, or a key is there twice.
     """
-    return yaml.load(text, _Loader)  # a SafeLoader
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
 
 
 def parse_value(text: str) -> Any:
@@ -41,7 +46,10 @@ def parse_value(text: str) -> Any:
     Raises:
         YAMLError: if it is not YAML, or something other than text is followed by a comment.
     """
-    node = yaml.compose(text, _Loader)
+    try:
+        node = yaml.compose(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
     rest = text[node.end_mark.index if node else 0 :].strip()
     if not rest:
         return parse(text)

@@ -12,10 +12,12 @@ from transformers.utils import cached_file
 
 from retrofit.errors import UserError
 
-# What tokenizers differ in: numbers, blanks, line ends, capitals, apostrophes, scripts, symbols.
+# What tokenizers differ in: numbers, blanks, line ends, capitals, apostrophes, scripts, symbols,
+# and characters that Unicode's normal forms put together, take apart or replace.
 _TEXT = """Call me Ishmael. Some years ago, never mind how long precisely, I'd 12 dollars, DON'T ask
 In 1851 it cost $3,141.59 (or 10%); isn't that  too   much?\r\n\n\n\tdef f(x): return x+1 # y_2
-“naïve café”… Größe, Жизнь, 日本語のテキスト, مرحبا, 한국어 🙂🙂 a/b\\c x.org/?q=1&r=22 \t end """
+“naïve café”… Größe, Жизнь, 日本語のテキスト, مرحبا, 한국어 🙂🙂 a/b\\c x.org/?q=1&r=22 \t end
+e\u0301 o\u0308 \u1112\u1161\u11ab \u212b \ufb01 \u2460 \uff21 \u2026 \u0130 a\u0323\u0307 """
 _PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 
 

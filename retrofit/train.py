@@ -9,26 +9,28 @@ import os
 import platform
 import shutil
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 from trl import SFTConfig
 
-from retrofit.adapters import family_of
-from retrofit.base_config import check_gateable, check_stored_whole
 from retrofit.callbacks import GradientCheck, Interrupt, ProgressBar
 from retrofit.checkpoint import accumulation_steps, last_checkpoint, whole_adapter
 from retrofit.data import LoadedSource, load_sources
 from retrofit.errors import CheckError, UserError
-from retrofit.export.source import stored_as_told
 from retrofit.files import write_json, write_text
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
-from retrofit.models import check_files, load_base, load_config, load_tokenizer
+from retrofit.models import load_base, load_tokenizer
+from retrofit.preflight import preflight, read_texts
 from retrofit.process import return_large_blocks
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.trainer import GateTrainer
@@ -65,16 +67,17 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console(quiet=not ranks.is_main_process)
     run = Path(recipe.output_dir).expanduser()
     checkpoint = _check_folder(run, recipe, resume)
-    preflight(recipe)
+    config = preflight(recipe)
     ranks.wait_for_everyone()  # all have looked before one writes
     args = training_arguments(recipe, run, checkpoint)
     if args.gradient_checkpointing:
         return_large_blocks()
-    sources = load_sources(recipe.data)  # before weights, which take longer
+    tokenizer, sources = read_texts(recipe, config)  # before weights, which take longer
     base = load_base(recipe.model)
     frozen = _fingerprint(base, recipe)
     interrupt, bar = Interrupt(console), ProgressBar(console)
-    trainer = gate_trainer(recipe, args, base, sources, callbacks=[GradientCheck(), interrupt, bar])
+    callbacks = [GradientCheck(), interrupt, bar]
+    trainer = gate_trainer(recipe, args, base, tokenizer, sources, callbacks)
     trainer.remove_callback(PrinterCallback)
     try:
         _calibrate(trainer, recipe, console, resumed=checkpoint is not None)
@@ -106,50 +109,11 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     return run
 
 
-def preflight(recipe: Recipe) -> PreTrainedConfig:
-    """The base's config, once all is well that can be seen without weights and data.
-
-    Raises:
-        UserError: for an architecture that cannot be gated, a tracker that is not installed, or a
-            text to measure on that is not there, which would else be noticed hours later.
-    """
-    config = load_config(recipe.model)
-    check_gateable(config, recipe.model.base, recipe.gate.layers)
-    check_stored_whole(config, recipe.model.base)
-    check_files(recipe.model, config)
-    folder, elsewhere = Path(recipe.model.location), ("transformers_weights", "quantization_config")
-    if folder.is_dir() and not any(getattr(config, name, None) for name in elsewhere):
-        stored_as_told(folder, config, recipe.model.base)
-    family = family_of(config.model_type)
-    if recipe.data.packing and not family.packs:
-        raise UserError(
-            f"data.packing: transformers does not keep the documents of a row apart in a "
-            f"{config.model_type} model; set it to false"
-        )
-    kernel = recipe.model.attn_implementation
-    if recipe.gate.sinks != "none" and kernel not in (None, "sdpa", "eager"):
-        raise UserError(
-            f"model.attn_implementation: gates with sinks do not run on {kernel}; set it to sdpa "
-            "or eager, or gate.sinks to none"
-        )
-    for tracker in recipe.train.report_to:
-        if find_spec(tracker) is None:
-            raise UserError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
-    shared, heads = recipe.objective.balance_shared_heads, config.num_attention_heads
-    if recipe.objective.balance and shared > heads - 2:
-        raise UserError(
-            f"objective.balance_shared_heads: {shared} of {heads} heads leave fewer than two to "
-            f"balance; lower it to {heads - 2} or less"
-        )
-    if recipe.measure and not Path(recipe.measure.text).expanduser().is_file():
-        raise UserError(f"measure.text: no file {recipe.measure.text}")
-    return config
-
-
 def gate_trainer(
     recipe: Recipe,
     args: SFTConfig | None = None,
     base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     sources: list[LoadedSource] | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> GateTrainer:
@@ -158,14 +122,15 @@ def gate_trainer(
     Args:
         recipe: what to train, on what.
         args: its `training_arguments`.
-        base: its base, if it is loaded already; `sources` likewise.
+        base: its base, if it is loaded already; `tokenizer` and `sources` likewise.
         callbacks: added to the Trainer's own.
     """
+    tokenizer = tokenizer or load_tokenizer(recipe.model)
     return GateTrainer(
         model=base or load_base(recipe.model),
         args=args or training_arguments(recipe, Path(recipe.output_dir)),
-        sources=sources or load_sources(recipe.data),
-        processing_class=load_tokenizer(recipe.model),
+        sources=sources or load_sources(recipe.data, tokenizer),
+        processing_class=tokenizer,
         gates=gate_config(recipe),
         objective=recipe.objective,
         callbacks=callbacks,

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from retrofit.auxiliary import add_auxiliary
 from retrofit.calibrate import Calibration, calibrate
+from retrofit.chats import assistant_found
 from retrofit.checkpoint import SafetensorsCheckpoints
 from retrofit.collate import PackedRows
 from retrofit.data import LoadedSource
@@ -26,6 +27,7 @@ from retrofit.objectives import add_objectives
 from retrofit.packed_attention import attend_by_document
 from retrofit.recipe import Objective
 from retrofit.teacher_cache import TeacherCache
+from retrofit.vocabulary import check_rows_of_tokens, embedded_tokens
 
 # Of sink logits and key biases, which are stored in tens of nats: up to 0.1 a step.
 CONSTANTS_RATE = 1e-2
@@ -63,7 +65,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
         first_tokens: int = 0,
     ):
-        self.sources = sources
+        self.sources, self._embedded = sources, embedded_tokens(model.config)
         if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # PEFT, TRL and transformers each let gradients flow to the embeddings, through layers
             # without gates; the reentrant kind of checkpointing alone needs that.
@@ -178,10 +180,11 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         prepared = []
         for source in self.sources:
             self.completion_only_loss = source.completion_only
-            rows = super()._prepare_dataset(
-                source.rows, processing_class, args, packing, formatting_func, name
-            )
-            prepared.append(rows)
+            with assistant_found(source.path):
+                rows = super()._prepare_dataset(
+                    source.rows, processing_class, args, packing, formatting_func, name
+                )
+            prepared.append(check_rows_of_tokens(rows, processing_class, self._embedded))
         mixed = mix(prepared, [source.weight for source in self.sources], args.seed)
         self._check_length(mixed, args, packing)
         return mixed

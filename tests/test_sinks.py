@@ -23,9 +23,10 @@ from retrofit.gates.layer import GateProjection
 from retrofit.gates.rope import slow_pairs
 from retrofit.gates.sinks import UNIT
 from retrofit.packed_attention import NAME as BY_DOCUMENT
+from retrofit.preflight import preflight
 from retrofit.probe import probe
 from retrofit.recipe import load_recipe
-from retrofit.train import preflight, train
+from retrofit.train import train
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 6, 2, 16, 0.3
 KINDS = [

@@ -243,6 +243,16 @@ def test_a_model_that_is_not_there_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: no model at 'nowhere'")
 
 
+@pytest.mark.parametrize("name", ["a,b", "12", "a=b", "[x]", "it's, so", "true"])
+def test_a_path_reaches_the_harness_whole(tmp_path, monkeypatch, name):
+    from lm_eval._cli.utils import key_val_to_dict
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    argument = harness._quoted(f"pretrained={name}")
+    assert key_val_to_dict(argument) == {"pretrained": name}
+
+
 @pytest.mark.slow
 def test_the_command_line_of_the_harness(configs, sources, tmp_path):
     command = [sys.executable, "-m", "retrofit.harness", "--model", "retrofit", "--tasks", "eight"]

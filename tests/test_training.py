@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from retrofit import callbacks
@@ -393,7 +394,7 @@ def test_a_path_is_the_file_of_that_name_and_no_pattern(tmp_path, name, streamin
         path = folder / f"{name}.jsonl"
         path.write_text(json.dumps({"text": "right"}) + "\n")
         data = Data.model_validate({"sources": [{"path": str(path)}], "streaming": streaming})
-        (source,) = load_sources(data)
+        (source,) = load_sources(data, tiny_tokenizer())
         assert [row["text"] for row in source.rows] == ["right"]
 
 

@@ -21,6 +21,7 @@ from retrofit.measure.subject import Part, Subject, Track
 from retrofit.measure.texts import cut_windows, prepended_token, read_documents
 from retrofit.metrics import NEAR, TAIL, PredictionStatistics
 from retrofit.models import load_model
+from retrofit.vocabulary import check_texts, embedded_tokens
 
 _SINKS = "sinks"  # what is always measured
 
@@ -62,8 +63,8 @@ def measure(
 
     Raises:
         UserError: if a model is named twice, the text is missing, empty or too short, the length is
-            too short for the metrics or too long for a model, tokenizers differ, or outputs are not
-            finite.
+            too short for the metrics or too long for a model, tokenizers differ, the text holds a
+            token that a model has no embedding for, or outputs are not finite.
     """
     if length < NEAR + TAIL:
         raise UserError(f"length must be at least {NEAR + TAIL} tokens, not {length}")
@@ -90,6 +91,7 @@ def measure(
             compared = None if source == sources[0] else of_base
             subject = Subject(name, source, model, tokenizer, documents, opener, compared)
             _check_positions(subject, length)
+            check_texts(tokenizer, embedded_tokens(subject.inner.config), documents)
             input_ids = cut_windows(documents, tokenizer, length, windows)
             _check_same_tokens(subject, input_ids, plan)
             if not plan.settings:

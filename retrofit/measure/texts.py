@@ -1,7 +1,6 @@
 """The text that models are measured on, as windows of tokens."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
@@ -9,29 +8,43 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from retrofit.errors import UserError
+from retrofit.rows import RowCheck
+from retrofit.text_files import kind_of, read_json_lines, read_text
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a .txt file (one) or a .jsonl file (the `text` of each line).
+    """The documents of a .txt file (one) or a .jsonl file (the `text` of each line), both also as
+    .gz.
 
     Raises:
-        UserError: if it is missing, of another kind, or has no text.
+        UserError: if it is missing, of another kind, not UTF-8, or has no text, or a line is not
+            such an object; the message names the line.
     """
     if not path.is_file():
         raise UserError(f"no text file at {path}")
-    content = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        try:
-            documents = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'every line of {path} must be {{"text": ...}}') from None
-    elif path.suffix == ".txt":
-        documents = [content]
-    else:
-        raise UserError(f"{path} must be a .txt or .jsonl file")
+    if (kind := kind_of(path)) not in (".txt", ".jsonl"):
+        raise UserError(f"{path} must be a .txt or .jsonl file, or one of them as .gz")
+    _check_name(path)
+    documents = [read_text(path)] if kind == ".txt" else list(_texts(path))
     if not any(document.strip() for document in documents):
         raise UserError(f"{path} is empty")
     return documents
+
+
+def _texts(path: Path) -> Iterator[str]:
+    problem = RowCheck(["text"])
+    for number, row in read_json_lines(path):
+        if found := problem(row):
+            raise UserError(f'{path}, line {number}: {found}; every line must be {{"text": ...}}')
+        yield row["text"]
+
+
+def _check_name(path: Path) -> None:
+    """Figures are kept with the name of their text, in UTF-8."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of {str(path)!r} is not UTF-8; rename the file") from None
 
 
 def prepended_token(tokenizer: PreTrainedTokenizerBase) -> str | None:

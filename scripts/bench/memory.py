@@ -59,7 +59,7 @@ def compared(name: str) -> Ratio:
 def said(name: str) -> dict:
     prepare_process()
     from retrofit.memory import estimate, this_device
-    from retrofit.train import preflight
+    from retrofit.preflight import preflight
 
     recipe = load_recipe(str(RECIPE), RECIPES[name])
     found = estimate(recipe, preflight(recipe), this_device())

@@ -150,6 +150,7 @@ def trl_step(recipe: Recipe, batch: dict[str, torch.Tensor], checkpointing: bool
     model = load_base(recipe.model)
     if half and not checkpointing:
         model = get_peft_model(model, lora(), autocast_adapter_dtype=False)
+    tokenizer = load_tokenizer(recipe.model)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -161,8 +162,8 @@ def trl_step(recipe: Recipe, batch: dict[str, torch.Tensor], checkpointing: bool
             max_length=recipe.data.sequence_length,
             report_to=[],
         ),
-        train_dataset=load_sources(recipe.data)[0].rows.select(range(64)),
-        processing_class=load_tokenizer(recipe.model),
+        train_dataset=load_sources(recipe.data, tokenizer)[0].rows.select(range(64)),
+        processing_class=tokenizer,
         peft_config=None if half and not checkpointing else lora(),
     )
     if checkpointing:  # as `train` begins

@@ -1,0 +1,54 @@
+"""What a recipe wants measured when training ends, looked at before it starts."""
+
+import filecmp
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from retrofit.errors import UserError
+from retrofit.measure.texts import cut_windows, read_documents
+from retrofit.recipe import Measure, Recipe
+from retrofit.vocabulary import check_texts, embedded_tokens
+
+
+def check_planned_measurement(
+    recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """
+    Args:
+        recipe: whose `measure` section is looked at.
+        config: of its base.
+        tokenizer: of its base.
+
+    Raises:
+        UserError: if the text cannot be read, is too short or trained on, or a window is longer
+            than the base reads.
+    """
+    if recipe.measure is None:
+        return
+    try:
+        _check(recipe.measure, config, tokenizer)
+    except UserError as error:
+        raise UserError(f"measure: {error}") from None
+    text = Path(recipe.measure.text).expanduser()
+    for source in recipe.data.sources:
+        if _is_same(Path(source.path).expanduser(), text):
+            raise UserError(
+                f"measure.text: {recipe.measure.text} is trained on (data.sources has "
+                f"{source.path}); measure on a text that is not"
+            )
+
+
+def _check(measure: Measure, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", measure.length)
+    if measure.length > limit:
+        raise UserError(
+            f"the base has {limit} positions, fewer than the length of {measure.length}"
+        )
+    documents = read_documents(Path(measure.text).expanduser())
+    check_texts(tokenizer, embedded_tokens(config), documents)
+    cut_windows(documents, tokenizer, measure.length, measure.windows)
+
+
+def _is_same(source: Path, text: Path) -> bool:
+    return source.is_file() and filecmp.cmp(source, text, shallow=False)
