@@ -303,7 +303,7 @@ def test_line_separators_inside_a_document_do_not_end_it(tmp_path):
         ("empty.txt", " \n", "is empty"),
         ("empty.jsonl", "", "is empty"),
         ("bad.jsonl", '{"text": "a"}\n{"body": "b"}', "every line must be"),
-        ("bad.jsonl", "not json", "every line must be"),
+        ("bad.jsonl", "not json", "line 1 is not JSON"),
         ("text.csv", "text", "must be a .txt or .jsonl file"),
         ("short.txt", "a" * 191, "the text has 191 tokens, less than one window of 192"),
     ],
