@@ -23,7 +23,7 @@ def in_chatml(rows: Dataset | IterableDataset, first: dict) -> Dataset | Iterabl
         first: its first row, as it was read.
     """
     chats = [first[name] for name in ("messages", "conversations", "prompt") if name in first]
-    messages = next(filter(None, chats), [{}])
+    messages: list[Any] = next(filter(None, chats), [{}])
     is_sharegpt = isinstance(messages[0], dict) and "from" in messages[0]
     return rows.map(maybe_convert_to_chatml) if is_sharegpt else rows
 

@@ -87,7 +87,7 @@ def _load(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> Loa
     check = partial(RowCheck, chat=is_chat, assistant_only=data.assistant_only_loss)
     if path and is_json_lines(path):
         check_rows(read_json_lines(path), check(names), source.path, "line")
-    problem = check(names.values())
+    problem: Problem = check(names.values())
     rows = _in_words_of_trl(rows, names, first)
     if is_chat:
         rows = in_chatml(rows, first)

@@ -3,7 +3,7 @@
 A row that does not is named by its number, before anything is loaded or written.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +27,7 @@ class RowCheck:
         assistant_only: whether the turns of the assistant alone are trained on.
     """
 
-    def __init__(self, columns: Sequence[str], chat: bool = False, assistant_only: bool = False):
+    def __init__(self, columns: Collection[str], chat: bool = False, assistant_only: bool = False):
         self.columns, self.chat, self.assistant_only = columns, chat, assistant_only
 
     def __call__(self, row: Any) -> str | None:
