@@ -5,6 +5,7 @@ validates. Each field below is documented once, here; `retrofit recipes show NAM
 """
 
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,7 @@ from retrofit.errors import UserError
 from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict
 from retrofit.strict_yaml import parse, parse_value
 
+RESOLVED = "recipe.resolved.yaml"  # in a run folder
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["nf4", "fp4", "int8"]
 
@@ -219,8 +221,24 @@ class Recipe(_Section):
             raise ValueError("objective.balance reads the gates of heads: gate.position must be G1")
         return self
 
+    def anchored(self) -> "Recipe":
+        """The same, with the files that it names by relative paths named by absolute ones, so that
+        it means the same from any folder."""
+        settings = self.model_dump()
+        settings["model"]["base"] = _anchored(self.model.base)
+        for source in settings["data"]["sources"]:
+            source["path"] = _anchored(source["path"])
+        if self.measure:
+            settings["measure"]["text"] = _anchored(self.measure.text)
+        return Recipe.model_validate(settings)
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _anchored(path: str) -> str:
+    """Absolute where there is such a file or folder; else it is a hub id."""
+    return str(Path(path).absolute()) if os.path.lexists(path) else path
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -228,18 +246,21 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: a YAML file, or the name of a bundled recipe (`llama/smollm2-135m-cpu`, or its last
-            part alone).
+            part alone). The recipe in a run folder is of that run, wherever it was moved to.
         overrides: `section.key=value`, the value in YAML.
 
     Raises:
         UserError: one line that names the file, the key and what it should be.
     """
+    file = recipe_file(name)
     try:
-        settings = parse(recipe_file(name).read_text(encoding="utf-8"))
+        settings = parse(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{name} is not a recipe: expected keys such as model and data")
+    if file.name == RESOLVED:
+        settings["output_dir"] = str(file.parent)
     for override in overrides:
         _apply(settings, override)
     try:
