@@ -1,6 +1,7 @@
 """`retrofit check`: what a recipe would do, found out without loading a weight."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -11,6 +12,7 @@ from retrofit.errors import UserError
 from retrofit.export import forms
 from retrofit.memory import Device, NotTracedError, estimate, remedy, this_device
 from retrofit.models import load_tokenizer
+from retrofit.output_path import refuse_unwritable
 from retrofit.recipe import Recipe
 from retrofit.train import gate_config, preflight
 
@@ -36,6 +38,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
         UserError: for anything that would stop `retrofit train` before its first step, or if that
             step takes more memory than there is.
     """
+    refuse_unwritable(Path(recipe.output_dir).expanduser())
     config, cached = preflight(recipe), recipe.objective.cache_teacher
     base, gates = _count_weights(config, recipe)
     tokenizer = load_tokenizer(recipe.model)

@@ -48,13 +48,15 @@ class SafetensorsCheckpoints(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        checkpoints = Path(self.args.output_dir)
+        folder = checkpoints / f"checkpoint-{self.state.global_step}"
         try:
             with writing(folder):
                 super()._save_checkpoint(model, trial)
         except UserError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise UserError(f"{error}; make room, and go on with --resume") from error
+            again = "go on with --resume" if last_checkpoint(checkpoints)[0] else "start again"
+            raise UserError(f"{error}; make room, and {again}") from error
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.args.should_save:
@@ -152,7 +154,8 @@ def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def _check_gates(path: Path, model: PeftModel) -> None:
     """PEFT only warns of a gate that is not in the file, and would train it from the start."""
-    gates = {name: list(gate.shape) for name, gate in get_peft_model_state_dict(model).items()}
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    gates = {name: list(gate.shape) for name, gate in held.items()}
     with safe_open(path, framework="pt") as file:
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     wrong = {name for name in gates.keys() | stored.keys() if gates.get(name) != stored.get(name)}
@@ -219,10 +222,16 @@ class _Rows(BaseModel):
     ranks: Annotated[int, Field(gt=0)] = 1
 
 
+class _Group(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    params: list[int]
+
+
 class _Optimizer(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    param_groups: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    param_groups: Annotated[list[_Group], Field(min_length=1)]
     scheduler: dict[str, Any]
 
 
@@ -230,9 +239,9 @@ def _check_tensors(checkpoint: Path, ranks: int) -> None:
     if not _names(checkpoint / SAFE_ADAPTER):
         raise ValueError(f"{SAFE_ADAPTER} is empty")
     groups = _Optimizer.model_validate(_read(checkpoint, _STATE)).param_groups
-    trained = {str(index) for group in groups for index in group["params"]}
+    trained = {str(index) for group in groups for index in group.params}
     moved = {name.partition(".")[0] for name in _names(checkpoint / _OPTIMIZER)}
-    if moved != trained:
+    if not moved or not moved <= trained:
         raise ValueError(f"{_OPTIMIZER} is not of what {_STATE} names")
     for rank in range(ranks):
         if not {"torch", "python", "numpy"} <= _names(checkpoint / _rng_name(rank)):

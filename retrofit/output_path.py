@@ -29,7 +29,9 @@ def refuse_unwritable(path: Path) -> None:
         for longest in (path.parent / f"{path.name}{'-' * _LONGER}", path / _BELOW):
             _exists(longest)
     except ValueError:
-        raise UserError(f"{str(path)!r} is no name of a file: it is not UTF-8, or holds a zero") from None
+        raise UserError(
+            f"{str(path)!r} is no name of a file: it is not UTF-8, or holds a zero"
+        ) from None
     except OSError as error:
         shown = str(path) if len(str(path)) < _SHOWN else f"{str(path)[:_SHOWN]}..."
         raise UserError(f"{shown} cannot be written: {error.strerror}") from None

@@ -6,7 +6,7 @@ validates. Each field below is documented once, here; `retrofit recipes show NAM
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -224,12 +224,20 @@ class Recipe(_Section):
     def anchored(self) -> "Recipe":
         """The same, with the files that it names by relative paths named by absolute ones, so that
         it means the same from any folder."""
+        return self._with_paths(_anchored)
+
+    def published(self) -> "Recipe":
+        """The same, without the folders in which its files lie, which are nobody's business."""
+        named = self._with_paths(_name)
+        return named.model_copy(update={"output_dir": _name(self.output_dir)})
+
+    def _with_paths(self, change: Callable[[str], str]) -> "Recipe":
         settings = self.model_dump()
-        settings["model"]["base"] = _anchored(self.model.base)
+        settings["model"]["base"] = change(self.model.base)
         for source in settings["data"]["sources"]:
-            source["path"] = _anchored(source["path"])
+            source["path"] = change(source["path"])
         if self.measure:
-            settings["measure"]["text"] = _anchored(self.measure.text)
+            settings["measure"]["text"] = change(self.measure.text)
         return Recipe.model_validate(settings)
 
     def to_yaml(self) -> str:
@@ -239,6 +247,10 @@ class Recipe(_Section):
 def _anchored(path: str) -> str:
     """Absolute where there is such a file or folder; else it is a hub id."""
     return str(Path(path).absolute()) if os.path.lexists(path) else path
+
+
+def _name(path: str) -> str:
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -233,9 +233,12 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> 
             raise UserError(f"{run} exists; choose another output_dir, or add --resume")
         return None
     resolved = run / RESOLVED
-    if not resolved.is_file():
-        if _holds_nothing(run):
-            return None
+    if _holds_nothing(run):
+        return None
+    # A merged checkpoint has the recipe, too.
+    if not resolved.is_file() or not any(
+        (run / name).exists() for name in ("checkpoints", "run.json")
+    ):
         raise UserError(f"nothing to resume: {run} holds no run")
     before, now = load_recipe(str(resolved)).anchored().model_dump(), recipe.model_dump()
     # The folder may have been moved.

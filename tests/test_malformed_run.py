@@ -545,7 +545,8 @@ def test_a_full_disk_during_a_checkpoint_is_one_line(home, tmp_path, monkeypatch
     with pytest.raises(UserError) as raised:
         train(Recipe.model_validate(settings(str(run))))
     message = str(raised.value)
-    assert "No space left on device; make room, and go on with --resume" in message
+    again = "start again" if first else "go on with --resume"
+    assert f"No space left on device; make room, and {again}" in message
     left = {path.name for path in run.glob("checkpoints/*")}
     assert left == (set() if first else {"checkpoint-1", "checkpoint-2"})
     assert run.exists() != first and (tmp_path / "deep").exists() != first
