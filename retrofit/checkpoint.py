@@ -47,6 +47,13 @@ class SafetensorsCheckpoints(Trainer):
             _check_gates(Path(resume_from_checkpoint) / SAFE_ADAPTER, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _run_epoch(self, *args, **kwargs):
+        """A run that was killed after its last step has none left, and the Trainer takes one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model, trial):
         checkpoints = Path(self.args.output_dir)
         folder = checkpoints / f"checkpoint-{self.state.global_step}"

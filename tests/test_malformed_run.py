@@ -1,6 +1,7 @@
 """Run folders, checkpoints and output paths that are damaged, moved, full or oddly named."""
 
 import errno
+import html
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from retrofit.files import appearing_whole, temporary_folder
 from retrofit.measure.session import Done
 from retrofit.output_path import refuse_unwritable
 from retrofit.recipe import Recipe, load_recipe
+from retrofit.report import plot
 from retrofit.train import Interrupted, train
 
 STEPS = 5
@@ -615,25 +617,32 @@ def test_what_killed_processes_left_for_a_while_is_tidied_up(tmp_path, monkeypat
 NAMES = ["[v2]", "[/b]", "[bold]", "a\\", "[red]x[/red]", "[link=x]", "$x^$", "_x", "{x}", "50%"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_shown_as_it_is_by_every_part_of_measure(home, tmp_path, name, capsys):
-    text = home / "text.jsonl"
-    base = tmp_path / name
+@pytest.fixture(scope="module")
+def measured(home):
+    """What is measured of a model whose name looks like markup."""
+    base, out = home / "[v2] [bold]", home / "[v2].json"
     base.symlink_to(home / "base")
-    out = [tmp_path / f"{name}.{suffix}" for suffix in ("json", "html", "png")]
-    named = zip(("--json", "--report", "--plot"), out, strict=True)
     said = command(
-        *("measure", home / "base", base, "--text", text, "--length", 192, "--windows", 1),
-        *(each for pair in named for each in pair),
+        *("measure", home / "base", base, "--text", home / "text.jsonl", "--length", 192),
+        *("--windows", 1, "--json", out, "--plot", home / "[v2].png"),
     )
-    assert name in said
-    assert all(path.stat().st_size for path in out)
-    assert json.loads(out[0].read_text())["models"][1]["name"] == name
-    assert name in command("compare", out[0])
+    assert "[v2] [bold]" in said and (home / "[v2].png").stat().st_size
+    return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", ["[v2]", "[/b]", "a b", "$x"])
-def test_a_run_is_told_by_the_name_that_it_has(home, tmp_path, name, monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_shown_as_it_is_by_every_part_of_a_report(measured, tmp_path, name):
+    measured["models"][1]["name"] = name
+    (tmp_path / "given.json").write_text(json.dumps(measured))
+    report = tmp_path / "report.html"
+    assert name in command("compare", tmp_path / "given.json", "--report", report)
+    assert html.escape(name) in report.read_text()
+    plot(measured, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["[v2]", "[/b] $x"])
+def test_a_run_is_told_by_the_name_that_it_has(home, tmp_path, name, monkeypatch, in_process):
     monkeypatch.chdir(home)
     run = tmp_path / name
     said = command(
@@ -660,3 +669,11 @@ def test_nobody_listening_is_no_reason_to_end(to):
         console.print("x" * 10_000)
         console.print("again")
     assert console.quiet
+
+
+def test_a_merged_checkpoint_names_no_folder_and_is_not_resumed(home, runs, tmp_path, in_process):
+    command("merge", runs["whole"], "--out", tmp_path / "merged")
+    recipe = tmp_path / "merged" / "recipe.resolved.yaml"
+    assert str(home) not in recipe.read_text() and "text.jsonl" in recipe.read_text()
+    message = refusal("train", recipe, "--resume", leaves_alone=tmp_path)
+    assert "holds no run" in message
