@@ -107,15 +107,15 @@ def process(code: str, *arguments, **kwargs) -> subprocess.Popen:
 
 
 def test_a_run_killed_at_any_write_goes_on(recipe, whole, tmp_path):
-    """Of the kills of the whole run each third is tried, so that all kinds come up."""
+    """Of its writes each seventh is tried, which is no multiple of how many a checkpoint takes."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_EACH_WRITE, str(recipe), str(tmp_path), "3"],
+        [sys.executable, "-c", KILLED_AT_EACH_WRITE, str(recipe), str(tmp_path), "7"],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     runs = [Path(line) for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
-    assert len(runs) > 5
+    assert len(runs) > 3
     expected = adapter_of(whole)
     for run in runs:
         found = adapter_of(run)

@@ -637,6 +637,11 @@ def test_a_name_is_shown_as_it_is_by_every_part_of_a_report(measured, tmp_path, 
     report = tmp_path / "report.html"
     assert name in command("compare", tmp_path / "given.json", "--report", report)
     assert html.escape(name) in report.read_text()
+
+
+@pytest.mark.parametrize("name", ["$x^$", "_x"])
+def test_a_name_is_no_formula_in_a_picture(measured, tmp_path, name):
+    measured["models"][1]["name"] = name
     plot(measured, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size
 
