@@ -1,6 +1,7 @@
 """`retrofit check`: what a recipe would do, found out without loading a weight."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -10,6 +11,7 @@ from retrofit.errors import UserError
 from retrofit.export import forms
 from retrofit.memory import Device, NotTracedError, estimate, remedy, this_device
 from retrofit.opening import opening
+from retrofit.output_path import refuse_unwritable
 from retrofit.preflight import preflight, read_texts
 from retrofit.recipe import Recipe
 from retrofit.train import gate_config
@@ -44,6 +46,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
         UserError: for anything that would stop `retrofit train` before its first step, or if that
             step takes more memory than there is.
     """
+    refuse_unwritable(Path(recipe.output_dir).expanduser())
     config, cached = preflight(recipe), recipe.objective.cache_teacher
     base, gates = _count_weights(config, recipe)
     tokenizer, sources = read_texts(recipe, config)

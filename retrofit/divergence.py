@@ -45,5 +45,6 @@ def check_finite(
         )
     raise DivergedError(
         f"training diverged: {what} at step {step + 1}; lower train.learning_rate (it is "
-        f"{learning_rate:g} at most) or the weights in objective, and start again"
+        f"{learning_rate:g} at most) or the weights in objective, and start again "
+        "in another output_dir: resumed, it would come to the same"
     )

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -31,11 +31,13 @@ from retrofit.files import (
     read_json,
     refuse_existing,
     write_json,
+    write_text,
 )
 from retrofit.proof.passage import PASSAGE
 from retrofit.proof.reference import FILE
 from retrofit.proof.report import REPORT
 from retrofit.proof.verify import MergeMismatchError, trained_reference, verify
+from retrofit.recipe import RESOLVED, load_recipe
 
 __all__ = ["MergeMismatchError", "merge"]
 
@@ -111,7 +113,8 @@ def merge(
             report["verification"] |= verify(report, folder)
         report["seconds"] = seconds
         copy(source.base, folder, *_TERMS)
-        copy(source.folder, folder, "recipe.resolved.yaml", "measure.json")
+        copy(source.folder, folder, "measure.json")
+        _write_recipe(source, folder)
         write_json(folder / REPORT, report)
         card = model_card(report, source.base, folder, repo_id or "path/to/this")
         card.save(folder / "README.md")
@@ -203,6 +206,13 @@ def _write_generation_config(source: Source, folder: Path) -> None:
     copy(source.base, folder, "generation_config.json")
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(source.config).save_pretrained(folder)
+
+
+def _write_recipe(source: Source, folder: Path) -> None:
+    """A damaged one is left out: it has no part in what was merged."""
+    with suppress(ValueError, OSError):
+        recipe = load_recipe(str(source.folder / RESOLVED))
+        write_text(folder / RESOLVED, recipe.published().to_yaml())
 
 
 def _report(source: Source, about: dict, rounding_kl: float) -> dict:

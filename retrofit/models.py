@@ -2,7 +2,6 @@
 that was published with gates."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from retrofit.errors import UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.shards import StoredWeights
 from retrofit.export.source import check_ungated, has_published_gates
+from retrofit.files import temporary_folder
 from retrofit.foreign_code import with_consent
 from retrofit.opening import DAMAGES, check_complete, finite, one_line, opening
 from retrofit.origin import adapter_in, check_base, run_of
@@ -207,10 +207,8 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
 def _load_published(spec: Model) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Its base and its gates, taken apart on disk for as long as it takes to open them, so that
     none of the code it brings is run."""
-    # What is still mapped into memory stays readable once the files have lost their names, except
-    # where a system refuses to remove them.
-    with TemporaryDirectory(prefix="retrofit-", ignore_cleanup_errors=True) as temporary:
-        apart = Path(temporary) / "apart"
+    with temporary_folder() as temporary:
+        apart = temporary / "apart"
         unpack(_folder_of(spec), apart)
         stock = {"base": str(apart / "base"), "revision": None, "trust_remote_code": False}
         spec = spec.model_copy(update=stock)

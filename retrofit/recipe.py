@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +28,7 @@ from retrofit.gate_settings import Activation, Granularity, Position, Sinks, con
 from retrofit.strict_yaml import parse, parse_value
 from retrofit.text_files import read_text
 
+RESOLVED = "recipe.resolved.yaml"  # in a run folder
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["nf4", "fp4", "int8"]
 
@@ -282,8 +283,36 @@ class Recipe(_Section):
             raise ValueError("objective.balance reads the gates of heads: gate.position must be G1")
         return self
 
+    def anchored(self) -> "Recipe":
+        """The same, with the files that it names by relative paths named by absolute ones, so that
+        it means the same from any folder."""
+        return self._with_paths(_anchored)
+
+    def published(self) -> "Recipe":
+        """The same, without the folders in which its files lie, which are nobody's business."""
+        named = self._with_paths(_name)
+        return named.model_copy(update={"output_dir": _name(self.output_dir)})
+
+    def _with_paths(self, change: Callable[[str], str]) -> "Recipe":
+        settings = self.model_dump()
+        settings["model"]["base"] = change(self.model.base)
+        for source in settings["data"]["sources"]:
+            source["path"] = change(source["path"])
+        if self.measure:
+            settings["measure"]["text"] = change(self.measure.text)
+        return Recipe.model_validate(settings)
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _anchored(path: str) -> str:
+    """Absolute where there is such a file or folder; else it is a hub id."""
+    return str(Path(path).absolute()) if os.path.lexists(path) else path
+
+
+def _name(path: str) -> str:
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -291,19 +320,22 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: a YAML file, or the name of a bundled recipe (`llama/smollm2-135m-cpu`, or its last
-            part alone).
+            part alone). The recipe in a run folder is of that run, wherever it was moved to.
         overrides: `section.key=value`, the value in YAML.
 
     Raises:
         UserError: one line that names the file, the key and what it should be.
     """
-    text = read_text(recipe_file(name))
+    file = recipe_file(name)
+    text = read_text(file)
     try:
         settings = parse(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{name} is not a recipe: expected keys such as model and data")
+    if file.name == RESOLVED:
+        settings["output_dir"] = str(file.parent)
     for override in overrides:
         _apply(settings, override)
     try:

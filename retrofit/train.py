@@ -8,6 +8,8 @@ stayed frozen) and, if the recipe asks for it, `measure.json` and `measure.png`.
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -23,16 +26,18 @@ from transformers import (
 from trl import SFTConfig
 
 from retrofit.callbacks import GradientCheck, Interrupt, ProgressBar
-from retrofit.checkpoint import accumulation_steps, last_checkpoint, whole_adapter
+from retrofit.checkpoint import accumulation_steps, last_checkpoint, set_aside, whole_adapter
+from retrofit.console import say
 from retrofit.data import LoadedSource, load_sources
 from retrofit.errors import CheckError, UserError
-from retrofit.files import write_json, write_text
+from retrofit.files import missing_above, remove, to_json, write_text, writing, written_whole
 from retrofit.fingerprint import base_weights, weights_sha256
 from retrofit.gates import GateConfig
 from retrofit.models import load_base, load_tokenizer
+from retrofit.output_path import refuse_unwritable
 from retrofit.preflight import preflight, read_texts
 from retrofit.process import return_large_blocks
-from retrofit.recipe import Recipe, load_recipe
+from retrofit.recipe import RESOLVED, Recipe, load_recipe
 from retrofit.trainer import GateTrainer
 
 
@@ -65,10 +70,37 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     # Each rank on its own device, before anything is loaded.
     ranks = PartialState(cpu=not torch.accelerator.is_available())
     console = console or Console(quiet=not ranks.is_main_process)
+    recipe = recipe.anchored()
     run = Path(recipe.output_dir).expanduser()
-    checkpoint = _check_folder(run, recipe, resume)
+    checkpoint = _check_folder(run, recipe, resume, console)
     config = preflight(recipe)
     ranks.wait_for_everyone()  # all have looked before one writes
+    is_new = ranks.is_main_process and not run.exists()
+    with _leaving_nothing(run) if is_new else nullcontext():
+        return _train(recipe, config, run, checkpoint, ranks, console)
+
+
+@contextmanager
+def _leaving_nothing(run: Path) -> Iterator[None]:
+    """A run that ends before its first checkpoint has nothing to go on from, and its folder would
+    be in the way of the next try."""
+    above = missing_above(run)
+    try:
+        yield
+    except BaseException:
+        if last_checkpoint(run / "checkpoints")[0] is None:
+            remove(run, above)
+        raise
+
+
+def _train(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    run: Path,
+    checkpoint: Path | None,
+    ranks: PartialState,
+    console: Console,
+) -> Path:
     args = training_arguments(recipe, run, checkpoint)
     if args.gradient_checkpointing:
         return_large_blocks()
@@ -79,15 +111,13 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     callbacks = [GradientCheck(), interrupt, bar]
     trainer = gate_trainer(recipe, args, base, tokenizer, sources, callbacks)
     trainer.remove_callback(PrinterCallback)
-    try:
-        _calibrate(trainer, recipe, console, resumed=checkpoint is not None)
-    except UserError:
-        if checkpoint is None and ranks.is_main_process:
-            shutil.rmtree(run, ignore_errors=True)  # the Trainer makes it with nothing in it
-        raise
+    _calibrate(trainer, recipe, console, resumed=checkpoint is not None)
     if ranks.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "recipe.resolved.yaml", recipe.to_yaml())
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(run / RESOLVED, recipe.to_yaml())
+            for damaged in last_checkpoint(run / "checkpoints")[1]:
+                set_aside(damaged)
     ranks.wait_for_everyone()
     if recipe.train.torch_compile:
         trainer.compile_layers()
@@ -103,8 +133,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         raise BaseChangedError("a weight of the frozen base changed during training")
     gates = whole_adapter(trainer.model)
     if ranks.is_main_process:
-        _save_adapter(trainer, gates, run)
-        write_json(run / "run.json", _summary(trainer, recipe, frozen, after))
+        with writing(run):
+            _finish(trainer, gates, run, _summary(trainer, recipe, frozen, after))
         shutil.rmtree(run / "teacher", ignore_errors=True)
     return run
 
@@ -169,21 +199,30 @@ def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: 
             )
         calibration.give_to(trainer.model)
         if summary := calibration.summary():
-            console.print(f"gates start from what the texts show: {summary}", highlight=False)
+            say(f"gates start from what the texts show: {summary}", console)
     if automatic:
         trainer.learning_rates = calibration.learning_rates
 
 
-def _check_folder(run: Path, recipe: Recipe, resume: bool) -> Path | None:
+def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> Path | None:
+    """Where a run goes on from; `None` if it begins."""
     if not resume:
-        if run.exists():
+        refuse_unwritable(run)
+        if os.path.lexists(run):
             raise UserError(f"{run} exists; choose another output_dir, or add --resume")
         return None
-    resolved = run / "recipe.resolved.yaml"
-    if not resolved.is_file():
+    resolved = run / RESOLVED
+    if _holds_nothing(run):
+        return None
+    # A merged checkpoint has the recipe, too.
+    if not resolved.is_file() or not any(
+        (run / name).exists() for name in ("checkpoints", "run.json")
+    ):
         raise UserError(f"nothing to resume: {run} holds no run")
-    before, now = load_recipe(str(resolved)).model_dump(), recipe.model_dump()
-    changed = [key for key in now if key != "measure" and before[key] != now[key]]
+    before, now = load_recipe(str(resolved)).anchored().model_dump(), recipe.model_dump()
+    # The folder may have been moved.
+    compared = now.keys() - {"measure", "output_dir"}
+    changed = [key for key in now if key in compared and before[key] != now[key]]
     if changed:
         raise UserError(
             f"{run} was started with another recipe (its {', '.join(changed)} differ); resume with "
@@ -191,10 +230,18 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool) -> Path | None:
         )
     if (run / "run.json").is_file():
         raise UserError(f"{run} is finished; there is nothing to resume")
-    checkpoint = last_checkpoint(run / "checkpoints")
+    refuse_unwritable(resolved)
+    checkpoint, damaged = last_checkpoint(run / "checkpoints")
+    for path, wrong in damaged.items():
+        say(f"{path} is passed over: {wrong}", console)
     if checkpoint is None:
-        raise UserError(f"{run} has no checkpoint to resume from; remove it and start again")
+        say(f"{run} has no whole checkpoint: it starts from the beginning", console)
     return checkpoint
+
+
+def _holds_nothing(run: Path) -> bool:
+    """Whether it is there, and no file in it: a run that was killed before it wrote anything."""
+    return run.is_dir() and not any(path.is_file() for path in run.rglob("*"))
 
 
 def training_arguments(recipe: Recipe, run: Path, checkpoint: Path | None = None) -> SFTConfig:
@@ -261,12 +308,17 @@ def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:
     }
 
 
-def _save_adapter(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Path) -> None:
-    partial = run / ".adapter.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    trainer.model.save_pretrained(str(partial), state_dict=gates)
-    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card template
-    partial.replace(run / "adapter")
+def _finish(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Path, facts: dict) -> None:
+    """Write `adapter/` and `run.json`, both hidden at first. The latter comes last, and a folder
+    without it goes on from its last checkpoint."""
+    adapter, hidden = run / "adapter", run / ".adapter.partial"
+    for left in (hidden, adapter):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with written_whole(run / "run.json") as partial:
+        partial.write_text(to_json(facts), encoding="utf-8")
+        trainer.model.save_pretrained(str(hidden), state_dict=gates)
+        (hidden / "README.md").unlink(missing_ok=True)  # PEFT's empty card template
+        hidden.replace(adapter)
 
 
 def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:

@@ -2,15 +2,30 @@
 `--help` waits for none of it."""
 
 import os
+import signal
 import sys
 
 import typer
+from typer.core import TyperGroup
 
 from retrofit.cli import check, compare, measure, merge, recipes, train, unpack, verify
 from retrofit.errors import CheckError, UserError
 
+
+class _Verbs(TyperGroup):
+    def parse_args(self, ctx, args):
+        for text in args:
+            if text.encode(errors="replace").decode() != text:
+                raise UserError(
+                    f"{text!r} is not UTF-8, and no library here opens files of such names: rename "
+                    "it"
+                )
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="retrofit",
+    cls=_Verbs,
     help="Put trained attention gates into a pretrained LLM whose own weights stay frozen.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,6 +52,8 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Exit codes: 0 done, 2 the input is wrong, 130 interrupted, 1 the fault is ours."""
+    # What ends a process in a cluster ends it as Ctrl-C does: nothing half-written stays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except (UserError, CheckError) as error:

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from retrofit.errors import UserError
-from retrofit.files import write_json
+from retrofit.output_path import check_output_files
 
 
 def main(
@@ -20,17 +19,11 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the joined figures here.")] = None,
 ) -> None:
     """Put several measurements of the same text side by side; nothing is measured."""
-    for path in (report, json):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"no folder to write {path} in")
-    from rich.console import Console
-
-    from retrofit.report import table, write_report
+    check_output_files([report, json], files)
+    from retrofit.console import PlainConsole
+    from retrofit.report import table, write_results
     from retrofit.report.join import join
 
     result = join([path.expanduser() for path in files])
-    Console().print(table(result))
-    if json:
-        write_json(json, result)
-    if report:
-        write_report(result, report)
+    write_results(result, json, report)
+    PlainConsole().print(table(result))

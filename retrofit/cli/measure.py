@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retrofit.errors import UserError
-from retrofit.files import write_json
+from retrofit.output_path import check_output_files
 from retrofit.process import prepare_process
 
 if TYPE_CHECKING:
@@ -63,17 +62,13 @@ def main(
     What is done is kept beside the JSON file or the report until all of it is: after an
     interruption the same command goes on.
     """
-    for path in (json, report, plot):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"no folder to write {path} in")
+    check_output_files([json, report, plot], [text])
     prepare_process(keep_freed_memory=True)
-    from rich.console import Console
-
+    from retrofit.console import PlainConsole
     from retrofit.measure import measure
     from retrofit.measure.parts import chosen_parts
     from retrofit.models import load_model
-    from retrofit.report import plot as draw
-    from retrofit.report import table, write_report
+    from retrofit.report import table, write_results
 
     asked = {
         "streaming": streaming,
@@ -101,13 +96,8 @@ def main(
         more = "; the same command goes on from here" if kept else ""
         typer.echo(f"interrupted{more}", err=True)
         raise typer.Exit(130) from None
-    Console().print(table(result))
-    if json:
-        write_json(json, result)
-    if report:
-        write_report(result, report)
-    if plot:
-        draw(result, plot)
+    write_results(result, json, report, plot)
+    PlainConsole().print(table(result))
     if kept:
         shutil.rmtree(kept, ignore_errors=True)
 
@@ -117,8 +107,7 @@ def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
     `report.html` in the run folder."""
     from retrofit.measure import measure
     from retrofit.models import load_model
-    from retrofit.report import plot as draw
-    from retrofit.report import table, write_report
+    from retrofit.report import table, write_results
 
     if recipe.measure is None:
         return
@@ -130,7 +119,5 @@ def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
         # The recipe is what the user gave, not what a folder says.
         load=partial(load_model, trust_remote_code=recipe.model.trust_remote_code),
     )
-    write_json(run / "measure.json", result)
-    draw(result, run / "measure.png")
-    write_report(result, run / "report.html")
+    write_results(result, run / "measure.json", run / "report.html", run / "measure.png")
     console.print(table(result))

@@ -34,6 +34,7 @@ def main(
 ) -> None:
     """Write base and gates as one checkpoint, compared with the trained model before it appears."""
     prepare_process()
+    from retrofit.console import say
     from retrofit.hub import check_access, push
     from retrofit.merge import merge
 
@@ -51,10 +52,10 @@ def main(
     figures = report["verification"]
     checkpoint = report["checkpoint"]
     what = checkpoint.get("file") or f"{checkpoint['model_type']} in {checkpoint['dtype']}"
-    typer.echo(
+    say(
         f"{out}: {what}; against the trained model: KL {figures['kl']:.1e}, largest difference of "
         f"a log probability {figures['max_logprob_difference']:.1e}, same top token "
         f"{figures['top1_agreement']:.1%}"
     )
     if push_to_hub:
-        typer.echo(push(out.expanduser(), push_to_hub, private))
+        say(push(out.expanduser(), push_to_hub, private))

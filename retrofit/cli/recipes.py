@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from retrofit.errors import UserError
-from retrofit.files import write_text
+from retrofit.files import refuse_existing, write_text, writing
 
 app = typer.Typer(help="List, show or copy the bundled recipes.", invoke_without_command=True)
 
@@ -40,7 +39,7 @@ def copy(name: str, to: Annotated[Path, typer.Argument(help="File to write.")]) 
     """Copy a recipe to change it."""
     from retrofit.recipe import recipe_file
 
-    if to.exists():
-        raise UserError(f"{to} exists")
-    write_text(to, recipe_file(name).read_text(encoding="utf-8"))
+    refuse_existing(to)
+    with writing(to):
+        write_text(to, recipe_file(name).read_text(encoding="utf-8"))
     typer.echo(str(to))

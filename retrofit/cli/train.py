@@ -22,12 +22,11 @@ def main(
 
     resolved = load_recipe(recipe, overrides or ())
     prepare_process(keep_freed_memory=True)
-    from rich.console import Console
-
+    from retrofit.console import PlainConsole, say
     from retrofit.train import Interrupted, train
 
     is_main = os.environ.get("RANK", "0") == "0"  # of the ranks that a launcher has started
-    console = Console(quiet=not is_main)
+    console = PlainConsole(quiet=not is_main)
     run = Path(resolved.output_dir).expanduser()
     try:
         # A run stopped while it was measured has nothing left to train.
@@ -42,9 +41,11 @@ def main(
         from retrofit.cli.measure import measure_run
 
         measure_run(resolved, run, console)
-    console.print(f"run: {run}", highlight=False)
-    console.print(f"next: retrofit merge {run} --out {run}-merged", highlight=False)
+    say(f"run: {run}", console)
+    merging = shlex.join(["retrofit", "merge", str(run), "--out", f"{run}-merged"])
+    say(f"next: {merging}", console)
 
 
 def _trained_but_not_measured(run: Path) -> bool:
+    """The JSON file is written last of what a measurement leaves."""
     return (run / "run.json").is_file() and not (run / "measure.json").is_file()

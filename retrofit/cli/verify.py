@@ -21,6 +21,7 @@ def main(
 ) -> None:
     """Prove again that a merged checkpoint computes what was trained, from what lies beside it."""
     prepare_process()
+    from retrofit.console import say
     from retrofit.proof.report import read_report
     from retrofit.proof.verify import verify
 
@@ -28,7 +29,7 @@ def main(
     figures = verify(report, checkpoint.expanduser(), engine, python)
     until = figures["greedy_until"]
     greedy = "the same" if until is None else f"the same up to token {until}"
-    typer.echo(
+    say(
         f"{checkpoint} computes what was trained: KL {figures['kl']:.1e} at {figures['positions']} "
         f"positions, largest difference of a log probability "
         f"{figures['max_logprob_difference']:.1e}, same top token {figures['top1_agreement']:.1%}, "

@@ -3,7 +3,8 @@
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
+from retrofit.console import PlainConsole
 from retrofit.errors import UserError
-from retrofit.files import read_json, write_json
+from retrofit.files import read_json, write_json, writing
 from retrofit.measure.sinks import measure_sinks
 from retrofit.measure.subject import Part, Subject, Track
 from retrofit.measure.texts import cut_windows, prepended_token, read_documents
@@ -81,7 +83,7 @@ def measure(
     }
     plan = _Plan(sources, parts, Done(resume, asked))
     base: PredictionStatistics | None = None
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+    with Progress(console=PlainConsole(stderr=True), disable=not progress) as bar:
         for name, source in plan.named.items():
             if not (todo := plan.todo(name)):
                 continue
@@ -131,7 +133,7 @@ class Done:
         self._folder, self._identity = folder, identity
         self._figures: dict[str, Any] = {}
         if folder and folder.is_dir():
-            self._figures = {path.stem: read_json(path) for path in folder.glob("*.json")}
+            self._figures = dict(_readable(folder))
 
     def get(self, *key: Any) -> Any:
         return self._figures.get(self._file(key))
@@ -140,11 +142,19 @@ class Done:
         # A round through JSON, so that what is returned does not depend on whether it was kept.
         self._figures[self._file(key)] = json.loads(json.dumps(value))
         if self._folder:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._folder / f"{self._file(key)}.json", value)
+            with writing(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_json(self._folder / f"{self._file(key)}.json", value)
 
     def _file(self, key: tuple) -> str:
         return hashlib.sha256(json.dumps([self._identity, *key]).encode()).hexdigest()[:16]
+
+
+def _readable(folder: Path) -> Iterator[tuple[str, Any]]:
+    """A figure that a power failure damaged is measured again."""
+    for path in folder.glob("*.json"):
+        with suppress(OSError, ValueError):
+            yield path.stem, read_json(path)
 
 
 class _Plan:
@@ -200,7 +210,7 @@ def _state(source: str) -> list:
 
 
 def _track(bar: Progress, name: str) -> Track:
-    return lambda sequence, doing: bar.track(sequence, description=f"{name}: {doing}")
+    return lambda sequence, doing: bar.track(sequence, description=escape(f"{name}: {doing}"))
 
 
 def _check_positions(subject: Subject, length: int) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer
 from retrofit.errors import CheckError, UserError
 from retrofit.export.gated_attention import unpack
 from retrofit.export.remote_code import CLASSES, code_of
-from retrofit.files import read_json
+from retrofit.files import read_json, temporary_folder
 from retrofit.opening import check_complete
 from retrofit.pickles import pickles_in, refuse_pickles
 from retrofit.proof import streamed
@@ -195,9 +194,9 @@ def _readable(folder: Path, checkpoint: dict) -> Iterator[Path]:
     """What the engine is given. The paper's layout needs code that is not ours, which does not run
     on the transformers of today: it is taken apart, into a base and an adapter."""
     if checkpoint["format"] == "gated-attention":
-        with tempfile.TemporaryDirectory() as apart:
-            unpack(folder, Path(apart) / "model")
-            yield Path(apart) / "model/adapter"
+        with temporary_folder() as apart:
+            unpack(folder, apart / "model")
+            yield apart / "model/adapter"
     else:
         yield folder / checkpoint["file"] if checkpoint["format"] == "gguf" else folder
 
@@ -257,12 +256,12 @@ def _run(
     script: str, paths: list[Path], options: Sequence[str] = (), python: str = sys.executable
 ) -> dict:
     gc.collect()  # the trained model must not stand beside the merged one
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "figures.json"
+    with temporary_folder() as folder:
+        result = folder / "figures.json"
         # Of this package the script sees its own folder alone.
         command = [python, Path(__file__).with_name(script), *paths, result, *options]
         # Code of a checkpoint is copied to a cache before it runs.
-        offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": folder}
+        offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder)}
         run = subprocess.run(
             [*map(str, command)],
             stdin=subprocess.DEVNULL,

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from retrofit.files import written_whole
 from retrofit.report.words import title
 
 _BASE_COLOR = "#3b3b3b"
@@ -22,6 +24,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
         result: from `measure`.
         path: where the picture appears, whole or not at all.
     """
+    # A dollar sign in a name begins no formula.
+    with rc_context({"text.parse_math": False}):
+        _plot(result, path)
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(16, 5), dpi=140, layout="constrained")
     figure.suptitle(title(result["settings"]), fontsize=11, color="#555555")
     attention, gates, activation = figure.subplots(1, 3)
@@ -30,12 +38,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     _draw_gates(gates, result["models"])
     _draw_lines(activation, result["models"], "max_activation")
     activation.set(title="Largest activation", ylabel="largest |hidden state|", yscale="log")
-    figure.legend(
-        *attention.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
-    )
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    figure.legend(handles=attention.lines, loc="outside lower center", ncols=4, frameon=False)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _draw_lines(axes: Axes, models: list[dict], metric: str) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from retrofit.report.rows import rows
 from retrofit.report.verdict import CRITERIA, HEADLINE, verdict
@@ -27,14 +27,14 @@ def table(result: dict[str, Any]) -> Table:
     if lines:
         lines.append(CRITERIA)
     grid = Table(
-        title=escape(title(result["settings"])),
-        caption=escape("\n".join(lines)) or None,
+        title=Text(title(result["settings"])),
+        caption=Text("\n".join(lines)) if lines else None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
     grid.add_column("metric", no_wrap=True)
     for model in result["models"]:
-        grid.add_column(escape(model["name"]), justify="right", overflow="fold")
+        grid.add_column(Text(model["name"]), justify="right", overflow="fold")
     for label, cells in rows(result["models"]):
         grid.add_row(label, *cells)
     return grid
