@@ -185,7 +185,7 @@ def test_an_engine_that_cannot_be_asked_says_so(merged, engine, python, message)
         ("checkpoint", {"format": None}, "checkpoint.format: input should be"),
         ("checkpoint", {"dtype": "bfloat16"}, "says dtype bfloat16, but the folder holds float32"),
         ("checkpoint", {"model_type": "llama"}, "says model_type llama, but the folder holds qwen"),
-        ("verification", {"rounding_kl": float("inf")}, "rounding_kl: input should be a finite"),
+        ("verification", {"rounding_kl": float("inf")}, "it holds Infinity, which is no JSON"),
         ("verification", {"rounding_kl": "0"}, "rounding_kl: input should be a valid number"),
         ("base", {"model_type": 3}, "base.model_type: input should be a valid string"),
     ],
