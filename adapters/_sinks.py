@@ -173,8 +173,8 @@ def sdpa_with_sink(
 SINK_ATTENTION_FUNCTIONS["sdpa"] = sdpa_with_sink
 
 
-# What would change the keys or their logits, and so the slot beside them: what SDPA takes that is not
-# taken here, what it refuses, and the pages of continuous batching.
+# What would change the keys or their logits, and so the slot beside them: what SDPA takes that is
+# not taken here, what it refuses, and the pages of continuous batching.
 _NOT_HEEDED = (
     *{*inspect.signature(sdpa_attention_forward).parameters}.difference(
         inspect.signature(sdpa_with_sink).parameters

@@ -1,4 +1,4 @@
-"""The files that travel with a remote-code checkpoint import nothing that an older transformers lacks.
+"""The files that travel with a remote-code checkpoint import nothing that older transformers lack.
 
 vLLM's environment (`scripts/vllm_env.py`) has transformers 5.19, where none of them can be mended
 once a checkpoint is out.
