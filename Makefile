@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 # Two workers of one thread each: tiny models, as most tests have them, gain nothing by a second one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -10,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check engines assets format clean
+.PHONY: demo test test-oldest check engines assets format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
@@ -23,6 +24,15 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not engines"
+
+# Every family, what PEFT promises, training, measuring and merging, with the oldest versions that
+# pyproject.toml allows. `make test-oldest OLDEST=tests` runs the whole fast suite.
+OLDEST ?= $(addprefix tests/test_, families.py packed_attention.py travelling_code.py \
+	peft_promises.py bundled_recipes.py measure.py training.py merge.py)
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile \
+		-m "not slow and not engines" $(OLDEST)
 
 # vLLM has an environment of its own, of 3.5 GB. `make engines ONLY="-k smollm2"` takes one model.
 engines: $(VENV)/installed
@@ -37,13 +47,13 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The constraints name the tested versions; without that of torch, pip would take a newer one and
 # gigabytes of CUDA with it.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: retrofit needs Python 3.11 or newer; set PYTHON=python3.12, say" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@

@@ -26,8 +26,12 @@ def family_of(model_type: str) -> "Family":
     """The family of a `config.model_type`.
 
     Raises:
-        UserError: if it is not supported; the message lists those that are.
+        UserError: if it is not supported; the message lists those that are. If the installed
+            transformers has no such family, or calls its attention in a way of its own.
     """
     if model_type not in _MODEL_TYPES:
         raise UserError(f"cannot gate a {model_type!r} model; supported: {', '.join(_MODEL_TYPES)}")
-    return import_module(f"retrofit.adapters.{model_type}").FAMILY
+    try:
+        return import_module(f"retrofit.adapters.{model_type}").FAMILY
+    except ImportError as error:
+        raise UserError(f"cannot gate a {model_type!r} model: {error}") from error

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -34,6 +35,10 @@ class Family:
         decoder: the model without its language-model head.
         causal_lm: the model with it.
         packs: whether transformers keeps the documents of a packed row apart, beside any kernel.
+
+    Raises:
+        ImportError: if the installed transformers calls attention with an argument that the gated
+            forward does not know, which would be lost among its `**kwargs`.
     """
 
     model_type: str
@@ -42,6 +47,21 @@ class Family:
     decoder: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
     packs: bool = True
+
+    def __post_init__(self):
+        unknown = _named(self.attention.forward) - _named(self.gated.forward)
+        if unknown:
+            raise ImportError(
+                f"transformers {transformers.__version__} calls {self.attention.__name__} with "
+                f"{min(unknown)!r}, which gates do not know yet; install a version that retrofit's "
+                "pyproject.toml allows"
+            )
+
+
+def _named(forward: Callable) -> set[str]:
+    """The arguments that a function takes by name, and not among its `**kwargs`."""
+    parameters = inspect.signature(forward).parameters.values()
+    return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
 
 
 class GatedAttention(nn.Module):
@@ -81,6 +101,8 @@ class GatedAttention(nn.Module):
         cache: Any = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if past_key_values is not None and cache is not None:
+            raise ValueError("attention was given past_key_values and cache, which are one thing")
         cached = past_key_values if cache is None else cache
         update = {"kwargs": kwargs}  # where a paged cache leaves what the kernel needs
         if not _CACHE_IS_UPDATED_HERE:

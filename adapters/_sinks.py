@@ -20,6 +20,7 @@ This file also lies in the checkpoints that `retrofit merge --format remote-code
 nothing else of this package is to be had.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -178,8 +179,7 @@ def sdpa_with_sink(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """`sdpa_attention_forward` of transformers, with a sink; without weight in it, bit for bit."""
-    if kwargs.get("cache") is not None:
-        raise ValueError("gates with sinks do not run in continuous batching, on a paged cache")
+    check_heeded(kwargs, "s_aux")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type != "cpu" or dropout:
         return _beside_kernel(
@@ -204,6 +204,33 @@ def sdpa_with_sink(
 
 
 SINK_ATTENTION_FUNCTIONS["sdpa"] = sdpa_with_sink
+
+
+# What would change the keys or their logits, and so the slot beside them: what SDPA takes that is
+# not taken here, what it refuses, and the pages of continuous batching.
+_NOT_HEEDED = (
+    *{*inspect.signature(sdpa_attention_forward).parameters}.difference(
+        inspect.signature(sdpa_with_sink).parameters
+    ),
+    *("softcap", "cache", "read_index", "block_table"),
+)
+
+
+def check_heeded(kwargs: dict, *further: str) -> None:
+    """
+    Args:
+        kwargs: what an attention function is called with beyond what it knows.
+        *further: names of what this one does not heed, besides what none here does.
+
+    Raises:
+        ValueError: for what would change attention, and not the slot beside it.
+    """
+    for name in (*_NOT_HEEDED, *further):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"gates with sinks do not heed {name!r}, which attention was called with; "
+                "continuous batching does so, for one"
+            )
 
 
 def attend_on_cpu(
@@ -307,6 +334,7 @@ def _beside_kernel(
     attention_interface, module, query, key, value, attention_mask, sink, *, scaling, **kwargs
 ):
     """Any kernel's output, and the log-sum-exp by a pass of its own."""
+    check_heeded(kwargs)
     output, weights = attention_interface(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )

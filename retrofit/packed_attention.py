@@ -21,6 +21,7 @@ from retrofit.adapters._sinks import (
     SINK_ATTENTION_FUNCTIONS,
     Sink,
     attend_on_cpu,
+    check_heeded,
     read_log_sum_exp,
     towards,
 )
@@ -64,8 +65,9 @@ def sdpa_by_document(
     Returns:
         `[batch, T, heads, head_dim]`, and no weights.
     """
-    if attention_mask is not None:
-        raise ValueError(f"{NAME} reads packed rows, which have no attention mask")
+    if attention_mask is not None or key.shape[2] != query.shape[2]:
+        raise ValueError(f"{NAME} reads packed rows, which have no attention mask and no cache")
+    check_heeded(kwargs, "s_aux")
     outputs = []
     for row, positions in enumerate(position_ids.expand(len(query), -1)):
         start = 0

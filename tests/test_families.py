@@ -1,16 +1,23 @@
 """Every family: zero gates are the base bit for bit, and gates that are not zero gate."""
 
+import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from peft import get_peft_model
 from tiny import VOCAB_SIZE, tiny_model
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from retrofit import GateConfig
+from retrofit.adapters import family_of, llama
+from retrofit.adapters._sinks import sink_attention
 from retrofit.errors import UserError
 from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.layer import ACTIVATIONS
+from retrofit.probe import attention_replaced
 
 SLIDING = {"mistral": {"sliding_window": 8}, "qwen2": {"use_sliding_window": True}}
 
@@ -217,3 +224,110 @@ def test_a_patched_attention_is_refused():
     attention.forward = partial(attention.forward)
     with pytest.raises(UserError, match="forward is patched; insert the gates before"):
         get_peft_model(model, GateConfig())
+
+
+def test_a_transformers_that_calls_attention_by_another_name_is_refused():
+    """A renamed argument arrives among `**kwargs`, and a cache that does so is never filled."""
+
+    class Renamed(llama.FAMILY.attention):
+        def forward(self, hidden_states, position_embeddings, attention_mask=None, pages=None):
+            pass
+
+    with pytest.raises(ImportError, match="calls Renamed with 'pages', which gates do not know"):
+        replace(llama.FAMILY, attention=Renamed)
+
+
+def test_what_a_family_cannot_import_is_told_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "retrofit.adapters.qwen3", None)
+    with pytest.raises(UserError, match="cannot gate a 'qwen3' model: .*retrofit.adapters.qwen3"):
+        family_of("qwen3")
+
+
+def called_with(model, **kwargs) -> list[dict]:
+    """What the attention function of each layer is called with beside its tensors."""
+    found = []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        found.append(kwargs)
+        return query.transpose(1, 2), None
+
+    with attention_replaced(model, attend), torch.no_grad():
+        model(batch(padded=False)["input_ids"], **kwargs)
+    return found
+
+
+def test_what_is_not_read_here_is_handed_on_as_the_base_does(family):
+    foreign = {"unheard_of": object(), "use_cache": False}
+    expected = called_with(tiny_model(family), **foreign)
+    found = called_with(get_peft_model(tiny_model(family), GateConfig()), **foreign)
+    assert len(found) == len(expected) == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["unheard_of"] is foreign["unheard_of"]
+        assert ours["scaling"] == theirs["scaling"]
+        assert ours.get("sliding_window") == theirs.get("sliding_window")
+
+
+def test_a_gated_model_fills_its_cache(family):
+    model = get_peft_model(tiny_model(family), GateConfig()).eval()
+    input_ids = batch(padded=False)["input_ids"]
+    with torch.no_grad():
+        filled = model(input_ids, use_cache=True).past_key_values
+    for layer in range(3):
+        assert filled.get_seq_length(layer) == input_ids.shape[1]
+
+
+def attention_inputs(model) -> dict:
+    hidden_states = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+    decoder, positions = model.get_decoder(), torch.arange(5)[None]
+    return {
+        "hidden_states": hidden_states,
+        "position_embeddings": decoder.rotary_emb(hidden_states, positions),
+    }
+
+
+def test_the_older_name_of_the_cache_fills_it_too():
+    model = get_peft_model(tiny_model("llama"), GateConfig()).get_base_model()
+    cache = DynamicCache()
+    model.model.layers[0].self_attn(**attention_inputs(model), past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
+def test_a_cache_by_both_names_is_refused():
+    model = get_peft_model(tiny_model("llama"), GateConfig()).get_base_model()
+    caches = {"past_key_values": DynamicCache(), "cache": DynamicCache()}
+    with pytest.raises(ValueError, match="past_key_values and cache, which are one thing"):
+        model.model.layers[0].self_attn(**attention_inputs(model), **caches)
+
+
+UNHEEDED = ("position_bias", "softcap", "cache", "read_index", "block_table")
+
+
+@pytest.mark.parametrize(
+    ("attention", "name"),
+    [(kind, name) for kind in ("sdpa", "eager") for name in UNHEEDED] + [("sdpa", "s_aux")],
+)
+def test_sinks_refuse_what_would_change_attention_beside_them(attention, name):
+    model = get_peft_model(tiny_model("llama"), GateConfig(sinks="constant")).get_base_model()
+    model.set_attn_implementation(attention)
+    module = model.model.layers[0].self_attn
+    with pytest.raises(ValueError, match=f"do not heed '{name}'"):
+        sink_attention(
+            eager_attention_forward,
+            module.g1.sink(torch.zeros(1, 5, 64)),
+            module,
+            *torch.randn(3, 1, 4, 5, 16),
+            None,
+            scaling=1.0,
+            **{name: torch.ones(1)},
+        )
+
+
+def test_what_attention_has_no_use_for_is_accepted_on_purpose_beside_sinks():
+    """Tokenizers make `token_type_ids`, and every base lets them pass."""
+    model = get_peft_model(tiny_model("llama"), GateConfig(sinks="constant")).eval()
+    input_ids = batch(padded=False)["input_ids"]
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        found = model(input_ids, token_type_ids=torch.zeros_like(input_ids)).logits
+    assert torch.equal(found, expected)

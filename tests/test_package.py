@@ -5,9 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = """
@@ -85,3 +89,29 @@ def test_the_version_is_that_of_the_package():
     assert retrofit.__version__ == version("gate-retrofit")
     with pytest.raises(AttributeError, match="no attribute 'versions'"):
         _ = retrofit.versions
+
+
+def pins(name: str) -> dict[str, Version]:
+    lines = [line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line]
+    return {canonicalize_name(package): Version(version) for package, version in lines}
+
+
+REQUIREMENTS = [
+    Requirement(line)
+    for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+]
+
+
+# Of these the next minor release is not taken unseen.
+COMPUTES = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors"}
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda each: each.name)
+def test_versions_that_are_allowed_are_no_wider_than_those_that_are_run(requirement):
+    name = canonicalize_name(requirement.name)
+    oldest, newest = pins("constraints-oldest.txt")[name], pins("constraints.txt")[name]
+    bounds = {each.operator: Version(each.version) for each in requirement.specifier}
+    assert bounds.keys() == {">=", "<"}
+    assert bounds[">="] == oldest and oldest <= newest < bounds["<"]
+    if name in COMPUTES:
+        assert bounds["<"] == Version(f"{newest.major}.{newest.minor + 1}")

@@ -42,6 +42,15 @@ def test_a_padded_batch_is_refused():
         model(torch.ones(2, 4, dtype=torch.long), attention_mask=torch.tensor([[0, 1, 1, 1]] * 2))
 
 
+def test_a_cache_is_refused():
+    model = tiny_model("llama").base_model
+    input_ids = torch.ones(1, 4, dtype=torch.long)
+    filled = model(input_ids, use_cache=True).past_key_values
+    attend_by_document(model)
+    with pytest.raises(ValueError, match="no cache"):
+        model(input_ids, position_ids=torch.arange(4)[None], past_key_values=filled)
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
 def test_sliding_windows_keep_their_mask(family):
     model = tiny_model(family).base_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -147,9 +147,25 @@ def test_a_config_serves_for_another_family_too():
     config = GateConfig()
     first = get_peft_model(tiny_model("llama"), config)
     second = get_peft_model(tiny_model("qwen3"), config)
-    assert config.base_model_type is None and config.target_modules is None
     written = [model.peft_config["default"].base_model_type for model in (first, second)]
     assert written == ["llama", "qwen3"]
+
+
+def test_a_config_is_kept_as_the_object_it_is(tiny_base, tmp_path):
+    config = GateConfig(task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base("llama")), config)
+    assert model.peft_config["default"] is config
+    model.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base("llama"))
+    opened = PeftModel.from_pretrained(base, tmp_path / "adapter", config=config)
+    assert opened.peft_config["default"] is config and config.inference_mode
+
+
+def test_a_config_of_an_adapter_is_refused_on_another_family(tmp_path):
+    model = get_peft_model(tiny_model("llama"), GateConfig())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="trained on a 'llama' base and cannot be put on a 'qwen3'"):
+        get_peft_model(tiny_model("qwen3"), GateConfig.from_pretrained(tmp_path))
 
 
 @pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])

@@ -39,12 +39,19 @@ class GateModel(BaseTuner):
                 f"these gates were trained on a {peft_config.base_model_type!r} base and cannot be "
                 f"put on a {model_type!r} one"
             )
-        peft_config.base_model_type = model_type
+        if peft_config.base_model_type is None:
+            peft_config.base_model_type = model_type
+            peft_config.family_is_found = True
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        # What is written into the config is of this base; the caller's may serve for another one.
-        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
+        """The caller's config is kept, as PEFT promises. Where it already belongs to gates of
+        another family, these have a copy."""
+        config = self.peft_config[adapter_name]
+        model_type = self.get_model_config(model)["model_type"]
+        if config.family_is_found and config.base_model_type != model_type:
+            self.peft_config[adapter_name] = config = copy(config)
+            config.base_model_type = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
