@@ -1,7 +1,7 @@
 """Configuration of the gates, as PEFT stores it in `adapter_config.json`."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from peft.config import PeftConfig
 
@@ -76,7 +76,7 @@ class GateConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     base_model_type: str | None = None
     # Whether `base_model_type` was found when gates were inserted, and neither given nor read.
-    family_is_found: ClassVar[bool] = False
+    family_is_found = False
 
     def __post_init__(self):
         super().__post_init__()
