@@ -26,6 +26,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def recipe_file(tiny_base, tmp_path):
     data = tmp_path / "text.jsonl"
     data.write_text("".join(json.dumps({"text": f"a sink is token {i}"}) + "\n" for i in range(99)))
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text(json.dumps({"text": "a gate is token " * 99}) + "\n")
     path = tmp_path / "recipe.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -34,7 +36,7 @@ def recipe_file(tiny_base, tmp_path):
                 "model": {"base": str(tiny_base("llama"))},
                 "data": {"sources": [{"path": str(data)}], "sequence_length": 64},
                 "train": {"max_steps": 2, "report_to": []},
-                "measure": {"text": str(data), "length": 192, "windows": 2},
+                "measure": {"text": str(unseen), "length": 192, "windows": 2},
             }
         )
     )
@@ -187,7 +189,7 @@ def test_an_interrupted_measurement_says_how_to_go_on(tmp_path, tiny_base, capsy
         (["train", "{recipe}", "model.base=/nowhere"], "no model at '/nowhere'"),
         (["train", "nothing"], "no recipe 'nothing'"),
         (["train", "{recipe}", "output_dir={tmp}"], "exists; choose another output_dir"),
-        (["train", "{recipe}", "measure.text=gone.txt"], "measure.text: no file gone.txt"),
+        (["train", "{recipe}", "measure.text=gone.txt"], "measure.text: no text file at gone.txt"),
         (
             [
                 *("train", "{recipe}", "data.sequence_length=128"),

@@ -212,7 +212,7 @@ def test_a_checkpoint_with_a_pickle_is_not_resumed(base, sprung, tmp_path, name,
     (tmp_path / "text.jsonl").write_text(lines)
     recipe = recipe_of(tmp_path / "trained", base)
     with monkeypatch.context() as patch:
-        patch.setattr("retrofit.train._save_adapter", lambda *args: 1 / 0)
+        patch.setattr("retrofit.train._finish", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(recipe)
     path = tmp_path / "trained" / "checkpoints" / "checkpoint-4" / name

@@ -565,9 +565,7 @@ def test_bad_models_are_one_line_and_nothing_is_written(make_recipe, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(make_recipe, tmp_path, monkeypatch):
-    from retrofit import train as module
-
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr("retrofit.preflight.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed: pip install wandb"):
         train(make_recipe(train={"report_to": ["wandb"]}))
     assert not (tmp_path / "run").exists()

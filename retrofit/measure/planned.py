@@ -26,10 +26,11 @@ def check_planned_measurement(
     """
     if recipe.measure is None:
         return
+    _check_length(recipe.measure, config)
     try:
-        _check(recipe.measure, config, tokenizer)
+        _check_text(recipe.measure, config, tokenizer)
     except UserError as error:
-        raise UserError(f"measure: {error}") from None
+        raise UserError(f"measure.text: {error}") from None
     text = Path(recipe.measure.text).expanduser()
     for source in recipe.data.sources:
         if _is_same(Path(source.path).expanduser(), text):
@@ -39,12 +40,17 @@ def check_planned_measurement(
             )
 
 
-def _check(measure: Measure, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_length(measure: Measure, config: PreTrainedConfig) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", measure.length)
     if measure.length > limit:
         raise UserError(
-            f"the base has {limit} positions, fewer than the length of {measure.length}"
+            f"measure.length: the base has {limit} positions, fewer than {measure.length}"
         )
+
+
+def _check_text(
+    measure: Measure, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
     documents = read_documents(Path(measure.text).expanduser())
     check_texts(tokenizer, embedded_tokens(config), documents)
     cut_windows(documents, tokenizer, measure.length, measure.windows)
