@@ -13,14 +13,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from rich.progress import track
 
 from retrofit.measure import names, read_documents
 from retrofit.models import load_model
 from retrofit.process import prepare_process
+from short_windows import largest_activations
 
-BATCH = 2048
 SHOWN = 12
 
 
@@ -35,7 +33,9 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, source in zip(names(options.models), options.models, strict=True):
         model, tokenizer = load_model(source, options.dtype)
-        largest = largest_activations(model)
+        # Each token by itself, over layers and channels of the residual stream.
+        alone = torch.arange(model.config.vocab_size).unsqueeze(1)
+        largest = largest_activations(model, alone).squeeze(1)
         counts = frequencies(tokenizer, options.text, len(largest))
         massive = largest > options.above
         share = (counts * massive).sum() / counts.sum()
@@ -46,18 +46,6 @@ def main() -> None:
             f"{shown} |",
             flush=True,
         )
-
-
-@torch.inference_mode()
-def largest_activations(model) -> torch.Tensor:
-    """`[vocab_size]`: of each token alone, over layers and channels of the residual stream."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    largest = []
-    for ids in track(torch.arange(inner.config.vocab_size).split(BATCH), transient=True):
-        states = inner.get_decoder()(ids[:, None], use_cache=False, output_hidden_states=True)
-        by_layer = [hidden.abs().amax((1, 2)) for hidden in states.hidden_states[:-1]]
-        largest.append(torch.stack(by_layer).amax(0).float())
-    return torch.cat(largest)
 
 
 def frequencies(tokenizer, text: Path, vocab_size: int) -> torch.Tensor:

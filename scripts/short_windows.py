@@ -1,0 +1,68 @@
+"""Where in a text a massive activation still arises: short windows from anywhere in it.
+
+    python scripts/short_windows.py BASE [RUN ...] --text tuning.jsonl
+
+A sink lives on the first tokens of what a model sees, and any token of a text may come first, so a
+few long windows tell little of how many keep theirs. For each model: the share of windows in which
+some token has an activation above `--above`, and by position how many of 10,000 tokens do.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.progress import track
+
+from retrofit.measure import names, read_documents
+from retrofit.models import load_model
+from retrofit.process import prepare_process
+
+BATCH = 4096  # tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="the base; then runs")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--above", type=float, default=2000, help="a massive activation")
+    parser.add_argument("--windows", type=int, default=6000)
+    parser.add_argument("--length", type=int, default=16, help="tokens a window")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="bfloat16")
+    options = parser.parse_args()
+    print(f"| model | windows above {options.above:,.0f} | of 10,000, by position from 0 |")
+    print("|---|--:|---|")
+    for name, source in zip(names(options.models), options.models, strict=True):
+        model, tokenizer = load_model(source, options.dtype)
+        windows = short_windows(tokenizer, options.text, options.windows, options.length)
+        massive = largest_activations(model, windows) > options.above
+        by_position = (10_000 * massive.float().mean(0)).round().int().tolist()
+        share = massive.any(-1).float().mean()
+        print(f"| {name} | {share:.2%} | {' '.join(map(str, by_position))} |", flush=True)
+
+
+def short_windows(tokenizer, text: Path, windows: int, length: int) -> torch.Tensor:
+    """`[windows, length]`: token ids that begin anywhere in the text, the same for every model of
+    one tokenizer."""
+    ids: list[int] = []
+    for document in read_documents(text):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(0, len(ids) - length, (windows, 1), generator=generator)
+    return torch.tensor(ids)[starts + torch.arange(length)]
+
+
+@torch.inference_mode()
+def largest_activations(model, windows: torch.Tensor) -> torch.Tensor:
+    """`[windows, length]`: of each token, over layers and channels of the residual stream."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    largest = []
+    for ids in track(windows.split(BATCH // windows.shape[1]), transient=True):
+        states = inner.get_decoder()(ids, use_cache=False, output_hidden_states=True).hidden_states
+        largest.append(torch.stack([hidden.abs().amax(-1) for hidden in states[:-1]]).amax(0))
+    return torch.cat(largest).float()
+
+
+if __name__ == "__main__":
+    prepare_process(keep_freed_memory=True)
+    main()
