@@ -366,7 +366,7 @@ def a_path_as_long_as_can_be(folder: Path) -> Path:
 
 
 def a_variable(folder: Path) -> Path:
-    return Path("$HOME/runs/out")
+    return Path("$NOT_SET/runs/out")
 
 
 def a_variable_in_braces(folder: Path) -> Path:
