@@ -24,6 +24,8 @@ def test_recipe_checks_trains_measures_and_merges(name, tiny_base, tmp_path):
     text = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": f"the sink draws {i} tokens " * 40}) + "\n" for i in range(40)]
     text.write_text("".join(lines))
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text("".join(lines[1:]))
     recipe = load_recipe(
         name,
         [
@@ -33,7 +35,7 @@ def test_recipe_checks_trains_measures_and_merges(name, tiny_base, tmp_path):
             "data.sequence_length=192",
             "data.first_tokens=64",
             "train.max_steps=2",
-            f"measure={{text: {text}, length: 192, windows: 2}}",
+            f"measure={{text: {unseen}, length: 192, windows: 2}}",
         ],
     )
     if recipe.model.quantization:
