@@ -22,12 +22,14 @@ def recipe(tiny_base, tmp_path) -> Path:
     text = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": f"the sink draws {i} tokens " * 40}) + "\n" for i in range(40)]
     text.write_text("".join(lines))
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text("".join(lines[1:]))
     settings = {
         "output_dir": "replaced",
         "model": {"base": str(tiny_base("llama"))},
         "data": {"sources": [{"path": str(text)}], "sequence_length": 64},
         "train": {"max_steps": 2, "report_to": []},
-        "measure": {"text": str(text), "length": 192, "windows": 2},
+        "measure": {"text": str(unseen), "length": 192, "windows": 2},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "recipe.yaml"
