@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,6 +32,9 @@ CHATS = [{"messages": TURNS}] * 30
 SHAREGPT = [{"from": "user", "value": "hi"}, {"from": "assistant", "value": SENTENCE}]
 LINES = "".join(json.dumps(row) + "\n" for row in TEXTS)
 GENERATION = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"  # noqa: E501
+
+# The same bytes whenever the tests are collected: they stand in names of cases.
+compressed = partial(gzip.compress, mtime=0)
 
 
 def lines(*rows) -> bytes:
@@ -324,8 +328,8 @@ def test_half_a_character_in_parquet_is_one_line(tmp_path):
         ("data.parquet", b"PAR1 and so on", "cannot read"),
         ("data.parquet", b"", "cannot read"),
         ("data.jsonl.gz", b"no gzip", "no whole gzip file"),
-        ("data.jsonl.gz", gzip.compress(LINES.encode())[:-20], "no whole gzip file"),
-        ("data.jsonl.gz", gzip.compress(lines(*TEXTS, {"text": 1})), "line 31: text is a number"),
+        ("data.jsonl.gz", compressed(LINES.encode())[:-20], "no whole gzip file"),
+        ("data.jsonl.gz", compressed(lines(*TEXTS, {"text": 1})), "line 31: text is a number"),
         ("data.csv", b"text\na\n", "of a kind that is not read; .jsonl, .json, .txt"),
         ("data.tsv", b"text\na\n", "of a kind that is not read"),
         ("data.zip", b"PK", "of a kind that is not read"),
@@ -368,12 +372,12 @@ def test_a_pipe_is_no_data(folder):
         ("data.Json", LINES.encode()),
         ("data.json", json.dumps(TEXTS).encode()),
         ("data.json", json.dumps(TEXTS, indent=1).encode()),
-        ("data.jsonl.gz", gzip.compress(LINES.encode())),
-        ("data.JSONL.GZ", gzip.compress(b"\xef\xbb\xbf" + LINES.encode())),
-        ("data.json.gz", gzip.compress(json.dumps(TEXTS).encode())),
+        ("data.jsonl.gz", compressed(LINES.encode())),
+        ("data.JSONL.GZ", compressed(b"\xef\xbb\xbf" + LINES.encode())),
+        ("data.json.gz", compressed(json.dumps(TEXTS).encode())),
         ("data.txt", b"\xef\xbb\xbf" + LINES.encode()),
         ("data.TXT", LINES.encode()),
-        ("data.txt.gz", gzip.compress(LINES.encode())),
+        ("data.txt.gz", compressed(LINES.encode())),
         ("pairs.jsonl", lines(*PAIRS, {"prompt": "", "completion": "x"})),
     ],
 )
@@ -494,7 +498,7 @@ def test_a_bad_line_of_a_text_to_measure_on_is_named(folder, content, message):
         ("text.pdf", LONG, "must be a .txt or .jsonl file"),
         ("text", LONG, "must be a .txt or .jsonl file"),
         ("text.txt.gz", LONG, "no whole gzip file"),
-        ("text.jsonl.gz", gzip.compress(LINES.encode())[:-9], "no whole gzip file"),
+        ("text.jsonl.gz", compressed(LINES.encode())[:-9], "no whole gzip file"),
         (os.fsdecode(b"te\xffxt.txt"), LONG, "is not UTF-8"),
     ],
 )
@@ -509,9 +513,9 @@ def test_a_text_to_measure_on_that_cannot_be_read_is_one_line(folder, name, cont
     [
         ("text.txt", b"\xef\xbb\xbf" + LONG),
         ("text.TXT", LONG),
-        ("text.txt.gz", gzip.compress(LONG)),
+        ("text.txt.gz", compressed(LONG)),
         ("text.jsonl", b"\xef\xbb\xbf" + lines({"text": LONG.decode()})),
-        ("text.JSONL.gz", gzip.compress(lines({"text": LONG.decode()}, "", {"text": ""}))),
+        ("text.JSONL.gz", compressed(lines({"text": LONG.decode()}, "", {"text": ""}))),
     ],
 )
 def test_a_text_to_measure_on_is_accepted_as_people_have_it(tmp_path, name, content):
