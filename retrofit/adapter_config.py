@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from peft import TaskType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 from retrofit.export.shards import StoredWeights
 from retrofit.files import read_json
 from retrofit.gate_settings import Activation, Granularity, Position, Sinks
@@ -68,7 +68,7 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
         key = first["loc"][0] if first["loc"] else "the whole"
         raise UserError(f"{path}: {key}: {first['msg'].lower()}, not {first['input']!r}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
     known = {field.name for field in fields(GateConfig)}
     if unknown := sorted(name for name in told if name not in known and told[name]):
         raise UserError(

@@ -94,7 +94,7 @@ class Auxiliary:
         }
         self.weights = {name: weight * scale for name, weight in weights.items() if weight}
         self.values = {name: {} for name in self.weights}
-        self.base = {}  # the last batch's, before this one's take as much again
+        self.base, self.kept = {}, {}  # the last batch's, before this one's take as much again
         self.position_ids = position_ids
         self.sampled = None
         if "pressure" in self.weights or "balance" in self.weights:

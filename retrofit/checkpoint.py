@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 from retrofit.files import read_json, writing
 from retrofit.pickles import pickles_in, refuse_pickles
 from retrofit.sharded import whole
@@ -209,7 +209,7 @@ def damage(checkpoint: Path) -> str | None:
         if not (checkpoint / SCHEDULER_NAME).exists():
             _check_tensors(checkpoint, rows.ranks)
     except (OSError, ValueError, RecursionError) as error:
-        return _one_line(error)
+        return _problem_in(error)
     return None
 
 
@@ -280,11 +280,11 @@ def _step(checkpoint: Path) -> int | None:
     return int(number) if number.isascii() and number.isdigit() else None
 
 
-def _one_line(error: Exception) -> str:
+def _problem_in(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-    return " ".join(str(error).split())[:200]
+    return one_line(error)
 
 
 def _rng_name(rank: int) -> str:

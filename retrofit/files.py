@@ -12,7 +12,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 from retrofit.output_path import refuse_unwritable
 
 # Taken over verbatim: saving a loaded tokenizer again would rewrite its class and drop files.
@@ -32,7 +32,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{path} cannot be written: {reason}") from error
 
 

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 
 
 def check_access(repo_id: str) -> None:
@@ -23,7 +23,7 @@ def check_access(repo_id: str) -> None:
     except LocalTokenNotFoundError as error:
         raise UserError("not logged in to the hub: run `hf auth login`, or set HF_TOKEN") from error
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"the hub does not answer, or not to you: {_line(error)}") from error
+        raise UserError(f"the hub does not answer, or not to you: {one_line(error)}") from error
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:
@@ -38,11 +38,7 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="retrofit merge")
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"{folder} is merged, but not pushed ({_line(error)}); go on with "
+            f"{folder} is merged, but not pushed ({one_line(error)}); go on with "
             f"`hf upload {repo_id} {folder}`"
         ) from error
     return str(url)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

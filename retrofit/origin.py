@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 from retrofit.export.shards import StoredWeights
 from retrofit.files import read_json
 from retrofit.fingerprint import base_weights, weights_sha256
@@ -78,7 +78,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
         key = ".".join(map(str, ("base", *first["loc"])))
         raise UserError(f"{path} is damaged: {key}: {first['msg'].lower()}") from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
     return facts
 
 

@@ -149,7 +149,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         for batch in loader:
             position_ids = _position_ids(batch)
             yield {"input_ids": batch["input_ids"], "position_ids": position_ids}
-            seen += int((position_ids[:, 1:] == 1).sum())
+            seen += count_documents(position_ids)
             if seen >= documents:
                 break
 
@@ -319,3 +319,9 @@ def gate_movement(layers: Iterable[GateLayer]) -> Iterator[list[torch.Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def count_documents(position_ids: torch.Tensor) -> int:
+    """How many documents of packed rows are texts: the tokens of `data.first_tokens`, alone or in
+    pairs, are none."""
+    return int((position_ids == 2).sum())

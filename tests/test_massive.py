@@ -11,6 +11,7 @@ from retrofit import GateConfig
 from retrofit.adapters import family_of
 from retrofit.collate import PackedRows
 from retrofit.massive import MARGIN, excess_activation
+from retrofit.trainer import count_documents
 
 POSITION_IDS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, -1, -1, -1]])
 
@@ -59,6 +60,7 @@ def test_the_end_of_a_row_becomes_documents_of_one_token_and_of_two(end_to_end):
     positions = [[0, 1, 2, 3, 0, 1, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5, 0, 0, 0, 1]]
     assert batch["position_ids"].view(2, 10).tolist() == positions
     assert batch["input_ids"].flatten().tolist() == list(range(10, 30))
+    assert count_documents(batch["position_ids"]) == 2, "pairs are no texts to calibrate on"
     labelled = batch["labels"].view(2, 10) != -100
     assert torch.equal(labelled[:, :6], torch.tensor(positions)[:, :6] > 0)
     assert not labelled[:, 6:].any()

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 from retrofit.files import read_json
 
 _SINGLE = "model.safetensors"
@@ -76,8 +76,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     try:
         files = _Index.model_validate(read_json(index)).weight_map
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{index} is damaged; download it again ({reason})") from None
+        raise UserError(f"{index} is damaged; download it again ({one_line(error)})") from None
     found: dict[str, Path] = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):

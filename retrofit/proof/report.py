@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from retrofit.errors import UserError
+from retrofit.errors import UserError, one_line
 from retrofit.files import read_json
 from retrofit.proof.reference import FILE, Reference
 
@@ -85,8 +85,7 @@ def _check_reference(path: Path) -> None:
         told = json.dumps(read_json(path))
         reference = TypeAdapter(Reference).validate_json(told, strict=True)
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged: {reason}; merge again") from None
+        raise UserError(f"{path} is damaged: {one_line(error)}; merge again") from None
     lengths = [len(row) for row in reference.input_ids]
     for name in ("tokens", "logprobs"):
         if [len(row) for row in getattr(reference, name)] != lengths or len(lengths) != 2:
