@@ -180,7 +180,7 @@ def _verified(report: dict) -> str:
     until = figures["greedy_until"]
     greedy = "the same" if until is None else f"the same up to token {until}"
     rounding = (
-        f" ({figures['rounding_kl']:.2g} is what storing weights in {dtype} costs by itself)"
+        f" ({figures['rounding_kl']:.2g} is what {dtype} costs by itself)"
         if figures["rounding_kl"]
         else ""
     )

@@ -97,7 +97,9 @@ def merge(
     seconds: dict[str, float] = {}
     with appearing_whole(out) as folder:
         with _timed(seconds, "reference"):
-            rounding_kl = trained_reference(source.base, source.adapter, text, kind, folder / FILE)
+            rounding_kl = trained_reference(
+                source.base, source.adapter, text, kind, folder / FILE, inputs_too=bool(llama_cpp)
+            )
         about = _about_checkpoint(source, kind, format)
         with _timed(seconds, "write"):
             if llama_cpp:

@@ -3,7 +3,7 @@
     python scripts/vllm_env.py .venv/vllm
     python scripts/engines.py RUN [RUN ...] --vllm .venv/vllm/bin/python
 
-Prints the table of docs/engines.md. Each run is merged in every format that an engine reads, with
+Prints the table of docs/families.md. Each run is merged in every format that an engine reads, with
 weights stored in float32 unless it says otherwise; engines compute in float32.
 """
 

@@ -79,7 +79,7 @@ def test_llama_cpp_has_sinks(family, overrides, tmp_path, base, in_process):
 def test_sinks_beside_smaller_weights(kind, tmp_path, base, in_process):
     run = make_run(tmp_path / "run", base("llama"), centered=True, **SINKS)
     figures = merge(run, tmp_path / "out", format="gguf", dtype=kind)["verification"]
-    assert figures["kl"] < 10 * figures["rounding_kl"] + 1e-6
+    assert figures["kl"] < 3 * figures["rounding_kl"] + 1e-6
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
@@ -89,7 +89,7 @@ def test_smaller_weights_cost_about_their_rounding(family, kind, tmp_path, base,
     report = merge(run, tmp_path / "out", format="gguf", dtype=kind)
     figures = report["verification"]
     assert figures["rounding_kl"] > 0
-    assert figures["kl"] < 10 * figures["rounding_kl"] + 1e-6
+    assert figures["kl"] < 3 * figures["rounding_kl"] + 1e-6
     assert (tmp_path / "out" / report["checkpoint"]["file"]).is_file()
 
 
