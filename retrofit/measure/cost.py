@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from retrofit.measure.subject import Count, Subject, Track, unwrapped
 from retrofit.measure.texts import cut_windows
+from retrofit.proof.reference import CACHE
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def prefill_and_decode(model: Any, input_ids: torch.Tensor, new_tokens: int) -> 
 
 def _next_token(model: Any, input_ids: torch.Tensor, cache: DynamicCache) -> None:
     """One pass, with the logits of the last position alone, as `generate` makes it."""
-    model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=input_ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -32,6 +32,7 @@ from retrofit.measure.ruler import TASKS, Ruler, Sample, recall
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
 from retrofit.probe import without_matrices
+from retrofit.proof.reference import CACHE
 
 Scaling = Literal["yarn", "linear"]
 
@@ -285,7 +286,7 @@ def answer_nats(
     input_ids = torch.tensor([prompt + said], device=model.device)
     before = len(prompt) - 1  # whose last token predicts the first of the answers
     if _rewind(cache, before):
-        output = model.get_decoder()(input_ids[:, before:], past_key_values=cache)
+        output = model.get_decoder()(input_ids[:, before:], **{CACHE: cache})
     else:
         output = model.get_decoder()(input_ids, use_cache=False)
     predictions = predictions_of(model)

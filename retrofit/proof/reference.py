@@ -6,10 +6,17 @@ that run without this package, so it imports nothing of it.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What a model calls the cache that it takes and gives back. Until transformers 5.24 that was
+# `past_key_values`.
+CACHE = "cache"
+if CACHE not in {field.name for field in fields(CausalLMOutputWithPast)}:
+    CACHE = "past_key_values"
 
 # One window is short enough for any context and long enough that RoPE mistakes show.
 MAX_WINDOW = 256
@@ -67,14 +74,14 @@ def observe(model, input_ids: torch.Tensor, steps: int = STEPS) -> dict[str, tor
         `greedy`: the tokens `[batch, steps]` that follow.
     """
     prefill = model(input_ids, use_cache=False).logits
-    cache = model(input_ids[:, :-steps], use_cache=True).past_key_values
+    cache = {CACHE: getattr(model(input_ids[:, :-steps], use_cache=True), CACHE)}
     cached, greedy = [], []
     for token in input_ids[:, -steps:].split(1, dim=1):
-        cached.append(model(token, past_key_values=cache).logits)
+        cached.append(model(token, **cache).logits)
     token = cached[-1].argmax(-1)
     for _ in range(steps - 1):
         greedy.append(token)
-        token = model(token, past_key_values=cache).logits.argmax(-1)
+        token = model(token, **cache).logits.argmax(-1)
     greedy.append(token)
     return {"prefill": prefill, "cached": torch.cat(cached, 1), "greedy": torch.cat(greedy, 1)}
 
