@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-oldest check engines assets format clean
+.PHONY: demo test test-oldest check lint engines assets format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
@@ -19,10 +19,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST)
 
-check: $(VENV)/installed
+# Format, style, types, and that no room of the package imports from one above it.
+lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint
 	$(PYTEST) -m "not slow and not engines"
 
 # Every family, what PEFT promises, training, measuring and merging, with the oldest versions that

@@ -7,7 +7,7 @@ adding a file and its name here; the tests of `tests/test_families.py` then run 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from retrofit.errors import UserError
+from retrofit.utils.errors import UserError
 
 if TYPE_CHECKING:  # a family is imported when it is asked for
     from retrofit.adapters._family import Family

@@ -18,10 +18,10 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from retrofit.errors import UserError
-from retrofit.models import load_model
-from retrofit.process import prepare_process
+from retrofit.models.loading import load_model
 from retrofit.recipe import Dtype, Quantization
+from retrofit.utils.errors import UserError
+from retrofit.utils.process import prepare_process
 
 
 @register_model("retrofit")

@@ -23,10 +23,10 @@ from pydantic import (
     model_validator,
 )
 
-from retrofit.errors import UserError, one_line
 from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict
-from retrofit.strict_yaml import parse, parse_value
-from retrofit.text_files import read_text
+from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.strict_yaml import parse, parse_value
+from retrofit.utils.text_files import read_text
 
 RESOLVED = "recipe.resolved.yaml"  # in a run folder
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -211,13 +211,13 @@ class Train(_Section):
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     batch_size: Count = 1  # rows of sequence_length a step and device
     gradient_accumulation_steps: Count = 1
-    # Of the gates; nothing else trains. auto: one for each layer, see calibrate.py.
+    # Of the gates; nothing else trains. auto: one for each layer, see training/calibration.py.
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05  # below 1: a share of all steps
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    # auto: the first of none, selective (attention is kept) and full that fits, see memory.py.
+    # auto: the first of none, selective (attention is kept) and full that fits, see memory/.
     gradient_checkpointing: Literal["auto", "none", "selective", "full", "reentrant"] = "auto"
     torch_compile: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # numpy takes no other

@@ -18,7 +18,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from retrofit.recipe import load_recipe
-from retrofit.strict_yaml import parse
+from retrofit.utils.strict_yaml import parse
 
 RETROFIT = [sys.executable, "-c", "from retrofit.cli import main; main()"]
 COLUMNS = {

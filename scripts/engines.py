@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from retrofit.merge import merge
-from retrofit.proof.verify import verify
+from retrofit.export.merge import merge
+from retrofit.export.verify.verify import verify
 
 MERGES = [
     ("native", "float32"),

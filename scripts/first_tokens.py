@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from retrofit.measure import names, read_documents
-from retrofit.models import load_model
-from retrofit.process import prepare_process
+from retrofit.models.loading import load_model
+from retrofit.utils.process import prepare_process
 from short_windows import largest_activations
 
 SHOWN = 12

@@ -33,12 +33,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
-from retrofit.calibrate import closest_logits
 from retrofit.gates.rope import slow_pairs
 from retrofit.measure import cut_windows, read_documents
-from retrofit.metrics import PredictionStatistics
-from retrofit.models import load_model
-from retrofit.process import prepare_process
+from retrofit.measure.metrics import PredictionStatistics
+from retrofit.models.loading import load_model
+from retrofit.training.calibration import closest_logits
+from retrofit.utils.process import prepare_process
 
 NAME = "sink_oracle"
 ROUNDS = 3  # of reweighted least squares

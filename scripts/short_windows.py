@@ -15,8 +15,8 @@ from peft import PeftModel
 from rich.progress import track
 
 from retrofit.measure import names, read_documents
-from retrofit.models import load_model
-from retrofit.process import prepare_process
+from retrofit.models.loading import load_model
+from retrofit.utils.process import prepare_process
 
 BATCH = 4096  # tokens
 

@@ -25,10 +25,10 @@ from typing import Any
 import transformers
 
 import assets
-from retrofit.errors import UserError
-from retrofit.files import write_json
 from retrofit.measure import names
-from retrofit.process import prepare_process
+from retrofit.utils.errors import UserError
+from retrofit.utils.files import write_json
+from retrofit.utils.process import prepare_process
 
 TASKS = ("hellaswag", "arc_easy", "piqa", "lambada")
 SEED = 0

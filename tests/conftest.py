@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The scripts that prove a checkpoint run without this package, and so find each other here.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "retrofit/proof"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "retrofit/export/verify"))
 
 import pytest
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -32,7 +32,7 @@ def in_process(monkeypatch):
     import llama_server
     import stock_transformers
 
-    from retrofit.proof import verify
+    from retrofit.export.verify import verify
 
     def check(script, paths, options, _python):
         if script == "llama_server.py":

@@ -13,11 +13,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
-from retrofit.auxiliary import add_auxiliary
-from retrofit.fingerprint import base_weights, weights_sha256
-from retrofit.objectives import add_objectives
+from retrofit.losses.distillation import add_objectives
+from retrofit.losses.layer_losses import add_auxiliary
+from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.recipe import Objective
-from retrofit.sharded import whole
+from retrofit.utils.sharded import whole
 
 # Every row is sampled, so that one rank and two look at the same ones.
 OBJECTIVE = Objective(lm=1.0, kl=0.5, pressure=20.0, hidden=10.0, activation=1.0, sampled_rows=160)

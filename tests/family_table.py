@@ -18,12 +18,12 @@ from tiny import LLAMA3, write_tiny
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
-from retrofit.errors import CheckError, UserError
+from retrofit.export.merge import merge
+from retrofit.export.verify.verify import verify
 from retrofit.measure import measure
-from retrofit.merge import merge
-from retrofit.proof.verify import verify
 from retrofit.recipe import Recipe
-from retrofit.train import train
+from retrofit.training.run import train
+from retrofit.utils.errors import CheckError, UserError
 
 FAMILIES: dict[str, tuple[str, dict]] = {
     "Llama 1, 2, 3; SmolLM, TinyLlama, Yi": ("llama", {}),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from retrofit import cli
-from retrofit.errors import UserError
+from retrofit.utils.errors import UserError
 
 
 def files_below(folder: Path) -> set[Path]:

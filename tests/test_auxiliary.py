@@ -5,13 +5,14 @@ import torch
 from peft import get_peft_model
 from tiny import tiny_model
 
-from retrofit import GateConfig, massive
-from retrofit.auxiliary import Auxiliary, add_auxiliary, relative_distance
-from retrofit.balance import balance_loss, effective_load, sink_load, vanilla_load
+from retrofit import GateConfig
 from retrofit.gates import gate_layers, gates_off
-from retrofit.pressure import collision_probability
+from retrofit.losses import massive_activations
+from retrofit.losses.head_balance import balance_loss, effective_load, sink_load, vanilla_load
+from retrofit.losses.layer_losses import Auxiliary, add_auxiliary, relative_distance
+from retrofit.losses.sampled_attention import attention_of_rows
+from retrofit.losses.sink_pressure import collision_probability
 from retrofit.recipe import Objective
-from retrofit.sampling import attention_of_rows
 
 T = 160
 INPUT_IDS = torch.randint(0, 256, (2, T), generator=torch.Generator().manual_seed(0))
@@ -24,7 +25,7 @@ ALL = Objective(
 
 @pytest.fixture(autouse=True)
 def _random_activations_count_as_massive(monkeypatch):
-    monkeypatch.setattr(massive, "MARGIN", 0.9)
+    monkeypatch.setattr(massive_activations, "MARGIN", 0.9)
 
 
 class Added(Auxiliary):
@@ -54,7 +55,9 @@ class Added(Auxiliary):
     def before_layer(self, layer, args):
         if layer.self_attn.g1.disable_adapters:
             return
-        self.total = self.total + 0.7 * massive.excess_activation(args[0], POSITION_IDS) / 3
+        self.total = (
+            self.total + 0.7 * massive_activations.excess_activation(args[0], POSITION_IDS) / 3
+        )
 
 
 def press(model, objective=ALL, progress=0.0, scale=1.0):
@@ -132,7 +135,7 @@ def test_zero_gates_have_no_distance_and_others_have():
 
 
 def test_a_token_that_is_massive_in_the_base_is_not_held_to_it(monkeypatch):
-    monkeypatch.setattr(massive, "MARGIN", 20.0)
+    monkeypatch.setattr(massive_activations, "MARGIN", 20.0)
     model = get_peft_model(tiny_model("llama"), GateConfig(init_weights=False)).train()
     embeddings = model.get_input_embeddings()(INPUT_IDS).detach()
     embeddings[0, 5, 3] = 1e4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retrofit.balance import (
+from retrofit.losses.head_balance import (
     EPSILON,
     balance_loss,
     effective_load,
@@ -12,8 +12,8 @@ from retrofit.balance import (
     sink_load,
     vanilla_load,
 )
-from retrofit.metrics import AttentionStatistics, attention_columns
-from retrofit.sampling import SampledRows, sampled_attention
+from retrofit.losses.sampled_attention import SampledRows, sampled_attention
+from retrofit.measure.metrics import AttentionStatistics, attention_columns
 
 BATCH, HEADS, T, HEAD_DIM, HIDDEN = 2, 5, 48, 8, 12
 SCALING = 0.7

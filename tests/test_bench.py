@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from retrofit.export.granite_swa import granite_config
 from retrofit.export.native import native_config
-from retrofit.files import read_json
+from retrofit.utils.files import read_json
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path[:0] = [str(SCRIPTS / "bench"), str(SCRIPTS)]

@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from retrofit.check import check
 from retrofit.cli.measure import measure_run
-from retrofit.merge import merge
+from retrofit.export.merge import merge
 from retrofit.recipe import bundled_recipes, load_recipe
-from retrofit.train import train
+from retrofit.training.check import check
+from retrofit.training.run import train
 
 ARCHITECTURE = {"smollm2": "llama", "llama": "llama", "qwen2.5": "qwen2", "qwen3": "qwen3"}
 

@@ -10,9 +10,9 @@ from tiny import tiny_model
 
 from retrofit import GateConfig
 from retrofit.adapters import family_of
-from retrofit.calibrate import STEP, Calibration, calibrate
 from retrofit.recipe import load_recipe
-from retrofit.train import train
+from retrofit.training.calibration import STEP, Calibration, calibrate
+from retrofit.training.run import train
 
 
 def test_values_are_those_of_first_tokens_of_documents(family):
@@ -45,7 +45,7 @@ def test_heads_that_pay_no_sink_have_no_value(family, monkeypatch):
     base.set_attn_implementation(fast)
     paid = torch.stack([a[:, :, 64:, 0].mean((0, 2)).view(2, -1).mean(-1) for a in attentions])
     threshold = paid.median().item() + 1e-5
-    monkeypatch.setattr("retrofit.calibrate.SINK_SHARE", threshold)
+    monkeypatch.setattr("retrofit.training.calibration.SINK_SHARE", threshold)
     model = get_peft_model(base, GateConfig(init_weights=False))
     # A row of short texts has nothing to tell, and must not be counted for the room it takes.
     input_ids = torch.cat([input_ids, input_ids[:1]])

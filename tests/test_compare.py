@@ -8,9 +8,9 @@ from results import synthetic_result
 from typer.testing import CliRunner
 
 from retrofit import cli
-from retrofit.errors import UserError
 from retrofit.report.join import join
 from retrofit.report.verdict import verdict
+from retrofit.utils.errors import UserError
 
 
 @pytest.fixture

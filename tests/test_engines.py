@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from retrofit.recipe import load_recipe
-from retrofit.train import train
+from retrofit.training.run import train
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import assets

@@ -14,10 +14,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from retrofit import GateConfig
 from retrofit.adapters import family_of, llama
 from retrofit.adapters._sinks import sink_attention
-from retrofit.errors import UserError
 from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.layer import ACTIVATIONS
-from retrofit.probe import attention_replaced
+from retrofit.measure.attention_hooks import attention_replaced
+from retrofit.utils.errors import UserError
 
 SLIDING = {"mistral": {"sliding_window": 8}, "qwen2": {"use_sliding_window": True}}
 

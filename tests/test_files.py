@@ -2,7 +2,7 @@
 
 import pytest
 
-from retrofit.files import appearing_whole, write_json
+from retrofit.utils.files import appearing_whole, write_json
 
 
 @pytest.mark.parametrize("name", ["*", "?ut", "[o]ut", "o*"])

@@ -7,8 +7,9 @@ import torch
 from peft import get_peft_model
 from tiny import tiny_model
 
-from retrofit import GateConfig, fingerprint
-from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit import GateConfig
+from retrofit.models import fingerprint
+from retrofit.models.fingerprint import base_weights, weights_sha256
 
 
 def naive(named_tensors) -> str:

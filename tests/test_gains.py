@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from retrofit import GateConfig
-from retrofit.errors import UserError
 from retrofit.measure import cut_windows, measure
 from retrofit.measure.cost import Cost
 from retrofit.measure.examples import Examples, attention_maps
@@ -21,6 +20,7 @@ from retrofit.measure.heads import Heads, ranked, zeroed
 from retrofit.measure.parts import PARTS, chosen_parts
 from retrofit.measure.predictions import predict
 from retrofit.measure.quantization import Quantization, quantized, rounded, rounded_in_groups
+from retrofit.utils.errors import UserError
 
 LENGTH = 192
 

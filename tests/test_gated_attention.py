@@ -12,13 +12,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from retrofit.errors import UserError
-from retrofit.export.gated_attention import unpack
-from retrofit.merge import merge
-from retrofit.models import load_base, load_model
-from retrofit.proof.report import read_report
-from retrofit.proof.verify import verify
+from retrofit.export.merge import merge
+from retrofit.export.verify.report import read_report
+from retrofit.export.verify.verify import verify
+from retrofit.models.loading import load_base, load_model
+from retrofit.models.published import unpack
 from retrofit.recipe import Model
+from retrofit.utils.errors import UserError
 
 INPUT_IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16

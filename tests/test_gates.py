@@ -12,8 +12,8 @@ from tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from retrofit import GateConfig
-from retrofit.errors import UserError
 from retrofit.gates import gate_layers
+from retrofit.utils.errors import UserError
 
 INPUT_IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 

@@ -12,11 +12,11 @@ from tiny import DENSE, LLAMA3, tiny_model, write_tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from retrofit.errors import UserError
 from retrofit.export import native
 from retrofit.export.gguf_tokenizer import rules_of
 from retrofit.export.llama_cpp import KINDS
-from retrofit.merge import MergeMismatchError, merge
+from retrofit.export.merge import MergeMismatchError, merge
+from retrofit.utils.errors import UserError
 
 
 @pytest.fixture

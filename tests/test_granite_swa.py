@@ -16,8 +16,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from retrofit.export import gpt_oss, granite_swa
-from retrofit.fingerprint import base_weights
-from retrofit.proof.reference import kl_divergence
+from retrofit.export.verify.reference import kl_divergence
+from retrofit.models.fingerprint import base_weights
 
 LONGROPE = {
     "rope_type": "longrope",

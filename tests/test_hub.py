@@ -7,8 +7,8 @@ from test_merge import make_run
 from typer.testing import CliRunner
 
 from retrofit.cli import app
-from retrofit.errors import UserError
-from retrofit.hub import check_access, push
+from retrofit.export.hub import check_access, push
+from retrofit.utils.errors import UserError
 
 
 @pytest.fixture

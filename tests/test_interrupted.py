@@ -21,7 +21,7 @@ MAIN = "from retrofit.cli import main; main()"
 # Each try is a fork, so that one import serves all.
 KILLED_AT_EACH_WRITE = """
 import os, sys
-import retrofit.train
+import retrofit.training.run
 from retrofit import cli
 
 recipe, folder, every = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -133,13 +133,13 @@ def wait(*args, **kwargs):
     time.sleep(600)
 
 """
-WHILE_WRITING = "import retrofit.merge; retrofit.merge._report = wait\n"
+WHILE_WRITING = "import retrofit.export.merge; retrofit.export.merge._report = wait\n"
 WHILE_PROVING = """
 import subprocess
 run = subprocess.run
 subprocess.run = lambda command, **given: (run if command[1] == "-c" else wait)(command, **given)
 """
-WHILE_LOADING = "import retrofit.train; retrofit.train._calibrate = wait\n"
+WHILE_LOADING = "import retrofit.training.run; retrofit.training.run._calibrate = wait\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -14,12 +14,12 @@ from tiny import LLAMA3, SHAPE, tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
 from retrofit import GateConfig
-from retrofit.errors import UserError
 from retrofit.measure import cut_windows, measure
 from retrofit.measure.long_context import LongContext, answer, answer_nats, rope_scaled
 from retrofit.measure.parts import chosen_parts
 from retrofit.measure.ruler import Ruler, Sample
 from retrofit.measure.subject import Subject
+from retrofit.utils.errors import UserError
 
 TRAINED = SHAPE["max_position_embeddings"]
 LONG = 3 * TRAINED

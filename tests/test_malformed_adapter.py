@@ -17,9 +17,9 @@ from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from retrofit import cli
-from retrofit.merge import merge
-from retrofit.proof import verify
-from retrofit.proof.reference import FILE
+from retrofit.export.merge import merge
+from retrofit.export.verify import verify
+from retrofit.export.verify.reference import FILE
 
 NAN = float("nan")
 TEXT = "Call me Ishmael, some years ago. " * 40

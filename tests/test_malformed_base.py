@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from retrofit import cli
-from retrofit.card import license_of
-from retrofit.merge import merge
-from retrofit.models import load_base
+from retrofit.export.merge import merge
+from retrofit.export.model_card import license_of
+from retrofit.models.loading import load_base
 from retrofit.recipe import Model
 
 NAN = float("nan")
@@ -417,7 +417,9 @@ def test_a_base_that_is_nowhere_is_refused(work, base, message):
 
 
 def test_gates_beyond_the_last_layer_are_refused_before_a_weight_is_read(work, monkeypatch):
-    monkeypatch.setattr("retrofit.train.load_base", lambda spec: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "retrofit.training.run.load_base", lambda spec: pytest.fail("it was loaded")
+    )
     write_recipe(work, gate={"layers": [0, 3]})
     for told in refusals(work, "check", "train"):
         assert "gates in layer 3 of" in told and "3 layers, 0 to 2" in told

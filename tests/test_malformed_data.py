@@ -17,12 +17,12 @@ from tiny import VOCAB_SIZE, tiny_tokenizer
 from typer.testing import CliRunner
 
 from retrofit import cli
-from retrofit.data import load_sources
-from retrofit.errors import UserError
+from retrofit.data.rows import RowCheck, checked_stream
+from retrofit.data.sources import load_sources
 from retrofit.measure import read_documents
-from retrofit.models import load_tokenizer
+from retrofit.models.loading import load_tokenizer
 from retrofit.recipe import Data, Model, load_recipe
-from retrofit.rows import RowCheck, checked_stream
+from retrofit.utils.errors import UserError
 
 SENTENCE = "the sink token draws all attention to the first token of the text"
 TEXTS = [{"text": f"{SENTENCE} {number}"} for number in range(30)]

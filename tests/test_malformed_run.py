@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from retrofit import cli
-from retrofit.callbacks import GradientCheck
-from retrofit.checkpoint import SafetensorsCheckpoints, last_checkpoint
-from retrofit.console import PlainConsole
-from retrofit.errors import UserError
-from retrofit.files import appearing_whole, temporary_folder
 from retrofit.measure.session import Done
-from retrofit.output_path import refuse_unwritable
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.report import plot
-from retrofit.train import Interrupted, train
+from retrofit.training.callbacks import GradientCheck
+from retrofit.training.run import Interrupted, train
+from retrofit.training.trainer_state import SafetensorsCheckpoints, last_checkpoint
+from retrofit.utils.console import PlainConsole
+from retrofit.utils.errors import UserError
+from retrofit.utils.files import appearing_whole, temporary_folder
+from retrofit.utils.output_path import refuse_unwritable
 
 STEPS = 5
 
@@ -61,7 +61,7 @@ def settings(output_dir: str) -> dict:
 @pytest.fixture(scope="module")
 def runs(home):
     """Two runs of one recipe, `whole` and one that was stopped after step 3."""
-    from retrofit import train as module
+    from retrofit.training import run as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -556,7 +556,7 @@ def test_a_full_disk_during_a_checkpoint_is_one_line(home, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("at", ["write_text", "written_whole"])
 def test_a_full_disk_at_the_start_or_the_end_is_one_line(home, tmp_path, monkeypatch, at):
-    from retrofit import train as module
+    from retrofit.training import run as module
 
     monkeypatch.chdir(home)
     monkeypatch.setattr(module, at, full)
@@ -566,7 +566,7 @@ def test_a_full_disk_at_the_start_or_the_end_is_one_line(home, tmp_path, monkeyp
 
 
 def test_a_run_that_diverges_at_once_leaves_its_name_to_the_next_try(home, tmp_path, monkeypatch):
-    from retrofit.trainer import GateTrainer
+    from retrofit.training.trainer import GateTrainer
 
     monkeypatch.chdir(home)
     monkeypatch.setattr(
@@ -659,7 +659,7 @@ def test_a_run_is_told_by_the_name_that_it_has(home, tmp_path, name, monkeypatch
 
 
 def test_a_long_path_is_not_cut_into_lines(capsys):
-    from retrofit.console import say
+    from retrofit.utils.console import say
 
     say("x" * 300)
     assert capsys.readouterr().out == "x" * 300 + "\n"

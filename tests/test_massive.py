@@ -9,9 +9,9 @@ from tiny import tiny_model
 
 from retrofit import GateConfig
 from retrofit.adapters import family_of
-from retrofit.collate import PackedRows
-from retrofit.massive import MARGIN, excess_activation
-from retrofit.trainer import count_documents
+from retrofit.data.collator import PackedRows
+from retrofit.losses.massive_activations import MARGIN, excess_activation
+from retrofit.training.trainer import count_documents
 
 POSITION_IDS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, -1, -1, -1]])
 

@@ -17,10 +17,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
-from retrofit.errors import UserError
 from retrofit.measure import cut_windows, measure, names
-from retrofit.models import load_model
+from retrofit.models.loading import load_model
 from retrofit.report import plot, table
+from retrofit.utils.errors import UserError
 
 METRICS = {
     "f_attn",

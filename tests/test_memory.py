@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrofit import memory
 from retrofit.adapters import family_of
-from retrofit.check import check
-from retrofit.errors import UserError
-from retrofit.live_bytes import LiveBytes
-from retrofit.memory import (
+from retrofit.memory import estimate as memory
+from retrofit.memory.estimate import (
     CHECKPOINTING,
     Device,
     NotTracedError,
@@ -22,10 +19,14 @@ from retrofit.memory import (
     remedy,
     this_device,
 )
-from retrofit.models import load_base, load_config
+from retrofit.memory.tensor_memory import LiveBytes
+from retrofit.memory.traced_step import trace_step
+from retrofit.models.loading import load_base, load_config
 from retrofit.recipe import Recipe
-from retrofit.traced_step import trace_step
-from retrofit.train import gate_trainer, training_arguments
+from retrofit.training.arguments import training_arguments
+from retrofit.training.check import check
+from retrofit.training.run import gate_trainer
+from retrofit.utils.errors import UserError
 
 LENGTH = 192
 
@@ -288,7 +289,7 @@ def test_tensors_are_counted_until_they_are_freed():
 def test_large_blocks_are_returned_where_memory_is_short():
     code = """
 import sys
-from retrofit.process import prepare_process, return_large_blocks
+from retrofit.utils.process import prepare_process, return_large_blocks
 prepare_process(keep_freed_memory=True)
 if sys.argv[1] == "returned":
     return_large_blocks()

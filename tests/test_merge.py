@@ -17,20 +17,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-import retrofit.merge
+import retrofit.export.merge
 from retrofit import GateConfig
-from retrofit.errors import UserError
 from retrofit.export import native
 from retrofit.export.granite_swa import NO_SINK
-from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.export.merge import MergeMismatchError, merge
+from retrofit.export.verify import verify
+from retrofit.export.verify.reference import Reference, compare
+from retrofit.export.verify.report import read_report
 from retrofit.gates import gate_layers
 from retrofit.measure import measure
-from retrofit.merge import MergeMismatchError, merge
-from retrofit.models import load_model
-from retrofit.probe import probe
-from retrofit.proof import verify
-from retrofit.proof.reference import Reference, compare
-from retrofit.proof.report import read_report
+from retrofit.measure.attention_hooks import probe
+from retrofit.models.fingerprint import base_weights, weights_sha256
+from retrofit.models.loading import load_model
+from retrofit.utils.errors import UserError
 
 WINDOWED = {"sliding_window": 16}
 
@@ -554,7 +554,7 @@ def test_an_interrupted_merge_leaves_nothing(run, tmp_path, in_process, monkeypa
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(retrofit.merge, "write_json", fail)
+    monkeypatch.setattr(retrofit.export.merge, "write_json", fail)
     with pytest.raises(KeyboardInterrupt):
         merge(run, tmp_path / "out")
     assert_nothing_left(tmp_path)
@@ -578,8 +578,8 @@ def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_tidies_up(
     run, tmp_path, in_process
 ):
     code = (
-        "import os, signal, sys, retrofit.merge\n"
-        "retrofit.merge._report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys, retrofit.export.merge\n"
+        "retrofit.export.merge._report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from retrofit.cli import main; main()"
     )
     command = ["merge", run, "--out", tmp_path / "out"]

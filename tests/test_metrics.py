@@ -14,9 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from retrofit import GateConfig
 from retrofit.adapters.modeling_gated import GatedConfig, GatedForCausalLM
 from retrofit.gates import gate_layers
+from retrofit.measure.attention_hooks import attention_watched, probe
+from retrofit.measure.metrics import ActivationStatistics, AttentionStatistics, attention_columns
 from retrofit.measure.sinks import by_layer, read_model, summarize
-from retrofit.metrics import ActivationStatistics, AttentionStatistics, attention_columns
-from retrofit.probe import attention_watched, probe
 
 LENGTH = 256
 MODELS = {

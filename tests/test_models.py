@@ -10,10 +10,10 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
-from retrofit.errors import UserError
-from retrofit.fingerprint import base_weights, weights_sha256
-from retrofit.models import load_model
+from retrofit.models.fingerprint import base_weights, weights_sha256
+from retrofit.models.loading import load_model
 from retrofit.recipe import Recipe
+from retrofit.utils.errors import UserError
 
 INPUT_IDS = torch.arange(20)[None]
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
 from retrofit.export import exact_norms, native
-from retrofit.fingerprint import base_weights
+from retrofit.export.verify.reference import observe, refer
 from retrofit.gates import gate_layers, gates_off
-from retrofit.proof.reference import observe, refer
+from retrofit.models.fingerprint import base_weights
 
 YARN = {
     "rope_type": "yarn",

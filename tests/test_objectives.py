@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from tiny import tiny_model
 
-from retrofit import GateConfig, objectives
-from retrofit.errors import UserError
+from retrofit import GateConfig
 from retrofit.gates import gate_layers, gates_off
+from retrofit.losses import distillation
 from retrofit.recipe import Objective
+from retrofit.utils.errors import UserError
 
 
 def gated(family="llama"):
@@ -45,8 +46,8 @@ def naive(model, input_ids, labels, objective):
 def test_values_and_gradients_equal_full_logits(
     family, weights, chunk_bytes, block_bytes, monkeypatch
 ):
-    monkeypatch.setattr(objectives, "_CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(objectives, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(distillation, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(distillation, "BLOCK_BYTES", block_bytes)
     objective = Objective(lm=weights[0], kl=weights[1])
     input_ids, labels = batch()
     model = gated(family)
@@ -54,7 +55,7 @@ def test_values_and_gradients_equal_full_logits(
     parameters = [p for p in model.parameters() if p.requires_grad]
     expected_grads = torch.autograd.grad(expected, parameters)
 
-    objectives.add_objectives(model.get_base_model(), objective)
+    distillation.add_objectives(model.get_base_model(), objective)
     outputs = model(input_ids=input_ids, labels=labels, objectives=True)
     grads = torch.autograd.grad(outputs.loss, parameters)
 
@@ -71,7 +72,7 @@ def test_kl_alone_has_no_gradient_at_zero_init():
     model = get_peft_model(tiny_model("llama"), GateConfig())
     input_ids, labels = batch()
     objective = Objective.model_construct(lm=0.0, kl=1.0)
-    objectives.add_objectives(model.get_base_model(), objective)
+    distillation.add_objectives(model.get_base_model(), objective)
     model(input_ids=input_ids, labels=labels, objectives=True).loss.backward()
     for layer in gate_layers(model).values():
         assert layer.g_proj["default"].weight.grad.abs().max() < 1e-5
@@ -90,13 +91,13 @@ def test_no_tensor_of_full_logits_is_made(monkeypatch):
                 self.numel = max(self.numel, result.numel())
             return result
 
-    monkeypatch.setattr(objectives, "_CHUNK_BYTES", 8 * 4 * 5000)
+    monkeypatch.setattr(distillation, "CHUNK_BYTES", 8 * 4 * 5000)
     hidden = torch.randn(1, 400, 16, requires_grad=True)
     head = torch.nn.Linear(16, 5000, bias=False).requires_grad_(False)
     labels = torch.randint(0, 5000, (1, 400))
     with Largest() as largest:
-        states = objectives.predicting(hidden, labels)
-        outputs = objectives.chunked_objectives(
+        states = distillation.predicting(hidden, labels)
+        outputs = distillation.chunked_objectives(
             states, states.detach(), head, labels, Objective(lm=1, kl=1)
         )
         outputs.loss.backward()
@@ -106,14 +107,14 @@ def test_no_tensor_of_full_logits_is_made(monkeypatch):
 def test_a_trained_head_is_refused():
     model = tiny_model("llama").requires_grad_(True)
     with pytest.raises(UserError, match="modules_to_save"):
-        objectives.add_objectives(model, Objective())
+        distillation.add_objectives(model, Objective())
 
 
 def test_without_the_flag_the_forward_is_the_original():
     model = gated()
     input_ids, labels = batch()
     expected = model(input_ids=input_ids, labels=labels)
-    objectives.add_objectives(model.get_base_model(), Objective())
+    distillation.add_objectives(model.get_base_model(), Objective())
     outputs = model(input_ids=input_ids, labels=labels)
     assert torch.equal(outputs.logits, expected.logits)
     assert torch.equal(outputs.loss, expected.loss)

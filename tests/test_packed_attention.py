@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from retrofit.packed_attention import NAME, attend_by_document
+from retrofit.models.document_attention import NAME, attend_by_document
 
 ROWS = (
     [[0, 1, 2, 3, 0, 1, 2, 0, 0, 0], [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]],

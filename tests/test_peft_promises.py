@@ -10,8 +10,8 @@ from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from retrofit import GateConfig
-from retrofit.errors import UserError
 from retrofit.gates import gate_layers
+from retrofit.utils.errors import UserError
 
 INPUT_IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 

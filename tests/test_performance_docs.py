@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from retrofit.files import read_json
+from retrofit.utils.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts/bench"))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from retrofit.metrics import NEAR
-from retrofit.pressure import collision_probability
-from retrofit.sampling import sample_rows, sampled_attention
+from retrofit.losses.sampled_attention import sample_rows, sampled_attention
+from retrofit.losses.sink_pressure import collision_probability
+from retrofit.measure.metrics import NEAR
 
 T = 160
 

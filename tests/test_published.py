@@ -12,7 +12,7 @@ from tiny import SHAPE, tiny_model, tiny_tokenizer
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen3_5Config
 
 from retrofit.measure import measure
-from retrofit.models import load_model
+from retrofit.models.loading import load_model
 
 HYBRID = {
     "num_hidden_layers": 4,

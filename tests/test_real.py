@@ -10,10 +10,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retrofit import GateConfig
+from retrofit.export.merge import merge
 from retrofit.measure import measure
-from retrofit.merge import merge
 from retrofit.recipe import load_recipe
-from retrofit.train import train
+from retrofit.training.run import train
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import assets

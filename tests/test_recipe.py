@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from retrofit.errors import UserError
 from retrofit.recipe import Recipe, bundled_recipes, load_recipe, recipe_file
+from retrofit.utils.errors import UserError
 
 MINIMAL = {
     "output_dir": "runs/x",

@@ -9,8 +9,8 @@ import pytest
 from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from retrofit.errors import UserError
 from retrofit.measure.ruler import TASKS, Ruler, largest_that_fits, recall
+from retrofit.utils.errors import UserError
 
 LENGTHS = (2500, 8000)  # bytes: common words are repeated more often from 4096 on
 NEEDLE = re.compile(r"One of the special magic numbers for (\S+) is: (\d{7})\.")

@@ -16,13 +16,13 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig, cli
-from retrofit.errors import UserError
-from retrofit.fingerprint import base_weights, weights_sha256
-from retrofit.merge import merge
-from retrofit.models import load_base, load_model
-from retrofit.proof.verify import verify
+from retrofit.export.merge import merge
+from retrofit.export.verify.verify import verify
+from retrofit.models.fingerprint import base_weights, weights_sha256
+from retrofit.models.loading import load_base, load_model
 from retrofit.recipe import Model, Recipe
-from retrofit.train import train
+from retrofit.training.run import train
+from retrofit.utils.errors import UserError
 
 BRINGS_CODE = "brings code of its own.*--trust-remote-code"
 
@@ -212,7 +212,7 @@ def test_a_checkpoint_with_a_pickle_is_not_resumed(base, sprung, tmp_path, name,
     (tmp_path / "text.jsonl").write_text(lines)
     recipe = recipe_of(tmp_path / "trained", base)
     with monkeypatch.context() as patch:
-        patch.setattr("retrofit.train._finish", lambda *args: 1 / 0)
+        patch.setattr("retrofit.training.run._finish", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(recipe)
     path = tmp_path / "trained" / "checkpoints" / "checkpoint-4" / name

@@ -11,19 +11,19 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from retrofit.adapters._sinks import Sink, read_log_sum_exp
-from retrofit.errors import UserError
 from retrofit.measure import measure
+from retrofit.measure.attention_hooks import attention_watched, probe, without_matrices
 from retrofit.measure.cost import Cost
 from retrofit.measure.examples import Examples, attention_maps
 from retrofit.measure.heads import Heads
 from retrofit.measure.long_context import LongContext, answer, rope_scaled
+from retrofit.measure.metrics import attention_columns
 from retrofit.measure.quantization import Quantization
 from retrofit.measure.ruler import Sample
+from retrofit.measure.sink_attention import sdpa_with_sinks
 from retrofit.measure.sinks import by_layer, read_model, summarize
 from retrofit.measure.streaming import Streaming
-from retrofit.metrics import attention_columns
-from retrofit.probe import attention_watched, probe, without_matrices
-from retrofit.sink_attention import sdpa_with_sinks
+from retrofit.utils.errors import UserError
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS = {

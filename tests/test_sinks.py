@@ -16,17 +16,17 @@ from retrofit.adapters._sinks import (
     Sink,
     read_log_sum_exp,
 )
-from retrofit.calibrate import calibrate, closest_logits
-from retrofit.errors import UserError
 from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.layer import GateProjection
 from retrofit.gates.rope import slow_pairs
 from retrofit.gates.sinks import UNIT
-from retrofit.packed_attention import NAME as BY_DOCUMENT
-from retrofit.preflight import preflight
-from retrofit.probe import probe
+from retrofit.measure.attention_hooks import probe
+from retrofit.models.document_attention import NAME as BY_DOCUMENT
 from retrofit.recipe import load_recipe
-from retrofit.train import train
+from retrofit.training.calibration import calibrate, closest_logits
+from retrofit.training.preflight import preflight
+from retrofit.training.run import train
+from retrofit.utils.errors import UserError
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 6, 2, 16, 0.3
 KINDS = [

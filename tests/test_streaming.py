@@ -7,9 +7,9 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from retrofit import GateConfig
-from retrofit.errors import UserError
 from retrofit.measure import measure
 from retrofit.measure.streaming import Streaming
+from retrofit.utils.errors import UserError
 
 CACHE, SINKS, LENGTH = 24, 4, 320
 

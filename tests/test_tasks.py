@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig, harness
 from retrofit.harness import RetrofitLM, choice_task
-from retrofit.models import load_model
+from retrofit.models.loading import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import assets
@@ -255,7 +255,15 @@ def test_a_path_reaches_the_harness_whole(tmp_path, monkeypatch, name):
 
 @pytest.mark.slow
 def test_the_command_line_of_the_harness(configs, sources, tmp_path):
-    command = [sys.executable, "-m", "retrofit.harness", "--model", "retrofit", "--tasks", "eight"]
+    command = [
+        sys.executable,
+        "-m",
+        "retrofit.harness",
+        "--model",
+        "retrofit",
+        "--tasks",
+        "eight",
+    ]
     command += ["--model_args", f"pretrained={sources[2]}", "--include_path", str(configs)]
     command += ["--output_path", str(tmp_path / "out.json"), "--log_samples"]
     subprocess.run(command, check=True, capture_output=True)

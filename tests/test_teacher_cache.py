@@ -6,9 +6,9 @@ from peft import get_peft_model
 from tiny import tiny_model
 
 from retrofit import GateConfig
-from retrofit.objectives import add_objectives
+from retrofit.losses.distillation import add_objectives
+from retrofit.losses.teacher_cache import TeacherCache
 from retrofit.recipe import Objective
-from retrofit.teacher_cache import TeacherCache
 
 OBJECTIVE = Objective(lm=1.0, kl=1.0)
 

@@ -6,10 +6,10 @@ import pytest
 from test_merge import make_run
 from tiny import tiny_model, tiny_tokenizer
 
-from retrofit.errors import UserError
-from retrofit.merge import merge
-from retrofit.models import load_model, load_tokenizer
+from retrofit.export.merge import merge
+from retrofit.models.loading import load_model, load_tokenizer
 from retrofit.recipe import Model
+from retrofit.utils.errors import UserError
 
 REFUSED = "Qwen2Tokenizer of it, with another .*pre_tokenizer.*cuts text into other tokens"
 

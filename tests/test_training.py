@@ -20,17 +20,17 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from retrofit import callbacks
 from retrofit.adapters import family_of
-from retrofit.callbacks import DeadGateError, GradientCheck, Interrupt
-from retrofit.checkpoint import accumulation_steps
-from retrofit.data import load_sources
-from retrofit.divergence import DivergedError
-from retrofit.errors import UserError
+from retrofit.data.mixture import mix
+from retrofit.data.sources import load_sources
 from retrofit.gates import GateLayer, gate_layers
-from retrofit.mixture import mix
 from retrofit.recipe import Data, Recipe
-from retrofit.train import gate_trainer, train
+from retrofit.training import callbacks
+from retrofit.training.callbacks import DeadGateError, GradientCheck, Interrupt
+from retrofit.training.divergence import DivergedError
+from retrofit.training.run import gate_trainer, train
+from retrofit.training.trainer_state import accumulation_steps
+from retrofit.utils.errors import UserError
 
 WORDS = "the sink token head gate layer draws all attention to first last union people".split()
 
@@ -126,7 +126,7 @@ class StopAt(GradientCheck):
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monkeypatch, tmp_path):
-    from retrofit import train as module
+    from retrofit.training import run as module
 
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": " ".join(sentences(120))}) + "\n")
@@ -151,7 +151,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monke
 
 
 def test_the_cached_teacher_trains_the_same_and_survives_an_interruption(make_recipe, monkeypatch):
-    from retrofit import train as module
+    from retrofit.training import run as module
 
     settings = {
         "data": {"packing": False},
@@ -216,7 +216,7 @@ def test_what_no_sharded_engine_could_do_is_refused(make_recipe, engine, objecti
 
 
 def test_a_half_written_checkpoint_is_passed_over(make_recipe, monkeypatch):
-    from retrofit import train as module
+    from retrofit.training import run as module
 
     recipe = make_recipe(train={"max_steps": 6, "save_steps": 2})
     with monkeypatch.context() as patch:
@@ -264,7 +264,7 @@ def test_every_gate_must_get_a_gradient_or_the_run_stops_and_names_it(make_recip
 
 def poisoned(monkeypatch, name, value, at):
     """Let the loss, or its gradient, be `value` at one step."""
-    from retrofit.trainer import GateTrainer
+    from retrofit.training.trainer import GateTrainer
 
     original = GateTrainer.compute_loss
 
@@ -307,7 +307,7 @@ def test_a_learning_rate_that_is_far_too_high_is_told(make_recipe, tmp_path):
 
 
 def test_a_changed_base_weight_fails_the_run(make_recipe, monkeypatch):
-    from retrofit import train as module
+    from retrofit.training import run as module
 
     class Vandal(GradientCheck):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -565,7 +565,7 @@ def test_bad_models_are_one_line_and_nothing_is_written(make_recipe, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("retrofit.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("retrofit.training.preflight.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed: pip install wandb"):
         train(make_recipe(train={"report_to": ["wandb"]}))
     assert not (tmp_path / "run").exists()

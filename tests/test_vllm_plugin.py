@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
-from retrofit.merge import merge
+from retrofit.export.merge import merge
 from retrofit.vllm_plugin.configs import CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent

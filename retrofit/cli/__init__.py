@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from retrofit.cli import check, compare, measure, merge, recipes, train, unpack, verify
-from retrofit.errors import CheckError, UserError
+from retrofit.utils.errors import CheckError, UserError
 
 
 class _Verbs(TyperGroup):

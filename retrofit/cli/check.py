@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from retrofit.process import prepare_process
+from retrofit.utils.process import prepare_process
 
 
 def main(
@@ -24,7 +24,7 @@ def main(
 
     resolved = load_recipe(recipe, overrides or ())
     prepare_process()
-    from retrofit.check import check
+    from retrofit.training.check import check
 
     for line in check(resolved, device_memory):
         typer.echo(f"{line.name:6} {line.finding}")

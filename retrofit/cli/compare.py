@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from retrofit.output_path import check_output_files
+from retrofit.utils.output_path import check_output_files
 
 
 def main(
@@ -20,9 +20,9 @@ def main(
 ) -> None:
     """Put several measurements of the same text side by side; nothing is measured."""
     check_output_files([report, json], files)
-    from retrofit.console import PlainConsole
     from retrofit.report import table, write_results
     from retrofit.report.join import join
+    from retrofit.utils.console import PlainConsole
 
     result = join([path.expanduser() for path in files])
     write_results(result, json, report)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retrofit.output_path import check_output_files
-from retrofit.process import prepare_process
+from retrofit.utils.output_path import check_output_files
+from retrofit.utils.process import prepare_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,11 +64,11 @@ def main(
     """
     check_output_files([json, report, plot], [text])
     prepare_process(keep_freed_memory=True)
-    from retrofit.console import PlainConsole
     from retrofit.measure import measure
     from retrofit.measure.parts import chosen_parts
-    from retrofit.models import load_model
+    from retrofit.models.loading import load_model
     from retrofit.report import table, write_results
+    from retrofit.utils.console import PlainConsole
 
     asked = {
         "streaming": streaming,
@@ -106,7 +106,7 @@ def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
     """Compare a finished run with its base as its recipe says: `measure.json`, `measure.png` and
     `report.html` in the run folder."""
     from retrofit.measure import measure
-    from retrofit.models import load_model
+    from retrofit.models.loading import load_model
     from retrofit.report import table, write_results
 
     if recipe.measure is None:

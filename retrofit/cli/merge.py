@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from retrofit.process import prepare_process
+from retrofit.utils.process import prepare_process
 
 
 def main(
@@ -34,9 +34,9 @@ def main(
 ) -> None:
     """Write base and gates as one checkpoint, compared with the trained model before it appears."""
     prepare_process()
-    from retrofit.console import say
-    from retrofit.hub import check_access, push
-    from retrofit.merge import merge
+    from retrofit.export.hub import check_access, push
+    from retrofit.export.merge import merge
+    from retrofit.utils.console import say
 
     if push_to_hub:
         check_access(push_to_hub)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from retrofit.files import refuse_existing, write_text, writing
+from retrofit.utils.files import refuse_existing, write_text, writing
 
 app = typer.Typer(help="List, show or copy the bundled recipes.", invoke_without_command=True)
 

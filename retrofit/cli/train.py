@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from retrofit.process import prepare_process
+from retrofit.utils.process import prepare_process
 
 
 def main(
@@ -22,8 +22,8 @@ def main(
 
     resolved = load_recipe(recipe, overrides or ())
     prepare_process(keep_freed_memory=True)
-    from retrofit.console import PlainConsole, say
-    from retrofit.train import Interrupted, train
+    from retrofit.training.run import Interrupted, train
+    from retrofit.utils.console import PlainConsole, say
 
     is_main = os.environ.get("RANK", "0") == "0"  # of the ranks that a launcher has started
     console = PlainConsole(quiet=not is_main)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from retrofit.process import prepare_process
+from retrofit.utils.process import prepare_process
 
 
 def main(
@@ -14,7 +14,7 @@ def main(
 ) -> None:
     """Take a model in the layout of qiuzh20/gated_attention apart: a base, and gates for PEFT."""
     prepare_process()
-    from retrofit.export.gated_attention import unpack
+    from retrofit.models.published import unpack
 
     out = out.expanduser()
     unpack(checkpoint.expanduser(), out)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from retrofit.process import prepare_process
+from retrofit.utils.process import prepare_process
 
 
 def main(
@@ -21,9 +21,9 @@ def main(
 ) -> None:
     """Prove again that a merged checkpoint computes what was trained, from what lies beside it."""
     prepare_process()
-    from retrofit.console import say
-    from retrofit.proof.report import read_report
-    from retrofit.proof.verify import verify
+    from retrofit.export.verify.report import read_report
+    from retrofit.export.verify.verify import verify
+    from retrofit.utils.console import say
 
     report = read_report(checkpoint.expanduser())
     figures = verify(report, checkpoint.expanduser(), engine, python)

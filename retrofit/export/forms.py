@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from retrofit.export import gpt_oss, granite_swa, native
-from retrofit.export.source import Source
+from retrofit.models.source import Source
 
 
 @dataclass(frozen=True)

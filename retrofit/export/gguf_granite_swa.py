@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from retrofit.export import granite_swa
 from retrofit.export.gguf_contents import Contents, add_shape
-from retrofit.export.source import Source
+from retrofit.models.source import Source
 
 _ARCH = "granite_swa"
 _NO_WINDOW = 2**24  # more tokens than any context

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from retrofit.export import native
 from retrofit.export.exact_norms import Scales
 from retrofit.export.gguf_contents import Contents, add_shape
-from retrofit.export.source import Source
+from retrofit.models.source import Source
 
 # Of a weight; the scale of a block of Q8_0 is a float16, and 127 of it its largest weight.
 _LARGEST = {"float16": 65504.0, "q8_0": 65504.0 * 127}

@@ -9,7 +9,7 @@ from gguf.quants import quantize
 
 from retrofit.export import forms, gguf_granite_swa, gguf_qwen35
 from retrofit.export.gguf_tokenizer import add_tokenizer, read_tokenizer
-from retrofit.export.source import Source
+from retrofit.models.source import Source
 
 KINDS = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from retrofit.export.granite_swa import NO_SINK
-from retrofit.export.shards import write_shards
-from retrofit.export.source import Source
-from retrofit.files import write_json
+from retrofit.models.safetensors_io import write_shards
+from retrofit.models.source import Source
+from retrofit.utils.files import write_json
 
 CLASSES = {
     "AutoConfig": "modeling_gated.GatedConfig",

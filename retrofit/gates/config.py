@@ -42,8 +42,8 @@ class GateConfig(PeftConfig):
         input_dependent: `False` makes the scores constants, the same for every token.
         centered: `v + g * (Y - v)` instead of `g * Y`, with `v` the value of the base's first
             token, a constant of each key-value head. That is also the value of a sink logit's slot.
-            It is 0 until `retrofit.calibrate` has read it off the base, which `retrofit train`
-            does. Only at G1.
+            It is 0 until `retrofit.training.calibration` has read it off the base, which `retrofit
+            train` does. Only at G1.
         layers_to_transform: indices of the layers to gate; `None` gates all of them.
         layers_pattern: name of the `ModuleList` that holds the layers, where it is not the first
             numbered one.

@@ -9,11 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from retrofit.adapters._sinks import Sink
-from retrofit.errors import UserError
 from retrofit.gate_settings import Position
 from retrofit.gates.config import GateConfig
 from retrofit.gates.functional import double_sigmoid, scale
 from retrofit.gates.sinks import SinkLogits
+from retrofit.utils.errors import UserError
 
 _SILU_IS_ONE = 1.278464542761074  # the x of silu(x) = 1
 

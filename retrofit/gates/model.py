@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from retrofit.adapters import family_of, supported_model_types
-from retrofit.errors import UserError
 from retrofit.gates.config import GateConfig
 from retrofit.gates.layer import GateLayer
 from retrofit.gates.rope import slow_pairs
+from retrofit.utils.errors import UserError
 
 
 class GateModel(BaseTuner):

@@ -26,7 +26,7 @@ class SinkLogits(nn.Module):
 
     A slot weighs `m * exp(s)`. At first `m` is exactly 0, so that the model equals its base bit for
     bit, and the gradient of `m` is what the base's own sink would have: `s` starts as
-    `retrofit.calibrate` has read it off the base.
+    `retrofit.training.calibration` has read it off the base.
 
     PEFT takes an adapter's name off the names of direct children alone, so this is no module of its
     own but part of `GateProjection`.
@@ -93,9 +93,9 @@ class SinkLogits(nn.Module):
     def start_sinks_from(
         self, logits: torch.Tensor, mean_query: torch.Tensor, first_key: torch.Tensor
     ) -> None:
-        """Take what `retrofit.calibrate` has read off the base: the logits `[num_heads]`, the mean
-        query of each head, scaled as logits are, `[num_heads, head_dim]`, and the first key
-        `[num_key_value_heads, head_dim]`."""
+        """Take what `retrofit.training.calibration` has read off the base: the logits
+        `[num_heads]`, the mean query of each head, scaled as logits are, `[num_heads, head_dim]`,
+        and the first key `[num_key_value_heads, head_dim]`."""
         self.sink_logits.copy_(logits)
         if self.key_bias is not None:
             slow = slice(-self.key_bias.shape[-1], None)

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from transformers import DynamicCache
 
+from retrofit.export.verify.reference import CACHE
 from retrofit.measure.subject import Count, Subject, Track, unwrapped
 from retrofit.measure.texts import cut_windows
-from retrofit.proof.reference import CACHE
 
 
 @dataclass(frozen=True)

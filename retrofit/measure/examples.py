@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from retrofit.measure.attention_hooks import attention_watched
+from retrofit.measure.metrics import left_by_slot
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
-from retrofit.metrics import left_by_slot
-from retrofit.probe import attention_watched
 
 _LAYERS_SHOWN = 4
 

@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import nn
 
 from retrofit.export.native import head_dim_of
+from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
 from retrofit.measure.sinks import read_model
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
-from retrofit.metrics import PredictionStatistics
 
 Head = tuple[int, int]  # its layer, and its number there
 

@@ -26,13 +26,13 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from retrofit.errors import UserError
+from retrofit.export.verify.reference import CACHE
+from retrofit.measure.attention_hooks import without_matrices
 from retrofit.measure.predictions import predict, predictions_of
 from retrofit.measure.ruler import TASKS, Ruler, Sample, recall
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
-from retrofit.probe import without_matrices
-from retrofit.proof.reference import CACHE
+from retrofit.utils.errors import UserError
 
 Scaling = Literal["yarn", "linear"]
 

@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from retrofit.errors import UserError
 from retrofit.measure.cost import Cost
 from retrofit.measure.examples import Examples
 from retrofit.measure.heads import Heads
@@ -16,7 +15,8 @@ from retrofit.measure.long_context import LongContext
 from retrofit.measure.quantization import Quantization
 from retrofit.measure.streaming import Streaming
 from retrofit.measure.subject import Part
-from retrofit.strict_yaml import parse_value
+from retrofit.utils.errors import UserError
+from retrofit.utils.strict_yaml import parse_value
 
 PARTS: dict[str, Any] = {
     part.name: part for part in (Streaming, Quantization, LongContext, Heads, Cost, Examples)

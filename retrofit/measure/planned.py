@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from retrofit.errors import UserError
+from retrofit.data.vocabulary import check_texts, embedded_tokens
 from retrofit.measure.texts import cut_windows, read_documents
 from retrofit.recipe import Measure, Recipe
-from retrofit.vocabulary import check_texts, embedded_tokens
+from retrofit.utils.errors import UserError
 
 
 def check_planned_measurement(

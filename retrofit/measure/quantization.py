@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
-from retrofit.metrics import PredictionStatistics
 
 _INT8, _INT4 = 127, 15
 _BITSANDBYTES = ("int8", "nf4")

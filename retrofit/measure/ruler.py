@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from retrofit.errors import UserError
+from retrofit.utils.errors import UserError
 
 T = TypeVar("T")
 

@@ -15,15 +15,15 @@ import torch
 from rich.markup import escape
 from rich.progress import Progress
 
-from retrofit.console import PlainConsole
-from retrofit.errors import UserError
-from retrofit.files import read_json, write_json, writing
+from retrofit.data.vocabulary import check_texts, embedded_tokens
+from retrofit.measure.metrics import NEAR, TAIL, PredictionStatistics
 from retrofit.measure.sinks import measure_sinks
 from retrofit.measure.subject import Part, Subject, Track
 from retrofit.measure.texts import cut_windows, prepended_token, read_documents
-from retrofit.metrics import NEAR, TAIL, PredictionStatistics
-from retrofit.models import load_model
-from retrofit.vocabulary import check_texts, embedded_tokens
+from retrofit.models.loading import load_model
+from retrofit.utils.console import PlainConsole
+from retrofit.utils.errors import UserError
+from retrofit.utils.files import read_json, write_json, writing
 
 _SINKS = "sinks"  # what is always measured
 
@@ -59,7 +59,7 @@ def measure(
     Returns:
         `{"models": [{"name", "metrics", "per_layer", "nll_by_window", "copied_nats_by_window"}],
         "settings"}`, ready for JSON: `None` for what a model does not have. Lists in `per_layer`
-        have an entry for each decoder layer. `retrofit.metrics` defines the metrics, and
+        have an entry for each decoder layer. `retrofit.measure.metrics` defines the metrics, and
         `retrofit.measure.copied` that of copied text. Each part adds its figures to the models and
         its settings to the settings, under its name.
 

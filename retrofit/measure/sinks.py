@@ -9,12 +9,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from retrofit.errors import UserError
+from retrofit.measure.attention_hooks import LayerStatistics, probe
 from retrofit.measure.copied import copied_nats
+from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
 from retrofit.measure.subject import Subject, Track, unwrapped
-from retrofit.metrics import PredictionStatistics
-from retrofit.probe import LayerStatistics, probe
+from retrofit.utils.errors import UserError
 
 _COLUMNS_SHOWN = 32
 

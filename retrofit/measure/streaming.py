@@ -19,13 +19,13 @@ import torch
 from transformers import PreTrainedModel
 
 from retrofit.adapters._family import sliding_window_of
-from retrofit.errors import UserError
+from retrofit.measure.attention_hooks import attention_replaced, without_matrices
 from retrofit.measure.long_context import has_rope_by_layer
 from retrofit.measure.predictions import predict
+from retrofit.measure.sink_attention import beside_slots, slots
 from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
-from retrofit.probe import attention_replaced, without_matrices
-from retrofit.sink_attention import beside_slots, slots
+from retrofit.utils.errors import UserError
 
 _QUERY_BLOCK = 128
 _BINS = 16

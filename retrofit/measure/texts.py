@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from retrofit.errors import UserError
-from retrofit.rows import RowCheck
-from retrofit.text_files import kind_of, read_json_lines, read_text
+from retrofit.data.rows import RowCheck
+from retrofit.utils.errors import UserError
+from retrofit.utils.text_files import kind_of, read_json_lines, read_text
 
 
 def read_documents(path: Path) -> list[str]:

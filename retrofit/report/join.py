@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from retrofit.errors import UserError
-from retrofit.files import read_json
 from retrofit.report.schema import Result, TaskResult
+from retrofit.utils.errors import UserError
+from retrofit.utils.files import read_json
 
 # What must be equal for two figures to be of the same thing.
 _TEXT = {

@@ -5,7 +5,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from retrofit.files import write_text
 from retrofit.report.layers import layer_sections
 from retrofit.report.parts import part_sections
 from retrofit.report.rows import rows
@@ -13,6 +12,7 @@ from retrofit.report.section import key
 from retrofit.report.svg import SERIES
 from retrofit.report.verdict import CRITERIA, OUTCOMES, verdict
 from retrofit.report.words import title
+from retrofit.utils.files import write_text
 
 _NAMED = {
     "text": "text",

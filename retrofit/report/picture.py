@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from retrofit.files import written_whole
 from retrofit.report.words import title
+from retrofit.utils.files import written_whole
 
 _BASE_COLOR = "#3b3b3b"
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito

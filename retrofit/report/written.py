@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from retrofit.files import write_json, writing
 from retrofit.report.page import write_report
 from retrofit.report.picture import plot
+from retrofit.utils.files import write_json, writing
 
 
 def write_results(

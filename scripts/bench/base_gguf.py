@@ -18,11 +18,11 @@ from gguf import (
 from gguf.quants import quantize
 from transformers import AutoConfig, PreTrainedConfig
 
-from retrofit.errors import UserError
 from retrofit.export.gguf_tokenizer import add_tokenizer
 from retrofit.export.llama_cpp import KINDS
 from retrofit.export.native import head_dim_of
-from retrofit.export.shards import StoredWeights
+from retrofit.models.safetensors_io import StoredWeights
+from retrofit.utils.errors import UserError
 
 ARCHS = {
     "llama": MODEL_ARCH.LLAMA,

@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import retrofit.gates.layer
-import retrofit.trainer
+import retrofit.training.trainer
 from paired import Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report
-from retrofit import objectives
+from retrofit.losses import distillation
+from retrofit.losses.shared_layers import SharedLayers
 from retrofit.measure.cost import timed
-from retrofit.process import prepare_process
 from retrofit.recipe import Recipe
-from retrofit.shared_layers import SharedLayers
-from retrofit.train import gate_trainer
+from retrofit.training.run import gate_trainer
+from retrofit.utils.process import prepare_process
 from training import TEXT, Step, first_batch, recipe_of, step_of
 
 Patch = Callable[[], AbstractContextManager]
@@ -57,7 +57,7 @@ class Lever:
     spares: bool = False
 
 
-def whole_logits(hidden, teacher, lm_head, labels, objective):
+def whole_logits(hidden, teacher, lm_head, labels, objective, block_bytes=None):
     """The losses by autograd, with all logits at once."""
     targets = labels[:, 1:]
     targets = targets[targets != -100]
@@ -67,7 +67,7 @@ def whole_logits(hidden, teacher, lm_head, labels, objective):
     if teacher is not None:
         log_q = lm_head(teacher).float().log_softmax(-1).detach()
         divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
-    return objectives.ObjectiveOutput(
+    return distillation.ObjectiveOutput(
         loss=objective.lm * nll + objective.kl * divergence,
         lm=nll.detach(),
         kl=divergence.detach(),
@@ -90,10 +90,12 @@ def plain_sigmoid() -> AbstractContextManager:
 
 LEVERS = {
     "a document at a time": Lever(
-        (patch(retrofit.trainer, "attend_by_document", lambda model: None),)
+        (patch(retrofit.training.trainer, "attend_by_document", lambda model: None),)
     ),
-    "no whole logits": Lever((patch(objectives, "chunked_objectives", whole_logits),), spares=True),
-    "losses in the CPU's cache": Lever((patch(objectives, "_BLOCK_BYTES", 2**40),)),
+    "no whole logits": Lever(
+        (patch(distillation, "chunked_objectives", whole_logits),), spares=True
+    ),
+    "losses in the CPU's cache": Lever((patch(distillation, "BLOCK_BYTES", 2**40),)),
     "gate's own backward (elementwise, centered)": Lever(
         (patch(retrofit.gates.layer, "scale", plain_scale), plain_sigmoid),
         recipe={"gate": {"granularity": "elementwise", "centered": True}},

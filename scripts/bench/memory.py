@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from paired import Ratio, forget_peak, fresh, held_gb, parser, report
-from retrofit.process import prepare_process
 from retrofit.recipe import load_recipe
+from retrofit.utils.process import prepare_process
 
 QWEN = "~/.cache/retrofit/models/qwen2.5-coder-0.5b-instruct"
 RECIPE = Path(__file__).parent.parent / "ablations" / "recipes" / "elementwise.yaml"
@@ -58,8 +58,8 @@ def compared(name: str) -> Ratio:
 
 def said(name: str) -> dict:
     prepare_process()
-    from retrofit.memory import estimate, this_device
-    from retrofit.preflight import preflight
+    from retrofit.memory.estimate import estimate, this_device
+    from retrofit.training.preflight import preflight
 
     recipe = load_recipe(str(RECIPE), RECIPES[name])
     found = estimate(recipe, preflight(recipe), this_device())
@@ -70,8 +70,8 @@ def taken(name: str) -> dict:
     prepare_process(keep_freed_memory=True)
     from rich.console import Console
 
-    from retrofit.train import train
-    from retrofit.trainer import GateTrainer
+    from retrofit.training.run import train
+    from retrofit.training.trainer import GateTrainer
 
     def first_step(*arguments, **keywords):
         forget_peak()

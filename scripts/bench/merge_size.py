@@ -28,9 +28,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from retrofit.export.shards import write_shards
-from retrofit.files import copy_tokenizer
 from retrofit.gates import GateConfig
+from retrofit.models.safetensors_io import write_shards
+from retrofit.utils.files import copy_tokenizer
 
 LLAMA_31_8B: dict[str, Any] = {
     "vocab_size": 128256,

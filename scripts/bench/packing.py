@@ -28,10 +28,10 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from paired import Ratio, collected, parser, quartiles, report
-from retrofit.process import prepare_process
 from retrofit.recipe import Recipe
-from retrofit.train import gate_trainer
-from retrofit.trainer import GateTrainer
+from retrofit.training.run import gate_trainer
+from retrofit.training.trainer import GateTrainer
+from retrofit.utils.process import prepare_process
 
 TASKS = ("arc_easy", "piqa")
 ARMS = {"packed": True, "padded": False}

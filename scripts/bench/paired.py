@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from retrofit.files import write_json
 from retrofit.measure.cost import timed
+from retrofit.utils.files import write_json
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from paired import Ratio, table, where
-from retrofit.files import read_json, write_json
+from retrofit.utils.files import read_json, write_json
 
 HERE = Path(__file__).parent
 LOSSES = ["--arms", "gates", "all", "cached", "recipe"]

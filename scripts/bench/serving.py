@@ -23,11 +23,11 @@ from peft import get_peft_model
 
 from paired import Ratio, parser, ratio, report, table
 from retrofit import GateConfig
-from retrofit.export.source import read_source
-from retrofit.merge import Format, merge
-from retrofit.models import load_base
-from retrofit.process import prepare_process
+from retrofit.export.merge import Format, merge
+from retrofit.models.loading import load_base
+from retrofit.models.source import read_source
 from retrofit.recipe import Model
+from retrofit.utils.process import prepare_process
 from serving_engines import TIMED, Compared
 from serving_shapes import shapes
 

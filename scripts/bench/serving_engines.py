@@ -18,11 +18,11 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from paired import collected
-from retrofit.export.shards import StoredWeights
-from retrofit.files import read_json, write_json
 from retrofit.measure.cost import prefill_and_decode
-from retrofit.models import load_base, load_model
+from retrofit.models.loading import load_base, load_model
+from retrofit.models.safetensors_io import StoredWeights
 from retrofit.recipe import Dtype, Model
+from retrofit.utils.files import read_json, write_json
 
 Seconds = tuple[float, float]  # of the prefill, and of decoding
 Arm = Callable[[], Seconds]

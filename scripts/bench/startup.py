@@ -36,13 +36,13 @@ from transformers import AutoModelForCausalLM
 
 from paired import Ratio, collected, fresh, in_turns, parser, quartiles, ratio, report
 from retrofit import GateConfig
-from retrofit.fingerprint import base_weights, weights_sha256
+from retrofit.losses.distillation import add_objectives
 from retrofit.measure.cost import timed
-from retrofit.memory import choose_checkpointing
-from retrofit.models import load_base
-from retrofit.objectives import add_objectives
-from retrofit.process import prepare_process
+from retrofit.memory.estimate import choose_checkpointing
+from retrofit.models.fingerprint import base_weights, weights_sha256
+from retrofit.models.loading import load_base
 from retrofit.recipe import Model, Objective, Recipe
+from retrofit.utils.process import prepare_process
 
 HELP = {
     "help": [sys.executable, "-c", "from retrofit.cli import main; main()", "--help"],

@@ -31,13 +31,13 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from paired import Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report
-from retrofit.data import load_sources
-from retrofit.models import load_base, load_config, load_tokenizer
-from retrofit.objectives import add_objectives
-from retrofit.packed_attention import attend_by_document
-from retrofit.process import prepare_process
+from retrofit.data.sources import load_sources
+from retrofit.losses.distillation import add_objectives
+from retrofit.models.document_attention import attend_by_document
+from retrofit.models.loading import load_base, load_config, load_tokenizer
 from retrofit.recipe import Objective, Recipe
-from retrofit.train import gate_trainer
+from retrofit.training.run import gate_trainer
+from retrofit.utils.process import prepare_process
 
 TEXT = "~/.cache/retrofit/texts/c4-train.jsonl"
 OBJECTIVES = {

@@ -1,0 +1,154 @@
+"""Whether every row of training data holds what can be trained on.
+
+A row that does not is named by its number, before anything is loaded or written.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, IterableDataset
+
+from retrofit.utils.errors import UserError
+
+Problem = Callable[[Any], str | None]  # what is wrong with a row, in words
+
+# Of a message: in the words of OpenAI, and of ShareGPT.
+_ROLES, _CONTENTS = ("role", "from"), ("content", "value")
+_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a truth value"}
+
+
+class RowCheck:
+    """Says what is wrong with a row.
+
+    Args:
+        columns: that hold text, or chats.
+        chat: whether they hold chats.
+        assistant_only: whether the turns of the assistant alone are trained on.
+    """
+
+    def __init__(self, columns: Collection[str], chat: bool = False, assistant_only: bool = False):
+        self.columns, self.chat, self.assistant_only = columns, chat, assistant_only
+
+    def __call__(self, row: Any) -> str | None:
+        if not isinstance(row, Mapping):
+            return object_problem(row)
+        if found := next(filter(None, (self._problem(name, row) for name in self.columns)), None):
+            return found
+        if self.assistant_only and not any(_has_assistant(row[name]) for name in self.columns):
+            return "no turn of the assistant, which data.assistant_only_loss trains on alone"
+        return None
+
+    def _problem(self, name: str, row: Mapping) -> str | None:
+        if name not in row:
+            return f"no {name}"
+        if self.chat:
+            return _problem_of_messages(name, row[name])
+        return _problem_of_text(name, row[name])
+
+
+def object_problem(row: Any) -> str | None:
+    """Says what a row is, if it is no object."""
+    return None if isinstance(row, Mapping) else f"{kind(row)}, not an object"
+
+
+def first_problem(*problems: Problem) -> Problem:
+    """Says the first thing that is wrong with a row."""
+    return lambda row: next(filter(None, (problem(row) for problem in problems)), None)
+
+
+def kind(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    return "null" if value is None else _NAMES.get(type(value), "a number")
+
+
+def check_rows(rows: Iterable[tuple[int, Any]], problem: Problem, path: str, each: str) -> None:
+    """
+    Args:
+        rows: each with its number.
+        problem: says what is wrong with one.
+        path: of the data, for the message.
+        each: what a row is called there.
+
+    Raises:
+        UserError: at the first that has a problem.
+    """
+    for number, row in rows:
+        check_row(row, number, problem, path, each)
+
+
+def check_row(row: Any, number: int, problem: Problem, path: str, each: str = "row") -> None:
+    """
+    Raises:
+        UserError: if a row has a problem.
+    """
+    if found := problem(row):
+        raise UserError(f"data: {path}, {each} {number}: {found}")
+
+
+def checked_stream(rows: IterableDataset, problem: Problem, path: str) -> IterableDataset:
+    """A stream that raises a UserError when a row with a problem comes by."""
+
+    def passes(row: Any, index: int) -> bool:
+        check_row(row, index + 1, problem, path)
+        return True
+
+    return rows.filter(passes, with_indices=True)
+
+
+def is_plain_text(rows: Dataset | IterableDataset, columns: Sequence[str]) -> bool:
+    """Whether columns hold text in every row, as far as Arrow can tell without reading each."""
+    if not isinstance(rows, Dataset):
+        return False
+    return all(_is_text(rows.data.table[name]) for name in columns)
+
+
+def is_blank(rows: Iterable[Mapping], column: str) -> bool:
+    """Whether no row holds more than blanks."""
+    return not any(row[column].strip() for row in rows)
+
+
+def _is_text(column: pa.ChunkedArray) -> bool:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return False
+    try:
+        column.validate(full=True)  # is it UTF-8
+    except pa.ArrowInvalid:
+        return False
+    return column.null_count == 0
+
+
+def _problem_of_text(name: str, text: Any) -> str | None:
+    return None if isinstance(text, str) else f"{name} is {kind(text)}, not text"
+
+
+def _problem_of_messages(name: str, messages: Any) -> str | None:
+    if not isinstance(messages, list):
+        return f"{name} is {kind(messages)}, not a list of messages"
+    if not messages:
+        return f"{name} is empty"
+    problems = (
+        f"message {number} of {name} {found}"
+        for number, message in enumerate(messages, 1)
+        if (found := _problem_of_message(message))
+    )
+    return next(problems, None)
+
+
+def _problem_of_message(message: Any) -> str | None:
+    if not isinstance(message, Mapping):
+        return f"is {kind(message)}, not an object with role and content"
+    role, content = (
+        next((message[key] for key in keys if message.get(key) is not None), None)
+        for keys in (_ROLES, _CONTENTS)
+    )
+    if not isinstance(role, str):
+        return "has no role" if role is None else f"has {kind(role)} for a role"
+    if content is None and message.get("tool_calls"):
+        return None
+    found = _problem_of_text("content", content)
+    return f"is not usable: its {found}" if found else None
+
+
+def _has_assistant(messages: Any) -> bool:
+    return any(message.get(key) == "assistant" for message in messages for key in _ROLES)

@@ -1,0 +1,117 @@
+"""Whether a model has an embedding for every token that its tokenizer makes."""
+
+from collections.abc import Iterable
+
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from retrofit.utils.errors import UserError
+
+
+def embedded_tokens(config: PreTrainedConfig) -> int:
+    """How many tokens a model has an embedding for."""
+    return config.get_text_config().vocab_size
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str
+) -> None:
+    """Any text can hold any token of the vocabulary. Tokens added to it may lie past the
+    embeddings, as that of an image in Gemma 3 does, as long as no text holds them.
+
+    Args:
+        tokenizer: as it was loaded.
+        config: of the model.
+        base: its name, for the message.
+
+    Raises:
+        UserError: if a token of the vocabulary has no embedding.
+    """
+    size = embedded_tokens(config)
+    last = max([*_vocabulary(tokenizer), *tokenizer("a")["input_ids"]])
+    if last >= size:
+        raise UserError(
+            f"the tokenizer of {base} has the token {tokenizer.convert_ids_to_tokens(last)!r} "
+            f"under the number {last}, and the model has embeddings for {size} tokens, from 0; put "
+            "the tokenizer there that belongs to this model"
+        )
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str) -> None:
+    """
+    Raises:
+        UserError: if there is no token to end the documents of training data with.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {base} has no eos_token, with which each document ends in training; "
+            "name one in its tokenizer_config.json"
+        )
+    if tokenizer.eos_token_id >= embedded_tokens(config):
+        raise UserError(
+            f"the eos_token of {base}, {tokenizer.eos_token!r}, has the number "
+            f"{tokenizer.eos_token_id}, and the model has embeddings for {embedded_tokens(config)} "
+            "tokens, from 0; name another one in its tokenizer_config.json"
+        )
+
+
+def check_texts(tokenizer: PreTrainedTokenizerBase, size: int, texts: Iterable[str]) -> None:
+    """
+    Args:
+        tokenizer: one that `check_vocabulary` has passed.
+        size: how many tokens the model has an embedding for.
+        texts: that will be tokenized.
+
+    Raises:
+        UserError: if a text holds an added token that has no embedding.
+    """
+    past = [token for token, index in tokenizer.get_added_vocab().items() if index >= size]
+    for text in texts if past else ():
+        if held := next((token for token in past if token in text), None):
+            raise _no_embedding(tokenizer, held, size)
+
+
+def check_rows_of_tokens(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, size: int
+) -> Dataset | IterableDataset:
+    """The same rows.
+
+    Args:
+        rows: tokenized.
+        tokenizer: that has done it.
+        size: how many tokens the model has an embedding for.
+
+    Raises:
+        UserError: if there is one without an embedding; of a stream, when it comes by.
+    """
+    if isinstance(rows, Dataset):
+        batches = rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000)
+        for batch in batches:
+            _check_last(pc.max(pc.list_flatten(batch["input_ids"])).as_py(), tokenizer, size)
+        return rows
+
+    def passes(row: dict) -> bool:
+        _check_last(max(row["input_ids"], default=0), tokenizer, size)
+        return True
+
+    return rows.filter(passes)
+
+
+def _check_last(last: int | None, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    if last is not None and last >= size:
+        raise _no_embedding(tokenizer, tokenizer.convert_ids_to_tokens(last), size)
+
+
+def _no_embedding(tokenizer: PreTrainedTokenizerBase, token: str, size: int) -> UserError:
+    return UserError(
+        f"the text, or what a chat template makes of it, holds {token!r}, which is token "
+        f"{tokenizer.convert_tokens_to_ids(token)}; the model has embeddings for {size} tokens, "
+        "from 0; take another base, or other texts"
+    )
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Iterable[int]:
+    if not tokenizer.is_fast:
+        return [tokenizer.vocab_size - 1]
+    return tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()

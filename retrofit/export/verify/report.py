@@ -1,0 +1,111 @@
+"""`retrofit-merge.json`: what a merge says of the folder that it wrote, held against the folder."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from retrofit.export.verify.reference import FILE, Reference
+from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.files import read_json
+
+REPORT = "retrofit-merge.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Checkpoint(_Part):
+    format: Literal["native", "gguf", "remote-code", "adapter", "gated-attention"]
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"]
+    model_type: str
+    file: Annotated[str, Field(pattern=r"^[^/\\]+\.gguf$")] | None = None
+
+
+class _Base(_Part):
+    model_type: str
+
+
+class _Verification(_Part):
+    rounding_kl: Annotated[float, Field(ge=0)]
+
+
+class _Report(_Part):
+    checkpoint: _Checkpoint
+    base: _Base
+    verification: _Verification
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """`retrofit-merge.json` of a folder that a merge wrote.
+
+    Raises:
+        UserError: if it, the reference, or what the merge wrote is missing or damaged, or it says
+            that the folder is of another kind than it is.
+    """
+    for name in (REPORT, FILE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}: it is not a folder that `retrofit merge` wrote"
+            )
+    try:
+        report = read_json(folder / REPORT)
+        checkpoint = _Report.model_validate(report).checkpoint
+        config = _config(folder)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{folder / REPORT} is damaged: {key}: {first['msg'].lower()}; merge again"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
+    _check_reference(folder / FILE)
+    found = {"format": _format(folder, config, checkpoint)}
+    if found["format"] in ("native", "remote-code"):
+        stored = config.get("dtype", config.get("torch_dtype", checkpoint.dtype))
+        found |= {"model_type": config.get("model_type"), "dtype": stored}
+    for name, value in found.items():
+        if value != getattr(checkpoint, name):
+            raise UserError(
+                f"{folder / REPORT} says {name} {getattr(checkpoint, name)}, but the folder holds "
+                f"{value or 'none'}; merge again"
+            )
+    return report
+
+
+def _check_reference(path: Path) -> None:
+    """
+    Raises:
+        UserError: if an engine could not be held against it.
+    """
+    try:
+        told = json.dumps(read_json(path))
+        reference = TypeAdapter(Reference).validate_json(told, strict=True)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}; merge again") from None
+    lengths = [len(row) for row in reference.input_ids]
+    for name in ("tokens", "logprobs"):
+        if [len(row) for row in getattr(reference, name)] != lengths or len(lengths) != 2:
+            raise UserError(f"{path} is damaged: {name} are not those of its text; merge again")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings")
+    return config
+
+
+def _format(folder: Path, config: dict[str, Any], checkpoint: _Checkpoint) -> str | None:
+    """What lies in the folder."""
+    if checkpoint.file and (folder / checkpoint.file).is_file():
+        return "gguf"
+    if not config:
+        return "adapter" if (folder / "adapter_config.json").is_file() else None
+    if any(name.endswith("_attn_output_gate") for name in config if "auto_map" in config):
+        return "gated-attention"
+    return "remote-code" if "auto_map" in config else "native"

@@ -1,0 +1,176 @@
+"""One training step of a recipe without its weights: every operation runs, on tensors that have a
+shape and no storage, so that what the step holds is counted and not reckoned.
+
+It is the step of `GateTrainer`, with the same losses, gates, checkpointing and optimizer. A formula
+would have to know what each of them keeps; this sees it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from trl.models import enable_selective_activation_checkpointing
+
+from retrofit.adapters._family import sliding_window_of
+from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS, sdpa_with_sink
+from retrofit.gates import gate_layers
+from retrofit.gates.recipe import gate_config
+from retrofit.losses.distillation import BLOCK_BYTES, CHUNK_BYTES, add_objectives
+from retrofit.losses.layer_losses import add_auxiliary
+from retrofit.memory.packed_linear import pack_linears
+from retrofit.memory.tensor_memory import EveryTokenCounts, LiveBytes
+from retrofit.models.document_attention import attend_to_documents
+from retrofit.recipe import Recipe
+
+_BY_DOCUMENT, _MASKLESS = "traced_by_document", "traced_without_mask"
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """Bytes of tensors.
+
+    Attributes:
+        weights: of the base.
+        gates: their weights, gradients and AdamW's moments.
+        saved: what the forward leaves for the backward.
+        peak: the most that is held at any time of the step, all of these included.
+    """
+
+    weights: int
+    gates: int
+    saved: int
+    peak: int
+
+
+def trace_step(
+    recipe: Recipe, config: PreTrainedConfig, checkpointing: str, on_gpu: bool
+) -> TracedStep:
+    """Run the largest step that a recipe can have: rows are full, and every token has a label.
+
+    Args:
+        recipe: what would be trained.
+        config: of its base.
+        checkpointing: `none`, `selective`, `full` or `reentrant`.
+        on_gpu: whether to do as on a GPU where a run does otherwise on a CPU. The kernels are a
+            CPU's all the same: torch without CUDA has no others.
+    """
+    model = _gated_model(recipe, config, on_gpu)
+    _checkpoint(model.get_base_model(), checkpointing)
+    auxiliary = add_auxiliary(model, recipe.objective) if recipe.objective.reads_layers else None
+    with FakeTensorMode(allow_non_fake_inputs=True), EveryTokenCounts():
+        model.to_empty(device="cpu")
+        model.get_base_model().tie_weights()  # which `to_empty` unties
+        inputs = _inputs(recipe)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, foreach=False)
+        with LiveBytes() as live:
+            weights = _hold_base(model, live)
+            gates = _hold_gates(trained, optimizer, live) - weights
+            if recipe.train.gradient_accumulation_steps == 1:
+                optimizer.zero_grad()
+            if auxiliary:
+                auxiliary.prepare(inputs["position_ids"], progress=0.0)
+            before = live.now
+            outputs = model(**inputs, objectives=True)
+            saved = live.now - before
+            outputs.loss.backward()
+    return TracedStep(weights, gates, saved, live.peak)
+
+
+def _gated_model(recipe: Recipe, config: PreTrainedConfig, on_gpu: bool) -> PeftModel:
+    """As `GateTrainer` has it, on the meta device."""
+    spec = recipe.model
+    stored = config.dtype or torch.float32
+    dtype = stored if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    own_kernel = None if spec.takes_lengths else spec.attn_implementation
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own_kernel)
+        if spec.quantization:
+            compute = torch.bfloat16 if spec.dtype == "auto" else dtype
+            pack_linears(base, spec.quantization, compute)
+        base.set_attn_implementation(_attention(recipe, base, on_gpu))
+        model = get_peft_model(base, gate_config(recipe)).train()
+        for layer in gate_layers(model).values():
+            layer.float()
+    blocks = CHUNK_BYTES if on_gpu else BLOCK_BYTES
+    add_objectives(base, recipe.objective, block_bytes=blocks)
+    return model
+
+
+def _attention(recipe: Recipe, base: PreTrainedModel, on_gpu: bool) -> str:
+    """The attention function to trace. transformers makes a mask of `T x T` for its own `sdpa`, for
+    while it is traced it takes every row for packed."""
+    usual = base.config._attn_implementation
+    if recipe.model.takes_lengths:
+        return _MASKLESS
+    if usual != "sdpa" or sliding_window_of(base.config) is not None:
+        return usual
+    if recipe.data.packing:
+        return usual if on_gpu else _BY_DOCUMENT
+    return _MASKLESS if recipe.train.batch_size == 1 else usual  # nothing is padded, or some rows
+
+
+def _checkpoint(base: PreTrainedModel, checkpointing: str) -> None:
+    if checkpointing == "none":
+        return
+    if checkpointing != "reentrant":
+        # No gradient goes below the lowest gate, as in `GateTrainer`.
+        base.enable_input_require_grads = lambda: None
+    kwargs: dict[str, Any] = {"use_reentrant": checkpointing == "reentrant"}
+    if checkpointing == "selective":
+        enable_selective_activation_checkpointing(base)
+    base.activation_checkpointing_enable(kwargs)
+
+
+def _inputs(recipe: Recipe) -> dict[str, torch.Tensor]:
+    rows, length = recipe.train.batch_size, recipe.data.sequence_length
+    if recipe.model.takes_lengths and recipe.data.packing:
+        rows, length = 1, rows * length
+    names = ("input_ids", "position_ids", "labels")
+    return {name: torch.empty(rows, length, dtype=torch.long) for name in names}
+
+
+def _hold_base(model: PeftModel, live: LiveBytes) -> int:
+    gates = {id(tensor) for layer in gate_layers(model).values() for tensor in layer.parameters()}
+    tensors = (*model.parameters(), *model.buffers())
+    live.hold(tensor for tensor in tensors if id(tensor) not in gates)
+    return live.now
+
+
+def _hold_gates(trained: list, optimizer: torch.optim.Optimizer, live: LiveBytes) -> int:
+    """With the moments that every step but the first begins with, and with gradients, which those
+    of more than one micro-batch begin with."""
+    live.hold(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return live.now
+
+
+def _by_document(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, sink=None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """`sdpa_by_document` of rows that are one document each: others hold as much."""
+    outputs = []
+    for row in range(len(query)):
+        at = slice(row, row + 1), slice(None)
+        slot = None if sink is None else sink.of_queries(*at)
+        q, k, v = (states[at] for states in (query, key, value))
+        attended = attend_to_documents(q, k, v, scaling, dropout, slot)
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs), None
+
+
+AttentionInterface.register(_BY_DOCUMENT, _by_document)
+AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
+SINK_ATTENTION_FUNCTIONS[_BY_DOCUMENT] = _by_document
+SINK_ATTENTION_FUNCTIONS[_MASKLESS] = sdpa_with_sink

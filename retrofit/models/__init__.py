@@ -1,0 +1,1 @@
+"""Models from disk or the hub: bases, run folders, adapters, published models."""

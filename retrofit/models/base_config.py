@@ -1,0 +1,255 @@
+"""The config of a base, read and checked before anything is built of it.
+
+transformers checks of what kind most fields are, and few of their values: a negative size, an
+unknown RoPE or a billion layers would fail in its depths, or be built for hours.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from retrofit.adapters import family_of
+from retrofit.models.opening import opening
+from retrofit.utils.errors import UserError
+
+# What a model reads from its folder.
+_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+
+# A thousand times what any model has, or nearly so.
+_Layers = Annotated[int, Field(gt=0, le=10_000)]
+_Heads = Annotated[int, Field(gt=0, le=100_000)]
+_Some = Annotated[int, Field(ge=0, le=10_000_000)]  # dense models of a mixture's type have none
+_Size = Annotated[int, Field(gt=0, le=10_000_000)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class _Stored(_Part):
+    """What transformers would fall over as it reads the file."""
+
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    quantization_config: dict[str, Any] | None = None
+
+    @field_validator("dtype", "torch_dtype")
+    @classmethod
+    def _is_a_dtype(cls, value: str | None) -> str | None:
+        name = (value or "float32").removeprefix("torch.")
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise ValueError("that is no dtype of torch")
+        return value
+
+
+class _Rope(_Part):
+    rope_type: str | None = None
+    rope_theta: _Positive | None = None
+    factor: _Positive | None = None
+    low_freq_factor: _Positive | None = None
+    high_freq_factor: _Positive | None = None
+    original_max_position_embeddings: _Positive | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
+    attention_factor: _Positive | None = None
+    beta_fast: _Positive | None = None
+    beta_slow: _Positive | None = None
+
+
+class _Quantization(_Part):
+    quant_method: str | None = None
+    load_in_4bit: bool = False  # as old versions of bitsandbytes wrote it
+    load_in_8bit: bool = False
+
+    @model_validator(mode="after")
+    def _is_known(self):
+        known = {"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING}
+        if self.quant_method not in known and not (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError(f"transformers knows no quant_method {self.quant_method!r}")
+        return self
+
+
+class _Values(_Part):
+    """What models of most types say of themselves."""
+
+    num_hidden_layers: _Layers | None = None
+    num_attention_heads: _Heads | list[int] | None = None
+    num_key_value_heads: _Heads | list[int] | None = None
+    num_experts: _Some | None = None
+    num_local_experts: _Some | None = None
+    hidden_size: _Size | None = None
+    vocab_size: _Size | None = None
+    intermediate_size: _Size | list[_Some] | None = None
+    moe_intermediate_size: _Some | list[_Some] | None = None
+    head_dim: _Heads | None = None
+    max_position_embeddings: Annotated[int, Field(gt=0)] | None = None
+    pad_token_id: int | None = None
+    rms_norm_eps: _Positive | None = None
+    quantization_config: _Quantization | None = None
+    dtype: torch.dtype | None = None
+
+    @field_validator("dtype")
+    @classmethod
+    def _holds_weights(cls, value: torch.dtype | None) -> torch.dtype | None:
+        if value is not None and not value.is_floating_point:
+            raise ValueError(f"{value} holds no weights")
+        return value
+
+    @model_validator(mode="after")
+    def _heads_share(self):
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+            raise ValueError(f"{heads} heads are no multiple of {groups} key-value heads")
+        return self
+
+    @model_validator(mode="after")
+    def _pads_with_a_token(self):
+        if self.vocab_size and self.pad_token_id and self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is past the vocabulary's end")
+        return self
+
+
+def read_config(
+    location: str, base: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The config of a base.
+
+    Args:
+        location: its folder or hub id, as libraries find it.
+        base: the same, as the user named it.
+        revision: of a hub id.
+        trust_remote_code: run the code that the base brings.
+
+    Raises:
+        UserError: if there is no such folder or hub id, it is damaged, or it says what no model
+            can be.
+    """
+    with opening(base):
+        check_folder(Path(location))
+        told, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
+        _check(_Stored, told, base)
+        config = AutoConfig.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
+    check_config(config, base)
+    return config
+
+
+def check_folder(folder: Path) -> None:
+    """
+    Raises:
+        UserError: if there is something and it is no model's folder, or a part of it would never
+            end when it is read, such as a pipe.
+    """
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{folder} is no folder; name the one that holds config.json")
+        return  # a hub id
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _SUFFIXES and not path.is_file():
+            raise UserError(f"{path} is no file, but a folder, a pipe or a link to nothing")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json, so it is no model's folder")
+
+
+def check_config(config: PreTrainedConfig, base: str) -> None:
+    """
+    Raises:
+        UserError: if the config of a base has values that no model can have.
+    """
+    text = config.get_text_config()
+    told = {name: getattr(text, name) for name in _Values.model_fields if hasattr(text, name)}
+    _check(_Values, told, base)
+    for rope in _ropes(text):
+        _check(_Rope, rope, base)
+    if getattr(config, "auto_map", None):
+        return  # its code may know more
+    for key, value, known in _choices(text):
+        if value is not None and value not in known:
+            raise UserError(
+                f"the config.json of {base}: {key} {value!r} is unknown; transformers knows "
+                f"{', '.join(sorted(known))}"
+            )
+
+
+def check_gateable(config: PreTrainedConfig, base: str, layers: list[int] | int | None) -> None:
+    """
+    Args:
+        layers: that are to be gated; `None` for all of them.
+
+    Raises:
+        UserError: if the architecture is not supported, a layer is not there, or a number of the
+            config is none, which no checkpoint could be written with.
+    """
+    family_of(config.model_type)
+    count = config.num_hidden_layers
+    named = [layers] if isinstance(layers, int) else layers or []
+    if beyond := [layer for layer in named if layer >= count]:
+        raise UserError(
+            f"gates in layer {beyond[0]} of {base}, which has {count} layers, 0 to {count - 1}; "
+            "name others (in a recipe gate.layers)"
+        )
+    if (key := next(_not_finite(config.to_dict()), None)) is not None:
+        raise UserError(f"the config.json of {base}: {key} is NaN or infinite")
+
+
+def check_stored_whole(config: PreTrainedConfig, base: str) -> None:
+    """
+    Raises:
+        UserError: if the weights are stored quantized, so that no merge could follow. What gpt-oss
+            is published in is unpacked as it is loaded.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    how = quantization.get("quant_method", "bitsandbytes") if quantization else None
+    if how not in (None, "mxfp4"):
+        raise UserError(
+            f"{base} is stored quantized ({how}), and a merge needs the weights themselves; name "
+            "the unquantized original, and quantize it with model.quantization"
+        )
+
+
+def _check(kind: type[_Part], told: Any, base: str) -> None:
+    if not isinstance(told, dict):
+        raise UserError(f"the config.json of {base} holds no settings where a model's should be")
+    try:
+        kind.model_validate(told)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        if first["loc"]:
+            message = f"{first['loc'][0]}: {message}, not {str(first['input'])[:60]!r}"
+        raise UserError(f"the config.json of {base}: {message}") from None
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """Of the whole model, or of each kind of its layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [each for each in rope.values() if isinstance(each, dict)] or [rope]
+
+
+def _choices(config: PreTrainedConfig) -> Iterator[tuple[str, Any, Any]]:
+    for rope in _ropes(config):
+        yield "rope_type", rope.get("rope_type"), {"default", *ROPE_INIT_FUNCTIONS}
+    for name in ("hidden_act", "hidden_activation"):
+        yield name, getattr(config, name, None), ACT2FN.keys()
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[str]:
+    """The keys of numbers that are none."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _not_finite(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _not_finite(each, key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key

@@ -1,0 +1,54 @@
+"""A hash of the base weights: written before and after training, checked when gates meet a base."""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from retrofit.utils.sharded import whole
+
+_THREADS = min(8, os.cpu_count() or 1)
+_WAITING_BYTES = 2 * 2**30  # of tensors whose turn is yet to come
+
+
+def weights_sha256(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """One sha256 over names, dtypes and bytes, independent of the order of the tensors.
+
+    Tensors are hashed on several threads, few of them in memory at a time.
+    """
+    lines: list[str] = []
+    waiting: deque[tuple[int, Future[str]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for name, tensor in named_tensors:
+            # Gathered here, not on the threads: all ranks gather in the same order.
+            gathered = whole(tensor).cpu().contiguous()
+            waiting.append((gathered.nbytes, pool.submit(_line, name, gathered)))
+            while len(waiting) > _THREADS or sum(size for size, _ in waiting) > _WAITING_BYTES:
+                lines.append(waiting.popleft()[1].result())
+        lines += [future.result() for _, future in waiting]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of a model without those of its adapters, under their checkpoint names.
+
+    Tied weights come once, as they are stored. What transformers stacks when it loads, the experts
+    of a mixture, is taken apart again.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.core_model_loading import revert_weight_conversion
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapters = tuple(f"{n}." for n, m in base.named_modules() if isinstance(m, BaseTunerLayer))
+    for name, parameter in base.named_parameters():
+        if not name.startswith(adapters):
+            yield from revert_weight_conversion(base, {name: parameter.detach()}).items()
+
+
+def _line(name: str, tensor: torch.Tensor) -> str:
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"

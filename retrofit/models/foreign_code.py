@@ -1,0 +1,35 @@
+"""Code that a checkpoint brings runs only if the command at hand was told so. What a folder says of
+itself is no consent."""
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from retrofit.recipe import Model
+from retrofit.utils.errors import UserError
+
+HINT = "read it, and allow it with --trust-remote-code (in a recipe model.trust_remote_code: true)"
+
+
+def with_consent(spec: Model, trusted: bool) -> Model:
+    """The base that a run folder names, with this command's consent in place of the folder's.
+
+    Raises:
+        UserError: if the run was trained with code that nobody allowed now: transformers would run
+            a class of its own in its place, without a word.
+    """
+    if spec.trust_remote_code and not trusted and brings_code(spec):
+        raise UserError(
+            f"{spec.base} brings code of its own, with which the run was trained; {HINT}"
+        )
+    if "/" in (spec.attn_implementation or "") and not trusted:
+        raise UserError(
+            f"the run was trained with {spec.attn_implementation}, code from the hub; {HINT}"
+        )
+    return spec.model_copy(update={"trust_remote_code": trusted})
+
+
+def brings_code(spec: Model) -> bool:
+    """Whether a base names Python files for its model or its tokenizer."""
+    config, _ = PreTrainedConfig.get_config_dict(spec.location, revision=spec.revision)
+    tokenizer = get_tokenizer_config(spec.location, revision=spec.revision)
+    return any(told.get("auto_map") for told in (config, tokenizer))

@@ -1,0 +1,204 @@
+"""Models published with Gated Attention (github.com/qiuzh20/gated_attention), taken apart.
+
+Their layout is told in `retrofit/export/gated_attention.py`, which writes it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from retrofit.gates import GateConfig, GateProjection
+from retrofit.models.base_config import check_config, check_gateable
+from retrofit.models.opening import finite, opening
+from retrofit.models.safetensors_io import StoredWeights, write_shards
+from retrofit.models.source import shapes_of
+from retrofit.utils.errors import UserError
+from retrofit.utils.files import appearing_whole, copy, copy_tokenizer, read_json, write_json
+
+_SHARD = 5 * 10**9  # bytes
+_KINDS = ("headwise", "elementwise")
+_Count = Annotated[int, Field(gt=0)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    hidden_size: _Count
+    num_hidden_layers: _Count
+    num_attention_heads: _Count
+    num_key_value_heads: _Count
+    head_dim: _Count | None = None
+    use_qk_norm: bool
+    headwise_attn_output_gate: bool
+    elementwise_attn_output_gate: bool
+
+    @model_validator(mode="after")
+    def _heads_share(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads is no multiple of num_key_value_heads")
+        if self.headwise_attn_output_gate and self.elementwise_attn_output_gate:
+            raise ValueError("it asks for both kinds of gates")
+        return self
+
+
+def check_published(config: dict[str, Any], weights: StoredWeights, name: str) -> None:
+    """
+    Args:
+        config: its `config.json`.
+        weights: its stored tensors.
+        name: of the folder.
+
+    Raises:
+        UserError: if the numbers in it are no shapes, or not those of the stored projections.
+    """
+    try:
+        told = _Config.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = "".join(f"{part}: " for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ").lower()
+        raise UserError(f"{name} has a damaged config.json: {key}{reason}") from None
+    head_dim = told.head_dim or told.hidden_size // told.num_attention_heads
+    width = 1 if told.headwise_attn_output_gate else head_dim
+    rows = {
+        "q_proj": told.num_attention_heads * (head_dim + width),
+        "k_proj": told.num_key_value_heads * head_dim,
+        "v_proj": told.num_key_value_heads * head_dim,
+    }
+    for index in range(told.num_hidden_layers):
+        for projection, count in rows.items():
+            key = f"model.layers.{index}.self_attn.{projection}.weight"
+            if key not in weights:
+                raise UserError(f"{name} lacks the tensor {key}; download it again")
+            if weights.shape(key) != (count, told.hidden_size):
+                raise UserError(
+                    f"{name} stores {key} in the shape {weights.shape(key)}, but its "
+                    f"config.json says {(count, told.hidden_size)}"
+                )
+
+
+def unpack(checkpoint: Path, out: Path) -> None:
+    """Take a published model apart: `out/base`, a model without gates that transformers knows, and
+    `out/adapter`, its gates for PEFT. Together they compute what it does; the base alone, whose
+    `o_proj` is halved, is no model that anybody trained.
+
+    Raises:
+        UserError: if the folder holds no such model.
+    """
+    config, weights = _published_config(checkpoint), StoredWeights(checkpoint)
+    check_published(config, weights, str(checkpoint))
+    _check_base(_base_config(config), weights, str(checkpoint))
+    gates = GateConfig(
+        granularity="headwise" if config["headwise_attn_output_gate"] else "elementwise",
+        task_type="CAUSAL_LM",
+        base_model_type=_base_config(config)["model_type"],
+        base_model_name_or_path=str(out.resolve() / "base"),
+        inference_mode=True,
+    )
+    with appearing_whole(out) as folder:
+        base, adapter = folder / "base", folder / "adapter"
+        for part in (base, adapter):
+            part.mkdir()
+            copy_tokenizer(checkpoint, part)
+        write_json(base / "config.json", _base_config(config))
+        write_shards(_base_tensors(weights, config, checkpoint), base, _SHARD)
+        copy(checkpoint, base, "generation_config.json", "LICENSE*", "README.md")
+        gates.save_pretrained(str(adapter))
+        save_file(
+            dict(_gate_tensors(weights, config, gates)), adapter / "adapter_model.safetensors"
+        )
+
+
+def _published_config(checkpoint: Path) -> dict:
+    try:
+        config = read_json(checkpoint / "config.json")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{checkpoint} has no usable config.json: {error}") from error
+    if not isinstance(config, dict) or not any(
+        config.get(f"{kind}_attn_output_gate") for kind in _KINDS
+    ):
+        raise UserError(
+            f"{checkpoint} has no gates in the layout of qiuzh20/gated_attention: its config.json "
+            "asks for neither headwise_attn_output_gate nor elementwise_attn_output_gate"
+        )
+    return config | {f"{kind}_attn_output_gate": config.get(f"{kind}_attn_output_gate", False)
+                     for kind in _KINDS}  # fmt: skip
+
+
+def _check_base(config: dict, weights: StoredWeights, name: str) -> None:
+    """The base is one that transformers would load, with all of its weights and no other; of
+    projections with gates `check_published` has seen to."""
+    kinds = {key: value for key, value in config.items() if key != "model_type"}
+    with opening(name):
+        base = AutoConfig.for_model(config["model_type"], **kinds)
+    check_config(base, name)
+    check_gateable(base, name, None)
+    shapes = shapes_of(base, name)
+    if unknown := weights.keys() - shapes.keys():
+        raise UserError(f"{name} stores {min(unknown)}, for which its config.json has no place")
+    for parameter, shape in shapes.items():
+        if parameter not in weights:
+            raise UserError(f"{name} lacks the tensor {parameter}; download it again")
+        if weights.shape(parameter) != shape and ".q_proj." not in parameter:
+            raise UserError(
+                f"{name} stores {parameter} in the shape {weights.shape(parameter)}, but its "
+                f"config.json says {shape}"
+            )
+
+
+def _base_config(config: dict) -> dict:
+    """As Qwen3, or as Llama where there are no norms on queries and keys."""
+    model_type, name = ("qwen3", "Qwen3") if config["use_qk_norm"] else ("llama", "Llama")
+    ours = ("auto_map", "use_qk_norm", "qkv_bias", *(f"{kind}_attn_output_gate" for kind in _KINDS))
+    return {name: value for name, value in config.items() if name not in ours} | {
+        "model_type": model_type,
+        "architectures": [f"{name}ForCausalLM"],
+        "attention_bias": config.get("qkv_bias", False),
+    }
+
+
+def _base_tensors(
+    weights: StoredWeights, config: dict, folder: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in finite(weights.items(), str(folder)):
+        if ".q_proj." in name:
+            tensor, gate = _split(tensor, config)
+            if name.endswith("bias") and gate.any():
+                raise UserError(f"{name} gives gates a bias, which those of retrofit do not have")
+        elif name.endswith("o_proj.weight"):
+            tensor = tensor / 2
+        yield name, tensor.contiguous()
+
+
+def _gate_tensors(
+    weights: StoredWeights, config: dict, gates: GateConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    shape = config["hidden_size"], heads, _head_dim(config), kv_heads
+    for index in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{index}.self_attn."
+        _, gate = _split(weights[prefix + "q_proj.weight"].float(), config)
+        projection = GateProjection(*shape, gates)
+        if projection.channel_weight is None:
+            projection.weight.data = gate
+        else:
+            projection.channel_weight.data = gate / projection.channel_scale
+        for name, tensor in projection.state_dict().items():
+            yield f"base_model.model.{prefix}g1.g_proj.{name}", tensor.contiguous()
+
+
+def _split(rows: torch.Tensor, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The query's rows and the gate's."""
+    groups = config["num_attention_heads"] // config["num_key_value_heads"]
+    packed = rows.unflatten(0, (config["num_key_value_heads"], -1))
+    queries = groups * _head_dim(config)
+    return packed[:, :queries].flatten(0, 1), packed[:, queries:].flatten(0, 1)
+
+
+def _head_dim(config: dict) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

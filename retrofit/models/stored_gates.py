@@ -1,0 +1,158 @@
+"""The gates of a PEFT adapter, read and checked, in the form that checkpoints hold them in."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from retrofit.gates import GateConfig, GateProjection
+from retrofit.models.safetensors_io import StoredWeights
+from retrofit.utils.errors import UserError
+
+_GATE_KEY = re.compile(
+    r"base_model\.model\.model\.layers\.(0|[1-9]\d*)\.self_attn\.g1\.g_proj\.(\w+)"
+)
+
+Tensors = dict[str, torch.Tensor]
+ByLayer = dict[int, torch.Tensor]
+
+
+@dataclass
+class Gates:
+    """What was trained, by layer, in float32; a mapping is empty where the gates have no such part.
+
+    Attributes:
+        granularity: `headwise`, `elementwise` or `shared` of gates that read the input; `none`
+            where there are sinks alone.
+        sink_form: `none`, `constant`, or `input` of sinks that read the input.
+        matrices: `W_g`, `[num_heads, hidden_size]` or `[num_heads * head_dim, hidden_size]`.
+        centers: what closed gates leave, `[num_key_value_heads, head_dim]`.
+        sinks: the logit of each head's sink, `[num_heads]`; `-inf` of a sink without weight.
+        sink_weights: what the input adds to that logit, `[num_heads, hidden_size]`.
+        key_biases: added to the keys before RoPE, `[num_key_value_heads, head_dim]`.
+        parameters: how many numbers were trained.
+    """
+
+    granularity: str
+    sink_form: str
+    matrices: ByLayer = field(default_factory=dict)
+    centers: ByLayer = field(default_factory=dict)
+    sinks: ByLayer = field(default_factory=dict)
+    sink_weights: ByLayer = field(default_factory=dict)
+    key_biases: ByLayer = field(default_factory=dict)
+    parameters: int = 0
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are gated."""
+        return sorted(self.matrices.keys() | self.sinks.keys())
+
+
+def read_gates(adapter: Path, config: PreTrainedConfig, trained: dict[str, Any]) -> Gates:
+    """Read the gates of an adapter.
+
+    Args:
+        config: of the base.
+        trained: the adapter's `adapter_config.json`.
+
+    Raises:
+        UserError: if they are damaged, an ablation, or not for this base.
+    """
+    gate_config = _gate_config(trained, adapter)
+    gates = Gates(gate_config.granularity, gate_config.sinks)
+    for index, tensors in _by_layer(adapter).items():
+        if index >= config.num_hidden_layers:
+            raise UserError(
+                f"{adapter} holds the gate of layer {index}, but the base has "
+                f"{config.num_hidden_layers} layers; name the base that it was trained on with "
+                "--base"
+            )
+        gate = _gate(config, gate_config, tensors)
+        expected = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
+        if unknown := tensors.keys() - expected.keys():
+            raise UserError(
+                f"{adapter} also holds {min(unknown)} of layer {index}, which its "
+                "adapter_config.json does not tell of; only gates can be merged"
+            )
+        for name, shape in expected.items():
+            _check_gate(index, tensors.get(name), shape)
+        gate.load_state_dict(tensors)
+        _add(gates, index, gate)
+    if gates.sinks and not gates.matrices and not any(map(_weighs, gates.sinks.values())):
+        raise UserError(f"no sink of {adapter} weighs anything: it is its base still; train first")
+    return gates
+
+
+@torch.no_grad()
+def _add(gates: Gates, index: int, gate: GateProjection) -> None:
+    if gate.weight is not None:
+        gates.matrices[index] = gate.matrix().detach()
+    if gate.center is not None:
+        gates.centers[index] = gate.center
+    if gate.sink_odds is not None:
+        gates.sinks[index] = gate.effective_logits()
+    if gate.sink_weight is not None:
+        gates.sink_weights[index] = gate.sink_weight.detach()
+    if gate.key_bias is not None:
+        gates.key_biases[index] = gate.bias_of_keys(gate.head_dim)
+    gates.parameters += sum(parameter.numel() for parameter in gate.parameters())
+
+
+def _weighs(sinks: torch.Tensor) -> bool:
+    return bool((sinks > -torch.inf).any())
+
+
+def _gate_config(trained: dict[str, Any], adapter: Path) -> GateConfig:
+    """The gates' config, if they are of the kind that a checkpoint can carry."""
+    fields = (
+        "granularity", "activation", "position", "input_dependent", "centered", "sinks", "key_bias",
+    )  # fmt: skip
+    try:
+        config = GateConfig(**{name: trained[name] for name in fields if name in trained})
+    except ValueError as error:
+        raise UserError(f"{adapter}/adapter_config.json: {error}") from error
+    if not config.is_mergeable:
+        raise UserError(
+            f"no checkpoint can carry the gates of {adapter}, an ablation: only sigmoid gates at "
+            "G1 that read the input can be merged"
+        )
+    return config
+
+
+def _by_layer(adapter: Path) -> dict[int, Tensors]:
+    layers: dict[int, Tensors] = {}
+    for key, tensor in StoredWeights(adapter, "adapter_model.safetensors").items():
+        match = _GATE_KEY.fullmatch(key)
+        if match is None:
+            raise UserError(f"{adapter} also holds {key}; only gates can be merged")
+        layers.setdefault(int(match[1]), {})[match[2]] = tensor.float()
+    if not layers:
+        raise UserError(f"{adapter} holds no gates; train again")
+    return layers
+
+
+def _gate(config: PreTrainedConfig, gate_config: GateConfig, tensors: Tensors) -> GateProjection:
+    """The module that these tensors are the state of, for a base with this config."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # How many pairs of channels are slow is known to the model alone, of which there is none here.
+    slow_pairs = min(tensors.get("key_bias", torch.empty(0)).shape[-1], head_dim // 2)
+    return GateProjection(config.hidden_size, heads, head_dim, kv_heads, gate_config, slow_pairs)
+
+
+def _check_gate(layer: int, weight: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if weight is None:
+        raise UserError(f"the gate of layer {layer} lacks a part of its weights; train again")
+    if tuple(weight.shape) != shape:
+        raise UserError(
+            f"the gate of layer {layer} has shape {tuple(weight.shape)}, but the base needs "
+            f"{shape}; name the base that it was trained on with --base"
+        )
+    if not weight.isfinite().all():
+        raise UserError(
+            f"the gate of layer {layer} has NaN or infinite weights: training diverged; train "
+            "again with a lower learning rate"
+        )

@@ -1,0 +1,141 @@
+"""What happens around the steps: the progress bar, the first gradient's check, a clean Ctrl-C."""
+
+import signal
+import time
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+from retrofit.utils.errors import CheckError
+
+
+class DeadGateError(CheckError):
+    """Some gate got no gradient, so training would leave it where it is."""
+
+
+class GradientCheck(TrainerCallback):
+    """Stops a run in which a gate gets no gradient at the first step."""
+
+    def __init__(self):
+        self.checked = False
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.checked:
+            return
+        self.checked = True
+        trainable = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            # What moves a slot's logit has no effect before the slot has weight.
+            if parameter.requires_grad and not name.endswith(".sink_weight")
+        ]
+        dead = [n for n, p in trainable if p.grad is None or not p.grad.abs().sum() > 0]
+        if dead or not trainable:
+            names = ", ".join(name.removeprefix("base_model.model.") for name in dead[:5])
+            more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
+            raise DeadGateError(
+                f"no gradient reached {len(dead)} of {len(trainable)} gates after the first step: "
+                f"{names}{more}"
+            )
+
+
+class Interrupt(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; the
+    second ends it at once. Of several ranks, all end after the same step."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.requested = False  # on this rank
+        self.stopped = False  # on all of them
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._request)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stopped = self.requested
+        if args.world_size > 1:
+            asked = torch.tensor(int(self.requested), device=args.device)
+            self.stopped = bool(reduce(asked, "sum"))
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def restore(self):
+        """Give the signals back; called however training ended."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def _request(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.console.print("stopping after this step; press Ctrl-C again to stop at once")
+
+
+class ProgressBar(TrainerCallback):
+    """Loss, gate movement, tokens a second, time left; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task: TaskID | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_local_process_zero:
+            return
+        self.started, self.first_step = time.monotonic(), state.global_step
+        self.task = self.bar.add_task(
+            "train", total=state.max_steps, completed=state.global_step, figures=""
+        )
+        if self.console.is_terminal:
+            self.bar.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.task is None or "loss" not in (logs or {}):
+            return
+        figures = " ".join(
+            f"{label} {logs[key]:{style}}"
+            for label, key, style in (
+                ("loss", "loss", ".4f"),
+                ("kl", "kl", ".4f"),
+                ("pressure", "pressure", ".4f"),
+                ("|g-1|", "gate_movement", ".4f"),
+                ("tok/s", "tokens_per_second", ",.0f"),
+            )
+            if key in logs
+        )
+        self.bar.update(self.task, completed=state.global_step, figures=figures)
+        # About twenty lines a run in a log file.
+        if not self.console.is_terminal and state.global_step % max(1, state.max_steps // 20) == 0:
+            done = state.global_step - self.first_step
+            left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps} {figures} {left:.0f} s left",
+                highlight=False,
+            )
+
+    def stop(self):
+        """Called however training ended."""
+        if self.console.is_terminal:
+            self.bar.stop()

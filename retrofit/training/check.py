@@ -1,0 +1,150 @@
+"""`retrofit check`: what a recipe would do, found out without loading a weight."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from retrofit.export import forms
+from retrofit.gates.recipe import gate_config
+from retrofit.memory.estimate import Device, NotTracedError, estimate, remedy, this_device
+from retrofit.models.opening import opening
+from retrofit.recipe import Recipe
+from retrofit.training.preflight import preflight, read_texts
+from retrofit.utils.errors import UserError
+from retrofit.utils.output_path import refuse_unwritable
+
+_BYTES = {
+    "float64": 8.0,
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "int8": 1.0,
+    "nf4": 0.5,
+    "fp4": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the preflight."""
+
+    name: str
+    finding: str
+
+
+def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
+    """Open the config, the tokenizer and the data of a recipe, and trace a step without weights.
+
+    Args:
+        recipe: what would be trained.
+        gpu_gigabytes: plan for a GPU with so much memory, instead of for this machine.
+
+    Raises:
+        UserError: for anything that would stop `retrofit train` before its first step, or if that
+            step takes more memory than there is.
+    """
+    refuse_unwritable(Path(recipe.output_dir).expanduser())
+    config, cached = preflight(recipe), recipe.objective.cache_teacher
+    base, gates = _count_weights(config, recipe)
+    tokenizer, sources = read_texts(recipe, config)
+    return [
+        Check("base", _describe_base(config, recipe, base)),
+        Check("gates", _describe_gates(config, recipe, gates, base)),
+        *(
+            Check("data", f"{source.path}: {_preview(loaded.rows, tokenizer)}")
+            for source, loaded in zip(recipe.data.sources, sources, strict=True)
+        ),
+        Check("step", _describe_step(recipe)),
+        *([Check("cache", _describe_cache(config, recipe))] if cached else ()),
+        Check("memory", _describe_memory(config, recipe, this_device(gpu_gigabytes))),
+        Check("merge", _describe_merge(config, recipe)),
+    ]
+
+
+def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
+    with opening(recipe.model.base), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):
+        base = model.num_parameters()
+        gated = get_peft_model(model, gate_config(recipe))
+    return base, sum(p.numel() for p in gated.parameters() if p.requires_grad)
+
+
+def _dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
+    stored = str(config.dtype or torch.float32).removeprefix("torch.")
+    return recipe.model.dtype if recipe.model.dtype != "auto" else stored
+
+
+def _describe_cache(config: PreTrainedConfig, recipe: Recipe) -> str:
+    size = config.hidden_size * _BYTES[_dtype(config, recipe)]
+    return (
+        f"{size / 1e3:.1f} GB a million labelled tokens in {recipe.output_dir}/teacher, until "
+        "training ends"
+    )
+
+
+def _describe_base(config: PreTrainedConfig, recipe: Recipe, weights: int) -> str:
+    held = recipe.model.quantization or _dtype(config, recipe)
+    return (
+        f"{config.model_type}, {config.num_hidden_layers} layers, {config.num_attention_heads} "
+        f"heads; {weights:,} weights in {held}: about {weights * _BYTES[held] / 1e9:.1f} GB"
+    )
+
+
+def _describe_gates(config: PreTrainedConfig, recipe: Recipe, gates: int, base: int) -> str:
+    layers = len(recipe.gate.layers or range(config.num_hidden_layers))
+    gate = recipe.gate
+    kinds = [f"{gate.sinks} sinks"] if gate.sinks != "none" else []
+    kinds += ["a key bias"] if gate.key_bias else []
+    kinds += [f"{gate.granularity} projection"] if gate.granularity != "none" else []
+    return (
+        f"{', '.join(kinds)} on {layers} layers: {gates:,} numbers, {gates / base:.2g} of the model"
+    )
+
+
+def _describe_memory(config: PreTrainedConfig, recipe: Recipe, device: Device) -> str:
+    try:
+        found = estimate(recipe, config, device)
+    except NotTracedError as error:
+        if recipe.train.gradient_checkpointing == "auto":
+            raise
+        return f"not known; {error}"
+    if not found.fits(device):
+        mended = remedy(recipe, config, device)
+        mend = f"it would fit with {mended}" if mended else "no shorter or smaller recipe would fit"
+        raise UserError(f"memory: this needs {found}, more than {device.name} has room for; {mend}")
+    return f"{found} on {device.name}; gradient checkpointing {found.checkpointing}"
+
+
+def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:
+    if not gate_config(recipe).is_mergeable:
+        return "none: an ablation that no checkpoint can carry"
+    gate = recipe.gate
+    reason = forms.refusal(config, gate.granularity, gate.sinks, gate.centered)
+    if reason is None:
+        model_type = forms.form_of(config.model_type, gate.sinks).model_type(config)
+        return f"stock {model_type} checkpoint, no code of ours needed"
+    return f"with --format remote-code, which brings its code: {reason}"
+
+
+def _preview(rows, tokenizer: PreTrainedTokenizerBase, characters: int = 60) -> str:
+    row = next(iter(rows))
+    if "messages" in row:
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    elif "completion" in row:
+        text = f"{row['prompt']} -> {row['completion']}"
+    else:
+        text = row.get("text") or str(row)
+    length = f"{len(rows):,} documents" if hasattr(rows, "__len__") else "a stream"
+    return f"{length}; {' '.join(str(text).split())[:characters]!r}..."
+
+
+def _describe_step(recipe: Recipe) -> str:
+    train = recipe.train
+    rows = train.batch_size * train.gradient_accumulation_steps
+    tokens = rows * recipe.data.sequence_length
+    total = f"{train.max_steps} steps, " if train.max_steps else f"{train.epochs:g} epochs, "
+    return f"{total}{rows} rows x {recipe.data.sequence_length} = {tokens:,} tokens a step"

@@ -1,0 +1,95 @@
+"""What can be seen of a recipe before weights are loaded and anything is written."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from retrofit.adapters import family_of
+from retrofit.data.sources import LoadedSource, load_sources
+from retrofit.data.vocabulary import check_end
+from retrofit.measure.planned import check_planned_measurement
+from retrofit.models.base_config import check_gateable, check_stored_whole
+from retrofit.models.loading import check_files, load_config, load_tokenizer
+from retrofit.models.source import stored_as_told
+from retrofit.recipe import Recipe
+from retrofit.utils.errors import UserError
+
+
+def preflight(recipe: Recipe) -> PreTrainedConfig:
+    """The base's config, once all is well that can be seen without weights and data.
+
+    Raises:
+        UserError: for a base that cannot be gated or is damaged, layers that it does not have, rows
+            longer than it reads, or a tracker that is not installed.
+    """
+    config = load_config(recipe.model)
+    _check_base(recipe, config)
+    _check_attention(recipe, config)
+    _check_heads(recipe, config)
+    _check_length(recipe, config)
+    for tracker in recipe.train.report_to:
+        if find_spec(tracker) is None:
+            raise UserError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
+    return config
+
+
+def read_texts(
+    recipe: Recipe, config: PreTrainedConfig
+) -> tuple[PreTrainedTokenizerBase, list[LoadedSource]]:
+    """The tokenizer of a recipe and its data, once all is well with them and with the text to
+    measure on, which would else be noticed hours later.
+
+    Args:
+        recipe: what to train on.
+        config: of its base.
+
+    Raises:
+        UserError: for a tokenizer, data or a text that cannot be used.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    check_end(tokenizer, config, recipe.model.base)
+    check_planned_measurement(recipe, config, tokenizer)
+    return tokenizer, load_sources(recipe.data, tokenizer)
+
+
+def _check_base(recipe: Recipe, config: PreTrainedConfig) -> None:
+    check_gateable(config, recipe.model.base, recipe.gate.layers)
+    check_stored_whole(config, recipe.model.base)
+    check_files(recipe.model, config)
+    folder, elsewhere = Path(recipe.model.location), ("transformers_weights", "quantization_config")
+    if folder.is_dir() and not any(getattr(config, name, None) for name in elsewhere):
+        stored_as_told(folder, config, recipe.model.base)
+
+
+def _check_attention(recipe: Recipe, config: PreTrainedConfig) -> None:
+    if recipe.data.packing and not family_of(config.model_type).packs:
+        raise UserError(
+            f"data.packing: transformers does not keep the documents of a row apart in a "
+            f"{config.model_type} model; set it to false"
+        )
+    kernel = recipe.model.attn_implementation
+    if recipe.gate.sinks != "none" and kernel not in (None, "sdpa", "eager"):
+        raise UserError(
+            f"model.attn_implementation: gates with sinks do not run on {kernel}; set it to sdpa "
+            "or eager, or gate.sinks to none"
+        )
+
+
+def _check_heads(recipe: Recipe, config: PreTrainedConfig) -> None:
+    shared, heads = recipe.objective.balance_shared_heads, config.num_attention_heads
+    if recipe.objective.balance and shared > heads - 2:
+        raise UserError(
+            f"objective.balance_shared_heads: {shared} of {heads} heads leave fewer than two to "
+            f"balance; lower it to {heads - 2} or less"
+        )
+
+
+def _check_length(recipe: Recipe, config: PreTrainedConfig) -> None:
+    length = recipe.data.sequence_length
+    limit = getattr(config.get_text_config(), "max_position_embeddings", length)
+    if length > limit:
+        raise UserError(
+            f"data.sequence_length: {length} is more than the {limit} positions of the base; lower "
+            f"it to {limit} or less"
+        )

@@ -1,0 +1,277 @@
+"""`retrofit train`: a recipe in, a run folder out.
+
+A run folder holds `recipe.resolved.yaml` (written first), `checkpoints/` (to resume from), and when
+training is done `adapter/` (PEFT), `run.json` (what was trained on what, and proof that the base
+stayed frozen) and, if the recipe asks for it, `measure.json` and `measure.png`.
+"""
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+from trl import SFTConfig
+
+from retrofit.data.sources import LoadedSource, load_sources
+from retrofit.gates.recipe import gate_config
+from retrofit.models.fingerprint import base_weights, weights_sha256
+from retrofit.models.loading import load_base, load_tokenizer
+from retrofit.recipe import RESOLVED, Recipe, load_recipe
+from retrofit.training.arguments import training_arguments
+from retrofit.training.callbacks import GradientCheck, Interrupt, ProgressBar
+from retrofit.training.preflight import preflight, read_texts
+from retrofit.training.trainer import GateTrainer
+from retrofit.training.trainer_state import last_checkpoint, set_aside, whole_adapter
+from retrofit.utils.console import say
+from retrofit.utils.errors import CheckError, UserError
+from retrofit.utils.files import missing_above, remove, to_json, write_text, writing, written_whole
+from retrofit.utils.output_path import refuse_unwritable
+from retrofit.utils.process import return_large_blocks
+
+
+class BaseChangedError(CheckError):
+    """A frozen weight differs after training."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The user stopped the run; a checkpoint is written."""
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Train the gates of a recipe.
+
+    Args:
+        recipe: what to train, on what, how long.
+        resume: go on from the newest checkpoint of the recipe's `output_dir`.
+        console: where progress is shown.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: for bad input, before anything is written.
+        Interrupted: after Ctrl-C, when the checkpoint is written.
+        DivergedError: if the loss or its gradient is not finite.
+        DeadGateError: if a gate got no gradient at the first step.
+        BaseChangedError: if a base weight changed.
+    """
+    # Each rank on its own device, before anything is loaded.
+    ranks = PartialState(cpu=not torch.accelerator.is_available())
+    console = console or Console(quiet=not ranks.is_main_process)
+    recipe = recipe.anchored()
+    run = Path(recipe.output_dir).expanduser()
+    checkpoint = _check_folder(run, recipe, resume, console)
+    config = preflight(recipe)
+    ranks.wait_for_everyone()  # all have looked before one writes
+    is_new = ranks.is_main_process and not run.exists()
+    with _leaving_nothing(run) if is_new else nullcontext():
+        return _train(recipe, config, run, checkpoint, ranks, console)
+
+
+@contextmanager
+def _leaving_nothing(run: Path) -> Iterator[None]:
+    """A run that ends before its first checkpoint has nothing to go on from, and its folder would
+    be in the way of the next try."""
+    above = missing_above(run)
+    try:
+        yield
+    except BaseException:
+        if last_checkpoint(run / "checkpoints")[0] is None:
+            remove(run, above)
+        raise
+
+
+def _train(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    run: Path,
+    checkpoint: Path | None,
+    ranks: PartialState,
+    console: Console,
+) -> Path:
+    args = training_arguments(recipe, run, checkpoint)
+    if args.gradient_checkpointing:
+        return_large_blocks()
+    tokenizer, sources = read_texts(recipe, config)  # before weights, which take longer
+    base = load_base(recipe.model)
+    frozen = _fingerprint(base, recipe)
+    interrupt, bar = Interrupt(console), ProgressBar(console)
+    callbacks = [GradientCheck(), interrupt, bar]
+    trainer = gate_trainer(recipe, args, base, tokenizer, sources, callbacks)
+    trainer.remove_callback(PrinterCallback)
+    _calibrate(trainer, recipe, console, resumed=checkpoint is not None)
+    if ranks.is_main_process:
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(run / RESOLVED, recipe.to_yaml())
+            for damaged in last_checkpoint(run / "checkpoints")[1]:
+                set_aside(damaged)
+    ranks.wait_for_everyone()
+    if recipe.train.torch_compile:
+        trainer.compile_layers()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        interrupt.restore()
+        bar.stop()
+    if interrupt.stopped:
+        raise Interrupted(f"stopped at step {trainer.state.global_step}")
+    after = _fingerprint(trainer.model, recipe)
+    if after != frozen:
+        raise BaseChangedError("a weight of the frozen base changed during training")
+    gates = whole_adapter(trainer.model)
+    if ranks.is_main_process:
+        with writing(run):
+            _finish(trainer, gates, run, _summary(trainer, recipe, frozen, after))
+        shutil.rmtree(run / "teacher", ignore_errors=True)
+    return run
+
+
+def gate_trainer(
+    recipe: Recipe,
+    args: SFTConfig | None = None,
+    base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sources: list[LoadedSource] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> GateTrainer:
+    """The trainer of a recipe, which `train` runs.
+
+    Args:
+        recipe: what to train, on what.
+        args: its `training_arguments`.
+        base: its base, if it is loaded already; `tokenizer` and `sources` likewise.
+        callbacks: added to the Trainer's own.
+    """
+    tokenizer = tokenizer or load_tokenizer(recipe.model)
+    return GateTrainer(
+        model=base or load_base(recipe.model),
+        args=args or training_arguments(recipe, Path(recipe.output_dir)),
+        sources=sources or load_sources(recipe.data, tokenizer),
+        processing_class=tokenizer,
+        gates=gate_config(recipe),
+        objective=recipe.objective,
+        callbacks=callbacks,
+        first_tokens=recipe.data.first_tokens,
+    )
+
+
+def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: bool) -> None:
+    automatic = recipe.train.learning_rate == "auto"
+    # A checkpoint holds the constants.
+    constants = (recipe.gate.centered or recipe.gate.sinks != "none") and not resumed
+    if not (automatic or constants):
+        return
+    calibration = trainer.calibrate()
+    if constants:
+        if recipe.gate.sinks != "none" and not calibration.sink_logits:
+            raise UserError(
+                "data: of the first 64 documents none has two tokens beyond its 64th, which sink "
+                "logits are fitted on; train on longer texts, or set gate.sinks to none"
+            )
+        calibration.give_to(trainer.model)
+        if summary := calibration.summary():
+            say(f"gates start from what the texts show: {summary}", console)
+    if automatic:
+        trainer.learning_rates = calibration.learning_rates
+
+
+def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> Path | None:
+    """Where a run goes on from; `None` if it begins."""
+    if not resume:
+        refuse_unwritable(run)
+        if os.path.lexists(run):
+            raise UserError(f"{run} exists; choose another output_dir, or add --resume")
+        return None
+    resolved = run / RESOLVED
+    if _holds_nothing(run):
+        return None
+    # A merged checkpoint has the recipe, too.
+    if not resolved.is_file() or not any(
+        (run / name).exists() for name in ("checkpoints", "run.json")
+    ):
+        raise UserError(f"nothing to resume: {run} holds no run")
+    before, now = load_recipe(str(resolved)).anchored().model_dump(), recipe.model_dump()
+    # The folder may have been moved.
+    compared = now.keys() - {"measure", "output_dir"}
+    changed = [key for key in now if key in compared and before[key] != now[key]]
+    if changed:
+        raise UserError(
+            f"{run} was started with another recipe (its {', '.join(changed)} differ); resume with "
+            f"{resolved}"
+        )
+    if (run / "run.json").is_file():
+        raise UserError(f"{run} is finished; there is nothing to resume")
+    refuse_unwritable(resolved)
+    checkpoint, damaged = last_checkpoint(run / "checkpoints")
+    for path, wrong in damaged.items():
+        say(f"{path} is passed over: {wrong}", console)
+    if checkpoint is None:
+        say(f"{run} has no whole checkpoint: it starts from the beginning", console)
+    return checkpoint
+
+
+def _holds_nothing(run: Path) -> bool:
+    """Whether it is there, and no file in it: a run that was killed before it wrote anything."""
+    return run.is_dir() and not any(path.is_file() for path in run.rglob("*"))
+
+
+def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        "name_or_path": recipe.model.base,
+        "revision": recipe.model.revision,
+        "model_type": base.config.model_type,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantization": recipe.model.quantization,
+        "weights_sha256": weights_sha256(base_weights(model)),
+    }
+
+
+def _finish(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Path, facts: dict) -> None:
+    """Write `adapter/` and `run.json`, both hidden at first. The latter comes last, and a folder
+    without it goes on from its last checkpoint."""
+    adapter, hidden = run / "adapter", run / ".adapter.partial"
+    for left in (hidden, adapter):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with written_whole(run / "run.json") as partial:
+        partial.write_text(to_json(facts), encoding="utf-8")
+        trainer.model.save_pretrained(str(hidden), state_dict=gates)
+        (hidden / "README.md").unlink(missing_ok=True)  # PEFT's empty card template
+        hidden.replace(adapter)
+
+
+def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    losses_of_layers = ("pressure", "activation", "hidden", "balance")
+    keys = ("loss", "lm", "kl", *losses_of_layers, "gate_movement", "sink_share")
+    return {
+        "base": before,
+        "base_weights_sha256_after": after["weights_sha256"],
+        "gate": {**recipe.gate.model_dump(), "weights": weights},
+        "learning_rate": trainer.learning_rates or trainer.args.learning_rate,
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "seconds": round(trainer.state.log_history[-1].get("train_runtime", 0.0), 1),
+        "first": {key: losses[0][key] for key in keys if key in losses[0]},
+        "last": {key: losses[-1][key] for key in keys if key in losses[-1]},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "versions": {
+            name: version(name)
+            for name in ("gate-retrofit", "torch", "transformers", "peft", "trl", "datasets")
+        },
+    }

@@ -1,0 +1,327 @@
+"""TRL's SFTTrainer, with the gates' objectives, mixed sources and pickle-free checkpoints."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list
+from datasets import IterableDataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from retrofit.data.chats import assistant_found
+from retrofit.data.collator import PackedRows
+from retrofit.data.mixture import mix
+from retrofit.data.sources import LoadedSource
+from retrofit.data.vocabulary import check_rows_of_tokens, embedded_tokens
+from retrofit.gates import GateConfig, GateLayer, gate_layers
+from retrofit.losses.distillation import add_objectives
+from retrofit.losses.layer_losses import add_auxiliary
+from retrofit.losses.teacher_cache import TeacherCache
+from retrofit.models.document_attention import attend_by_document
+from retrofit.recipe import Objective
+from retrofit.training.calibration import Calibration, calibrate
+from retrofit.training.divergence import check_finite
+from retrofit.training.trainer_state import SafetensorsCheckpoints
+from retrofit.utils.errors import UserError
+
+# Of sink logits and key biases, which are stored in tens of nats: up to 0.1 a step.
+CONSTANTS_RATE = 1e-2
+
+
+class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
+    """Trains gates on a frozen base.
+
+    Args:
+        model: the base; gates are inserted here.
+        args: TRL's settings; `max_length` is the row length.
+        sources: what to train on; each is tokenized and packed alone, then rows are mixed.
+        processing_class: the tokenizer.
+        gates: the gates to insert.
+        objective: weights of the losses.
+        callbacks: added to the Trainer's own.
+        first_tokens: how many tokens of a packed row become documents of their own.
+
+    Raises:
+        UserError: if the data gives less than one optimizer step, or the model cannot be gated.
+    """
+
+    _tag_names = ["retrofit", "gated-attention"]  # noqa: RUF012 - as in TRL
+    # The loss is divided by the labelled tokens of all accumulated batches.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        sources: list[LoadedSource],
+        processing_class: PreTrainedTokenizerBase,
+        gates: GateConfig,
+        objective: Objective,
+        callbacks: list[TrainerCallback] | None = None,
+        first_tokens: int = 0,
+    ):
+        self.sources, self._embedded = sources, embedded_tokens(model.config)
+        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            # PEFT, TRL and transformers each let gradients flow to the embeddings, through layers
+            # without gates; the reentrant kind of checkpointing alone needs that.
+            model.enable_input_require_grads = lambda: None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=sources[0].rows,
+            processing_class=processing_class,
+            peft_config=gates,
+            callbacks=callbacks,
+        )
+        self._check_engine(objective)
+        if args.packing:
+            self.data_collator = PackedRows(
+                processing_class.pad_token_id, _takes_lengths(self.model), first_tokens
+            )
+            attend_by_document(self.model.get_base_model())
+        for layer in gate_layers(self.model).values():
+            layer.float()  # TRL casts trainable weights to bf16 on a quantized base
+        # Beside the checkpoints, for `train` to remove when it is done.
+        cache = TeacherCache(Path(args.output_dir).parent / "teacher")
+        kept = cache if objective.cache_teacher else None
+        add_objectives(self.model.get_base_model(), objective, kept)
+        self.objective = objective
+        needed = objective.reads_layers
+        self.auxiliary = add_auxiliary(self.model, objective) if needed else None
+        self.learning_rates: dict[int, float] = {}  # by layer, instead of `args.learning_rate`
+        self._losses: list[torch.Tensor] = []  # of the micro-batches of a step
+        self._compiled = False
+        self._clock: tuple[float, int] | None = None
+
+    def _check_engine(self, objective: Objective) -> None:
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            raise UserError("DeepSpeed's ZeRO-3 is not supported; to shard the base, use FSDP2")
+        if objective.cache_teacher and self._sharded():
+            # One that found its rows would leave the others waiting for its part of the base.
+            raise UserError(
+                "objective.cache_teacher: ranks that share a base must all run it; set it to false"
+            )
+
+    def compile_layers(self) -> None:
+        """Each layer by itself: one graph serves all of a kind, where that of a whole model takes
+        minutes."""
+        self._compiled = True
+        for layer in self.model.get_base_model().base_model.layers:
+            layer.compile()
+
+    def calibrate(self, documents: int = 64) -> Calibration:
+        """What the base shows of the first `documents` of the data. The main rank reads it and
+        tells the others, so that it does not depend on how many there are."""
+        found: list[Calibration | None] = [None]
+        if self.accelerator.is_main_process:
+            # On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights into a
+            # form that has no backward.
+            self.model.train()
+            seen = calibrate(self.model, self._first_batches(documents))
+            found = [seen.cpu()]
+        (calibration,) = broadcast_object_list(found)
+        return calibration
+
+    def _first_batches(self, documents: int) -> Iterator[dict[str, torch.Tensor]]:
+        """What a single rank would train on first."""
+        loader = prepare_data_loader(
+            DataLoader(
+                self.train_dataset,
+                self.args.train_batch_size,
+                sampler=self._get_train_sampler(),
+                collate_fn=self._get_collator_with_removed_columns(self.data_collator),
+            ),
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+            use_seedable_sampler=True,
+            data_seed=self.args.data_seed,
+        )
+        seen = 0
+        for batch in loader:
+            position_ids = _position_ids(batch)
+            yield {"input_ids": batch["input_ids"], "position_ids": position_ids}
+            seen += count_documents(position_ids)
+            if seen >= documents:
+                break
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if isinstance(dataset, IterableDataset):
+            dataset = _OneStream(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        """The Trainer's own, with a rate for each layer if `learning_rates` has them."""
+        created = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.learning_rates and not created:
+            layers = gate_layers(self.model if model is None else model)
+            decay = self.args.weight_decay
+            optimizer.param_groups.clear()
+            for index, rate in self.learning_rates.items():
+                weights, constants = weights_and_constants(layers[index])
+                for parameters, lr in ((weights, rate), (constants, CONSTANTS_RATE)):
+                    if parameters:
+                        optimizer.add_param_group(
+                            {"params": parameters, "lr": lr, "weight_decay": decay}
+                        )
+        return optimizer
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, name):
+        """Prepare each source by TRL's rules for its own format, then mix."""
+        prepared = []
+        for source in self.sources:
+            self.completion_only_loss = source.completion_only
+            with assistant_found(source.path):
+                rows = super()._prepare_dataset(
+                    source.rows, processing_class, args, packing, formatting_func, name
+                )
+            prepared.append(check_rows_of_tokens(rows, processing_class, self._embedded))
+        mixed = mix(prepared, [source.weight for source in self.sources], args.seed)
+        self._check_length(mixed, args, packing)
+        return mixed
+
+    def _check_length(self, rows, args: SFTConfig, packing: bool) -> None:
+        if not hasattr(rows, "__len__"):  # a stream
+            return
+        needed = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if len(rows) < needed:
+            packed = f" of {args.max_length} tokens" if packing else ""
+            raise UserError(
+                f"data: too short: {len(rows)} rows{packed}, and one step takes {needed}; add "
+                "text, or lower data.sequence_length or train.batch_size"
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.auxiliary:
+            progress = self.state.global_step / self.state.max_steps
+            scale = 1 / self.current_gradient_accumulation_steps
+            self.auxiliary.prepare(_position_ids(inputs), progress, scale)
+        # A hook is traced into a compiled graph, and another one at the next step is a new graph.
+        watched = {} if self._compiled else gate_layers(self.model)
+        with gate_movement(watched.values()) as movements:
+            outputs = model(**inputs, objectives=True)
+        num_tokens = outputs.num_tokens if num_items_in_batch is None else num_items_in_batch
+        loss = outputs.loss / torch.as_tensor(num_tokens, device=outputs.loss.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
+        self._record(outputs, movements)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Called once a step, when its gradient is whole and the gates have not moved."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        losses, self._losses = self._losses, []
+        rate = max(self.learning_rates.values(), default=self.args.learning_rate)
+        check_finite(losses, grad_norm, self.state.global_step, rate, self.model.dtype)
+        return grad_norm
+
+    def _record(self, outputs, movements: list[torch.Tensor]) -> None:
+        metrics = self._metrics["train"]
+        tokens = outputs.num_tokens.clamp(min=1)
+        # Read when they are logged: until then nothing waits for the device.
+        metrics["lm"].append(outputs.lm / tokens)
+        metrics["kl"].append(outputs.kl / tokens)
+        if movements:
+            metrics["gate_movement"].append(torch.stack(movements).mean())
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            now = (time.monotonic(), self.state.num_input_tokens_seen)
+            then, self._clock = self._clock, now
+            if then:
+                logs["tokens_per_second"] = (now[1] - then[1]) / (now[0] - then[0])
+            logs |= self._figures()
+        super().log(logs, start_time)
+
+    def _figures(self) -> dict[str, float]:
+        """What was recorded since the last line of the log, and the last batch's losses inside the
+        layers, mean over ranks."""
+        recorded = self._metrics["train"]
+        means = {name: sum(values) / len(values) for name, values in recorded.items()}
+        recorded.clear()
+        if self.auxiliary:
+            means |= self.auxiliary.means()
+        device = self.accelerator.device
+        mine = torch.stack(
+            [torch.as_tensor(value, device=device).float() for value in means.values()]
+        )
+        return dict(zip(means, self.accelerator.reduce(mine, "mean").tolist(), strict=True))
+
+    def create_model_card(self, *args, **kwargs):
+        """TRL writes a draft card beside every checkpoint; the merge writes the real one."""
+
+
+def weights_and_constants(layer: GateLayer) -> tuple[list, list]:
+    """The parameters of a layer that multiply its input, and those that do not."""
+    parameters = list(layer.named_parameters())
+    is_constant = [
+        name.endswith((".sink_odds", ".key_bias", ".first_key_off")) for name, _ in parameters
+    ]
+    split: tuple[list, list] = ([], [])
+    for constant, (_, parameter) in zip(is_constant, parameters, strict=True):
+        split[constant].append(parameter)
+    return split
+
+
+class _OneStream(torch.utils.data.IterableDataset):
+    """A stream that every rank reads whole to take its rows from. accelerate would deal out its
+    files instead, and then no other number of ranks would see the same rows."""
+
+    def __init__(self, rows: IterableDataset):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def set_epoch(self, epoch: int):
+        self.rows.set_epoch(epoch)
+
+
+def _takes_lengths(model: PreTrainedModel) -> bool:
+    """Whether the attention kernel takes the lengths of packed documents."""
+    return "flash" in model.config._attn_implementation
+
+
+def _position_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Positions in each document `[batch, T]`, negative for padding."""
+    if "position_ids" in inputs:
+        return inputs["position_ids"]
+    mask = inputs["attention_mask"]
+    return (mask.cumsum(-1) - 1).masked_fill(mask == 0, -1)
+
+
+@contextmanager
+def gate_movement(layers: Iterable[GateLayer]) -> Iterator[list[torch.Tensor]]:
+    """Collects the mean |g - 1| of each layer whose gate `g` runs inside."""
+    movements: list[torch.Tensor] = []
+
+    def record(_module, _args, gate):
+        movements.append((gate.detach() - 1).abs().mean(dtype=torch.float32))
+
+    projections = [projection for layer in layers for projection in layer.g_proj.values()]
+    handles = [projection.register_forward_hook(record) for projection in projections]
+    try:
+        yield movements
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count_documents(position_ids: torch.Tensor) -> int:
+    """How many documents of packed rows are texts: the tokens of `data.first_tokens`, alone or in
+    pairs, are none."""
+    return int((position_ids == 2).sum())

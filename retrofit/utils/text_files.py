@@ -1,0 +1,117 @@
+"""Text files as people have them: UTF-8, with a byte order mark or without, gzipped or not."""
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from retrofit.utils.errors import UserError, one_line
+
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_CUT_SHORT = (gzip.BadGzipFile, EOFError, zlib.error)
+
+
+def kind_of(path: Path) -> str:
+    """What a file holds by its name: `.jsonl` of `a.jsonl`, `A.JSONL` and `a.jsonl.gz`."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_text(path: Path) -> str:
+    """The whole of a text file, without a byte order mark.
+
+    Raises:
+        UserError: if it cannot be read, or is not UTF-8.
+    """
+    return "".join(line for _, line in read_lines(path))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, each with its number from 1.
+
+    Raises:
+        UserError: if it cannot be read, or is not UTF-8; the message names the line.
+    """
+    try:
+        with _opened(path) as file:
+            for number, line in enumerate(file, 1):
+                yield number, _decoded(line, number, path)
+    except _CUT_SHORT as error:
+        raise UserError(
+            f"cannot read {path}: it is no whole gzip file: {one_line(error)}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """What stands in the lines of a JSON-lines file, each with its number from 1. Blank lines are
+    passed over.
+
+    Raises:
+        UserError: if it cannot be read, is not UTF-8, or a line is not JSON; the message names the
+            line.
+    """
+    for number, line in read_lines(path):
+        if not line.isspace():
+            yield number, _parsed(line, number, path)
+
+
+def is_json_lines(path: Path) -> bool:
+    """Whether an object stands in the first line of a file. A .json file may be a list instead."""
+    if kind_of(path) not in (".json", ".jsonl"):
+        return False
+    try:
+        return isinstance(next(read_json_lines(path), (0, None))[1], dict)
+    except UserError:
+        return False
+
+
+def read_json_text(path: Path) -> Any:
+    """What stands in a JSON file.
+
+    Raises:
+        UserError: if it cannot be read, or is not UTF-8 or JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: it is not JSON: {one_line(error, 100)}") from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _decoded(line: bytes, number: int, path: Path) -> str:
+    if number == 1:
+        if line.startswith(_UTF_16):
+            raise UserError(f"cannot read {path}: it is UTF-16; save it as UTF-8")
+        line = line.removeprefix(codecs.BOM_UTF8)
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"cannot read {path}: line {number} is not UTF-8 ({error.reason} "
+            f"0x{line[error.start]:02x} at byte {error.start + 1}); save the file as UTF-8"
+        ) from None
+
+
+def _parsed(line: str, number: int, path: Path) -> Any:
+    try:
+        value = json.loads(line)
+        if "\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise UserError(
+            f"cannot read {path}: line {number} escapes half a character (\\ud800 to \\udfff "
+            "come in pairs)"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"cannot read {path}: line {number} is not JSON: {one_line(error, 100)}"
+        ) from None
