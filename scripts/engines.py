@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from retrofit.export.merge import merge
+from retrofit.export.registry import format_of
 from retrofit.export.verify.verify import verify
 
 MERGES = [
@@ -48,7 +49,7 @@ def engines(run: Path, vllm: str | None, merges: list = MERGES) -> Iterator[dict
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "merged"
             report = merge(run, out, format=format, dtype=kind)
-            engine = "llama.cpp" if format == "gguf" else "transformers"
+            engine = format_of(format).engines[0]
             about = {"base": report["base"]["name"], "format": format, "stored": kind or "float32"}
             yield about | {"engine": engine} | report["verification"]
             # Behind its Transformers backend vLLM's attention tells nothing of the softmax.

@@ -16,7 +16,7 @@ from tiny import DENSE, tiny_model, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retrofit.export.granite_swa import granite_config
-from retrofit.export.native import native_config
+from retrofit.export.qwen3_5 import native_config
 from retrofit.utils.files import read_json
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"

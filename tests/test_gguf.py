@@ -12,7 +12,7 @@ from tiny import DENSE, LLAMA3, tiny_model, write_tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from retrofit.export import native
+from retrofit.export import qwen3_5
 from retrofit.export.gguf_tokenizer import rules_of
 from retrofit.export.llama_cpp import KINDS
 from retrofit.export.merge import MergeMismatchError, merge
@@ -104,7 +104,7 @@ def test_a_fresh_process_loads_it_and_the_card_says_how(tmp_path, base):
 
 def test_a_file_that_differs_never_appears(tmp_path, base, in_process, monkeypatch):
     run = make_run(tmp_path / "run", base("llama"))
-    monkeypatch.setattr("retrofit.export.gguf_qwen35._native", without_gates)
+    monkeypatch.setattr("retrofit.export.gguf_qwen35.qwen3_5", without_gates)
     with pytest.raises(MergeMismatchError, match="differs from the trained model"):
         merge(run, tmp_path / "out", format="gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
@@ -112,7 +112,7 @@ def test_a_file_that_differs_never_appears(tmp_path, base, in_process, monkeypat
 
 def without_gates(source, scales):
     parts = source.config, source.weights, {}, source.gates.centers
-    return native.native_tensors(*parts, torch.float32, scales)
+    return qwen3_5.native_tensors(*parts, torch.float32, scales)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import retrofit.export.merge
 from retrofit import GateConfig
-from retrofit.export import native
+from retrofit.export import qwen3_5
 from retrofit.export.granite_swa import NO_SINK
 from retrofit.export.merge import MergeMismatchError, merge
 from retrofit.export.verify import verify
@@ -499,36 +499,36 @@ def assert_nothing_left(folder: Path) -> None:
     assert [path.name for path in folder.iterdir() if "out" in path.name] == []
 
 
-def without_doubling(tensors, exponent, *names, scale=native.scale):
+def without_doubling(tensors, exponent, *names, scale=qwen3_5.scale):
     scale(tensors, exponent - ("self_attn.o_proj.weight" in names), *names)
 
 
-def with_shuffled_gate_rows(query, gate, num_heads, interleave=native._interleave):
+def with_shuffled_gate_rows(query, gate, num_heads, interleave=qwen3_5._interleave):
     return interleave(query, gate.flip(0), num_heads)
 
 
-def without_q_norm(*arguments, tensors=native.native_tensors):
+def without_q_norm(*arguments, tensors=qwen3_5.native_tensors):
     return ((name, t) for name, t in tensors(*arguments) if "1.self_attn.q_norm" not in name)
 
 
-def with_partial_rotation(*arguments, native_config=native.native_config):
+def with_partial_rotation(*arguments, native_config=qwen3_5.native_config):
     mapped = native_config(*arguments)
     del mapped["partial_rotary_factor"], mapped["rope_parameters"]["partial_rotary_factor"]
     return mapped
 
 
-def with_unscaled_eps(*arguments, native_config=native.native_config):
+def with_unscaled_eps(*arguments, native_config=qwen3_5.native_config):
     return native_config(*arguments) | {"rms_norm_eps": arguments[0].rms_norm_eps}
 
 
 @pytest.mark.parametrize(
     ("module", "name", "mutant"),
     [
-        (native, "scale", without_doubling),
-        (native, "_interleave", with_shuffled_gate_rows),
-        (native, "native_tensors", without_q_norm),
-        (native, "native_config", with_partial_rotation),
-        (native, "native_config", with_unscaled_eps),
+        (qwen3_5, "scale", without_doubling),
+        (qwen3_5, "_interleave", with_shuffled_gate_rows),
+        (qwen3_5, "native_tensors", without_q_norm),
+        (qwen3_5, "native_config", with_partial_rotation),
+        (qwen3_5, "native_config", with_unscaled_eps),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -543,8 +543,8 @@ def test_a_wrong_mapping_is_noticed(
 
 def test_a_checkpoint_that_does_not_load_is_noticed(run, tmp_path, monkeypatch):
     """Through the real process."""
-    mapped, unknown = native.native_config, {"model_type": "nothing"}
-    monkeypatch.setattr(native, "native_config", lambda *a: mapped(*a) | unknown)
+    mapped, unknown = qwen3_5.native_config, {"model_type": "nothing"}
+    monkeypatch.setattr(qwen3_5, "native_config", lambda *a: mapped(*a) | unknown)
     with pytest.raises(MergeMismatchError, match="does not load"):
         merge(run, tmp_path / "out")
     assert_nothing_left(tmp_path)

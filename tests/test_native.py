@@ -13,7 +13,7 @@ from tiny import LLAMA3, NATIVE, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
-from retrofit.export import exact_norms, native
+from retrofit.export import exact_norms, qwen3_5
 from retrofit.export.verify.reference import observe, refer
 from retrofit.gates import gate_layers, gates_off
 from retrofit.models.fingerprint import base_weights
@@ -65,11 +65,11 @@ def as_native(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     projections = {i: gate.g_proj["default"] for i, gate in gate_layers(model).items()}
     centers = {i: p.center for i, p in projections.items() if p.center is not None}
     stored = dict(base_weights(model))
-    tensors = dict(native.native_tensors(base.config, stored, gates, centers, dtype))
+    tensors = dict(qwen3_5.native_tensors(base.config, stored, gates, centers, dtype))
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(
-        json.dumps(native.native_config(base.config, bool(centers)))
+        json.dumps(qwen3_5.native_config(base.config, bool(centers)))
     )
     both: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
@@ -161,7 +161,7 @@ def test_qwen3_with_zero_gates_is_its_base_to_the_bit(tmp_path):
 def test_only_scaled_embeddings_are_untied():
     for family, tied in {"llama": False, "qwen2": False, "qwen3": True}.items():
         config = tiny_model(family, tie_word_embeddings=True).config
-        assert native.native_config(config)["tie_word_embeddings"] is tied
+        assert qwen3_5.native_config(config)["tie_word_embeddings"] is tied
 
 
 def test_small_and_negative_norm_weights_survive_bfloat16():
@@ -213,4 +213,4 @@ def test_the_constant_norms_multiply_to_their_target(dtype):
     ],
 )
 def test_what_has_no_native_form_is_named(family, overrides, reason):
-    assert reason in str(native.refusal(tiny_model(family, **overrides).config))
+    assert reason in str(qwen3_5.refusal(tiny_model(family, **overrides).config))

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from retrofit.export.registry import FormatName
 from retrofit.utils.process import prepare_process
 
 
@@ -12,7 +13,7 @@ def main(
     run: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
     format: Annotated[
-        Literal["native", "gguf", "remote-code", "adapter", "gated-attention"],
+        FormatName,
         typer.Option(
             help="native: for transformers and vLLM; gguf: for llama.cpp; remote-code: the base's "
             "architecture with a modeling file; adapter: gates alone, for PEFT; gated-attention: "

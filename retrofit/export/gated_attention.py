@@ -1,4 +1,5 @@
-"""The layout of the models published with Gated Attention (github.com/qiuzh20/gated_attention).
+"""`--format gated-attention`: the layout of the models published with Gated Attention, at
+github.com/qiuzh20/gated_attention.
 
 Their `modeling_qwen3.py` computes `Y * sigmoid(X W_g)`, with the rows of `W_g` in `q_proj`: for
 each key-value head first its query heads, then their gates. `use_qk_norm` says whether queries and
@@ -7,37 +8,17 @@ sigmoid`: `o_proj` takes the 2 when a run is written, and gives it back when suc
 """
 
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 
-from retrofit.export import native
+from retrofit.export import qwen3_5
+from retrofit.export.checkpoint_format import LOAD, TRUST, CheckpointFormat
 from retrofit.export.constant_head import add_center
+from retrofit.models.published import unpack
 from retrofit.models.safetensors_io import write_shards
 from retrofit.models.source import Source
-from retrofit.utils.files import write_json
-
-
-def refusal(source: Source) -> str | None:
-    """Why base and gates have no place in the layout, or `None` if they have one."""
-    config = source.config
-    if source.gates.sinks:
-        return "the published models have no sinks"
-    if config.model_type == "qwen3_moe" or native.refusal(config):
-        return "the published models are dense Qwens with full attention, and so is their code"
-    return None
-
-
-def write_published(
-    source: Source, folder: Path, dtype: torch.dtype, max_shard_size: int
-) -> dict[str, int]:
-    """Write base and gates. Their two Python files, which run it, are theirs to give.
-
-    Returns:
-        As `write_shards`.
-    """
-    write_json(folder / "config.json", _config(source, dtype))
-    return write_shards(_tensors(source, dtype), folder, max_shard_size)
+from retrofit.utils.files import temporary_folder, write_json
 
 
 def _config(source: Source, dtype: torch.dtype) -> dict:
@@ -57,7 +38,7 @@ def _config(source: Source, dtype: torch.dtype) -> dict:
             "AutoModelForCausalLM": "modeling_qwen3.Qwen3ForCausalLM",
         },
         **{name: getattr(config, name, None) for name in copied},
-        "head_dim": native.head_dim_of(config),
+        "head_dim": qwen3_5.head_dim_of(config),
         "rope_theta": rope.pop("rope_theta"),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "use_qk_norm": config.model_type == "qwen3",
@@ -77,11 +58,11 @@ def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
     for name in source.shapes:
         if not name.startswith("model.layers."):
             yield name, weights[name].to(dtype)
-    width = 1 if source.gates.granularity == "headwise" else native.head_dim_of(config)
+    width = 1 if source.gates.granularity == "headwise" else qwen3_5.head_dim_of(config)
     ungated = torch.zeros(config.num_attention_heads * width, config.hidden_size)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layer = native.read_layer(config, weights, prefix, dtype, with_bias=_is_biased(source))
+        layer = qwen3_5.read_layer(config, weights, prefix, dtype, with_bias=_is_biased(source))
         if index in source.gates.centers:
             add_center(layer, source.gates.centers[index], dtype)
         _pack_gate(layer, source.gates.matrices.get(index, ungated), config.num_key_value_heads)
@@ -89,7 +70,7 @@ def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
             yield prefix + name, tensor.to(dtype)
 
 
-def _pack_gate(layer: native.Tensors, gate: torch.Tensor, kv_heads: int) -> None:
+def _pack_gate(layer: qwen3_5.Tensors, gate: torch.Tensor, kv_heads: int) -> None:
     layer["self_attn.o_proj.weight"] = 2 * layer["self_attn.o_proj.weight"]
     query = layer["self_attn.q_proj.weight"]
     layer["self_attn.q_proj.weight"] = _pack(query, gate.to(query.dtype), kv_heads)
@@ -100,3 +81,46 @@ def _pack_gate(layer: native.Tensors, gate: torch.Tensor, kv_heads: int) -> None
 def _pack(query: torch.Tensor, gate: torch.Tensor, num_key_value_heads: int) -> torch.Tensor:
     pair = [rows.unflatten(0, (num_key_value_heads, -1)) for rows in (query, gate)]
     return torch.cat(pair, dim=1).flatten(0, 1)
+
+
+class Published(CheckpointFormat):
+    """The paper's layout. Its two Python files, which run it, are its authors' to give, so it is
+    proved by taking it apart again."""
+
+    name = "gated-attention"
+    engines = ("transformers",)
+    options = ("--import-retrofit",)
+
+    def refusal(self, source):
+        config = source.config
+        if source.gates.sinks:
+            return "the published models have no sinks"
+        if config.model_type == "qwen3_moe" or qwen3_5.refusal(config):
+            return "the published models are dense Qwens with full attention, and so is their code"
+        return None
+
+    def write(self, source, folder, dtype, max_shard_size, name):
+        stored = getattr(torch, dtype)
+        write_json(folder / "config.json", _config(source, stored))
+        about = {"model_type": source.config.model_type, "constant_heads": 0}
+        return about | write_shards(_tensors(source, stored), folder, max_shard_size)
+
+    def lies_in(self, folder, config, file):
+        return "auto_map" in config and any(n.endswith("_attn_output_gate") for n in config)
+
+    @contextmanager
+    def loadable(self, folder, file):
+        with temporary_folder() as apart:
+            unpack(folder, apart / "model")
+            yield apart / "model/adapter"
+
+    def how_to_load(self, report, name):
+        return (
+            "With `configuration_qwen3.py` and `modeling_qwen3.py` of "
+            "[qiuzh20/gated_attention](https://github.com/qiuzh20/gated_attention) in this folder, "
+            "in the version of transformers that they are written for:\n\n"
+            + LOAD.format(name=name, imports="", options=TRUST)
+        )
+
+
+FORMAT = Published()

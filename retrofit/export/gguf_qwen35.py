@@ -1,5 +1,5 @@
 """The native checkpoint under llama.cpp's `qwen35` architecture, or `qwen35moe`: its names for the
-attention of `native`.
+attention of `qwen3_5`.
 
 What differs from the safetensors form, and why:
 
@@ -20,7 +20,7 @@ import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 from transformers import PreTrainedConfig
 
-from retrofit.export import native
+from retrofit.export import qwen3_5
 from retrofit.export.exact_norms import Scales
 from retrofit.export.gguf_contents import Contents, add_shape
 from retrofit.models.source import Source
@@ -33,7 +33,7 @@ _STATE = 128  # width of the appended layer's linear attention; llama.cpp has ke
 
 def refusal(config: PreTrainedConfig) -> str | None:
     """Why a base with this config cannot become a GGUF file, or `None` if it can."""
-    if reason := native.refusal(config):
+    if reason := qwen3_5.refusal(config):
         return reason
     if config.model_type == "qwen3_moe":
         if config.mlp_only_layers or config.decoder_sparse_step != 1:
@@ -48,7 +48,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
 def contents(source: Source, kind: str) -> Contents:
     """Base and gates, stored as `kind`."""
     scales = _scales(source, kind)
-    config = native.native_config(source.config, bool(source.gates.centers), scales)
+    config = qwen3_5.native_config(source.config, bool(source.gates.centers), scales)
     arch = MODEL_ARCH_NAMES[_arch(config)]
     return Contents(
         arch, config, partial(_add_config, config=config), _tensors(source, config, scales)
@@ -61,15 +61,15 @@ def _scales(source: Source, kind: str) -> Scales:
         return Scales()
     unscaled = Scales(residual_shift=0)
     to_residual = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
-    tensors = _native(source, unscaled)
+    tensors = _stock(source, unscaled)
     largest = max(t.abs().max().item() for name, t in tensors if name.endswith(to_residual))
     room = math.floor(math.log2(_LARGEST[kind] / largest))
     return Scales(residual_shift=min(room, 20), dominance=2.0**-16)
 
 
-def _native(source: Source, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
+def _stock(source: Source, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
     parts = source.config, source.weights, source.gates.matrices, source.gates.centers
-    return native.native_tensors(*parts, torch.float32, scales=scales)
+    return qwen3_5.native_tensors(*parts, torch.float32, scales=scales)
 
 
 def _arch(config: dict) -> MODEL_ARCH:
@@ -103,8 +103,8 @@ def _tensors(source: Source, config: dict, scales: Scales) -> Iterator[tuple[str
     """Every tensor of the file, under llama.cpp's names, in float32."""
     layers = config["num_hidden_layers"]
     names = get_tensor_name_map(_arch(config), layers + 1)
-    for name, tensor in _with_stacked_experts(_native(source, scales), config):
-        if name.endswith("o_proj.bias"):  # zero: see `native`
+    for name, tensor in _with_stacked_experts(_stock(source, scales), config):
+        if name.endswith("o_proj.bias"):  # zero: see `qwen3_5`
             continue
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name

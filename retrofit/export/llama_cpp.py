@@ -2,12 +2,13 @@
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 
-from retrofit.export import forms, gguf_granite_swa, gguf_qwen35
+from retrofit.export import gguf_granite_swa, gguf_qwen35, native
 from retrofit.export.gguf_tokenizer import add_tokenizer, read_tokenizer
 from retrofit.models.source import Source
 
@@ -26,7 +27,7 @@ def _form(source: Source) -> ModuleType:
 def refusal(source: Source) -> str | None:
     """Why base and gates cannot become a GGUF file, or `None` if they can."""
     gates = source.gates
-    reason = forms.refusal_of_gates(gates.granularity, gates.sink_form)
+    reason = native.refusal_of_gates(gates.granularity, gates.sink_form)
     return reason or _form(source).refusal(source.config)
 
 
@@ -39,7 +40,7 @@ def check_tokenizer(source: Source) -> None:
     read_tokenizer(source.base)
 
 
-def write_gguf(source: Source, path: Path, kind: str) -> dict[str, int]:
+def write_gguf(source: Source, path: Path, kind: str) -> dict[str, Any]:
     """Write base and gates, which `refusal` has passed, as one GGUF file.
 
     The tensors pass through a temporary file, so that few of them are in memory at a time.
@@ -48,7 +49,8 @@ def write_gguf(source: Source, path: Path, kind: str) -> dict[str, int]:
         kind: of `KINDS`.
 
     Returns:
-        `bytes` and `parameters` written.
+        `bytes` and `parameters` written, and what a merge says of the same model in its native
+        form.
     """
     contents = _form(source).contents(source, kind)
     writer = GGUFWriter(path, contents.arch, use_temp_file=True)
@@ -64,7 +66,9 @@ def write_gguf(source: Source, path: Path, kind: str) -> dict[str, int]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return {"bytes": path.stat().st_size, "parameters": parameters}
+    config = native.form_for(source).config(source)
+    written = {"bytes": path.stat().st_size, "parameters": parameters}
+    return native.architecture(config, source.config) | written
 
 
 def _add_tensor(writer: GGUFWriter, name: str, tensor: torch.Tensor, kind: str) -> None:

@@ -8,10 +8,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
+from retrofit.export.registry import format_of
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import read_json
 
-_LIBRARY = {"gguf": "gguf", "adapter": "peft"}
 _PAPER = "[arXiv:2505.06708](https://arxiv.org/abs/2505.06708)"
 _SINKS = "[arXiv:2602.01203](https://arxiv.org/abs/2602.01203)"
 
@@ -64,6 +64,7 @@ def model_card(report: dict, base: Path, checkpoint: Path, name: str) -> ModelCa
         checkpoint: the merged folder, whose `measure.json` and recipe are shown if it has them.
         name: what it is loaded by, its repository on the hub or a path.
     """
+    form = format_of(report["checkpoint"]["format"])
     sections = [
         f"---\n{_data(report, base).to_yaml()}\n---",
         f"# {report['base']['name']} with attention gates",
@@ -71,7 +72,7 @@ def model_card(report: dict, base: Path, checkpoint: Path, name: str) -> ModelCa
         _measured(checkpoint / "measure.json"),
         _verified(report),
         _costs(report),
-        _how_to_load(report, name),
+        f"## How to load it\n\n{form.how_to_load(report, name)}",
         _recipe(checkpoint / "recipe.resolved.yaml"),
     ]
     return ModelCard("\n\n".join(section for section in sections if section) + "\n")
@@ -82,7 +83,7 @@ def _data(report: dict, base: Path) -> ModelCardData:
     return ModelCardData(
         base_model=None if report["base"]["is_local"] else report["base"]["name"],
         base_model_relation=None if report["base"]["is_local"] else "finetune",
-        library_name=_LIBRARY.get(report["checkpoint"]["format"], "transformers"),
+        library_name=format_of(report["checkpoint"]["format"]).library,
         pipeline_tag="text-generation",
         tags=["retrofit", "gated-attention", "attention-sink"],
         **license_of(base / "README.md"),
@@ -203,7 +204,7 @@ def _by(report: dict) -> str:
 
 def _costs(report: dict) -> str:
     base, checkpoint = report["base"], report["checkpoint"]
-    if checkpoint["format"] == "adapter":
+    if not format_of(checkpoint["format"]).is_model:
         return ""
     added = checkpoint["parameters"] / base["parameters"] - 1
     reasons = "the gates" if "heads" not in checkpoint else _why_more(report)
@@ -242,75 +243,6 @@ def _costs_of_qwen(report: dict) -> list[str]:
     if "file" not in checkpoint and (base["biases"] or heads):
         lines += ["Not for SGLang, which drops the biases of q, k and v without a word."]
     return lines
-
-
-_LOAD = """\
-```python
-{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{options})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```"""
-
-_TRUST = ", trust_remote_code=True"
-
-_SERVE_PLUGIN = """
-
-vLLM (0.32) runs it on its own classes, without this code, once it has a plugin:
-
-```bash
-pip install --no-deps gate-retrofit  # into vLLM's environment, which has all that it needs
-vllm serve {name}
-```"""
-
-_SERVE_CODE = """
-
-Without the plugin, vLLM runs it through its Transformers backend:
-
-```bash
-vllm serve {name} --trust-remote-code --model-impl transformers
-```"""
-
-
-def _how_to_load(report: dict, name: str) -> str:
-    checkpoint = report["checkpoint"]
-    if checkpoint["format"] == "gguf":
-        how = (
-            "In llama.cpp (build 11434 or newer) and what is made of it:\n\n"
-            f"```bash\nllama-server -m {checkpoint['file']}\n```"
-        )
-    elif checkpoint["format"] == "remote-code":
-        how = (
-            "Its four Python files are the model; read them, then:\n\n"
-            + _LOAD.format(name=name, imports="", options=_TRUST)
-            + _how_to_serve_code(report, name)
-        )
-    elif checkpoint["format"] == "gated-attention":
-        how = (
-            "With `configuration_qwen3.py` and `modeling_qwen3.py` of "
-            "[qiuzh20/gated_attention](https://github.com/qiuzh20/gated_attention) in this folder, "
-            "in the version of transformers that they are written for:\n\n"
-            + _LOAD.format(name=name, imports="", options=_TRUST)
-        )
-    elif checkpoint["format"] == "adapter":
-        imports = "import retrofit  # pip install gate-retrofit\n"
-        how = _LOAD.format(name=name, imports=imports, options="")
-    else:
-        how = (
-            _LOAD.format(name=name, imports="", options="")
-            + f"\n\nIt is a stock `{checkpoint['architecture']}`: transformers 5 loads it without "
-            f"remote code, and vLLM from 0.32 on:\n\n```bash\nvllm serve {name}\n```\n\n"
-            "For llama.cpp, merge the run with `--format gguf`."
-        )
-    return f"## How to load it\n\n{how}"
-
-
-def _how_to_serve_code(report: dict, name: str) -> str:
-    sinks, model_type = report["gate"]["sinks"], report["base"]["model_type"]
-    if sinks == "input" or model_type == "gpt_oss":
-        return ""
-    how = _SERVE_PLUGIN + (_SERVE_CODE if sinks == "none" else "")
-    return how.format(name=name)
 
 
 def _recipe(path: Path) -> str:

@@ -1,301 +1,181 @@
-"""Base + gates as `Qwen3_5ForCausalLM`, an architecture that transformers and vLLM already ship.
+"""`--format native`: a checkpoint of a stock architecture, for transformers and vLLM.
 
-Its attention is G1 with a plain sigmoid: `q_proj` holds `[query; gate]` rows a head, and
-`Y * sigmoid(gate)` goes to `o_proj` (`transformers.models.qwen3_5.modeling_qwen3_5`). A mixture of
-experts becomes `Qwen3NextForCausalLM`, with the same attention and one expert more, shared and
-zero. Four things differ from the families here. What is scaled is scaled by powers of two, which is
-exact in float32 and bfloat16:
-
-- Trained gates are `2 * sigmoid`: `o_proj` takes the 2. A layer without gates gets gate rows 0,
-  where `2 * sigmoid(0) = 1`.
-- Norms are `1 + w`: weights below 1/2 would lose bits in `w - 1`, so they are scaled up to
-  [1/2, 1) and the consumers' input columns scaled down.
-- vLLM and llama.cpp read no bias of `o_proj`, and vLLM does not say so. Where a layer has one, or
-  centered gates need a constant, a further key-value head adds it: its values are the
-  same in all tokens, and the columns of its `o_proj` hold the constant.
-- q and k pass an RMSNorm that cannot be switched off. Families without one scale q and k down
-  until the norm's eps swamps their mean square; the norm is then a constant, which its weight
-  undoes. The residual stream is scaled up, and its eps with it, so that this needs only a small
-  shift of q and k and survives weight quantization.
+Which architecture that is depends on the kind of gate: each has a `Form`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from retrofit.adapters._family import sliding_window_of
-from retrofit.export.constant_head import add_center, add_constant_head
-from retrofit.export.exact_norms import (
-    Scales,
-    add_constant_qk_norms,
-    balance_qk_norms,
-    fold_norm,
-    scale,
-)
-
-Tensors = dict[str, torch.Tensor]
-
-_MAPPED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
-_NO_TARGET = {
-    "gemma3_text": "no stock architecture has both gates and Gemma's four norms a layer",
-    "gpt_oss": "no stock architecture has both gates and learned sinks",
-}
-
-# RoPE scalings that Qwen3_5TextRotaryEmbedding computes as the source families do.
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+from retrofit.export import gpt_oss, granite_swa, qwen3_5
+from retrofit.export.checkpoint_format import LOAD, CheckpointFormat
+from retrofit.models.safetensors_io import write_shards
+from retrofit.models.source import Source
+from retrofit.utils.errors import UserError
+from retrofit.utils.files import write_json
 
 
-def refusal(config: PreTrainedConfig) -> str | None:
-    """Why a base with this config cannot become `Qwen3_5ForCausalLM`, or `None` if it can."""
-    window = sliding_window_of(config)
-    rope_type = config.rope_parameters.get("rope_type", "default")
-    if config.model_type not in _MAPPED:
-        return _NO_TARGET.get(config.model_type, f"there is no mapping from {config.model_type!r}")
-    if window is not None:
-        return f"Qwen3_5ForCausalLM has no sliding window; the base has one of {window} tokens"
-    if rope_type not in _ROPE_TYPES:
-        return f"Qwen3_5ForCausalLM is not known to scale RoPE by {rope_type!r} as the base does"
-    if config.hidden_act != "silu":
-        return f"Qwen3_5ForCausalLM runs on silu in every engine; the base uses {config.hidden_act}"
-    if getattr(config, "mlp_bias", False):
-        return "Qwen3_5ForCausalLM has no bias in its MLP; the base has one"
+@dataclass(frozen=True)
+class Form:
+    """A stock architecture with gates.
+
+    Attributes:
+        model_type: of the checkpoint, for a base with a config.
+        refusal: why a base with a config cannot have it, or `None` if it can.
+        config: of a source, `config.json` without its `dtype`.
+        tensors: of a source, by name, in a dtype.
+        fits_float16: whether float16 holds its weights and activations where it holds the base's.
+    """
+
+    model_type: Callable[[PreTrainedConfig], str]
+    refusal: Callable[[PreTrainedConfig], str | None]
+    config: Callable[[Source], dict]
+    tensors: Callable[[Source, torch.dtype], Iterator[tuple[str, torch.Tensor]]]
+    fits_float16: bool = True
+
+
+def form_of(model_type: str, sinks: str) -> Form:
+    """The form for a base of this type.
+
+    Args:
+        sinks: as `GateConfig` has it.
+    """
+    if sinks == "none":
+        return _QWEN
+    return _GPT_OSS if model_type == "gpt_oss" else _GRANITE
+
+
+def refusal(
+    config: PreTrainedConfig, granularity: str, sinks: str, centered: bool = False
+) -> str | None:
+    """Why a base with this config and gates of this kind has no native form, or `None` if it has.
+
+    Args:
+        granularity, sinks, centered: as `GateConfig` has them.
+    """
+    if centered and sinks != "none" and config.model_type == "gpt_oss":
+        return gpt_oss.NO_CENTER
+    form = form_of(config.model_type, sinks)
+    return refusal_of_gates(granularity, sinks) or form.refusal(config)
+
+
+def refusal_of_gates(granularity: str, sinks: str) -> str | None:
+    """Why gates of this kind have no native form on any base, or `None` if they have on some."""
+    if sinks == "input":
+        return "no stock architecture has sinks that read the input, only constant ones"
+    if sinks != "none" and granularity != "none":
+        return "no stock architecture has both sinks and gates that read the input"
     return None
 
 
-_DENSE = {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}
-_SHARED_EXPERT = 16  # width of the expert that all tokens share, which the target has: zeros
+def _granite_config(source: Source) -> dict:
+    gates = source.gates
+    return granite_swa.granite_config(source.config, bool(gates.key_biases or gates.centers))
 
 
-def native_config(
-    config: PreTrainedConfig, centered: bool = False, scales: Scales | None = None
-) -> dict:
-    """`config.json` of the native checkpoint, without its `dtype`.
+def _granite_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    gates = source.gates
+    parts = source.weights, gates.sinks, gates.key_biases, gates.centers
+    return granite_swa.granite_tensors(source.config, *parts, dtype)
+
+
+def _gpt_oss_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    gates = source.gates
+    parts = source.weights, gates.sinks, gates.key_biases
+    return gpt_oss.gpt_oss_tensors(source.shapes, *parts, dtype)
+
+
+def _qwen_config(source: Source) -> dict:
+    return qwen3_5.native_config(source.config, bool(source.gates.centers))
+
+
+def _qwen_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    gates = source.gates
+    return qwen3_5.native_tensors(
+        source.config, source.weights, gates.matrices, gates.centers, dtype
+    )
+
+
+_QWEN = Form(
+    lambda base: qwen3_5.native_config(base)["model_type"],
+    qwen3_5.refusal,
+    _qwen_config,
+    _qwen_tensors,
+    fits_float16=False,
+)
+_GRANITE = Form(lambda base: "granite_swa", granite_swa.refusal, _granite_config, _granite_tensors)
+_GPT_OSS = Form(
+    lambda base: "gpt_oss",
+    lambda base: None,
+    lambda source: source.config.to_dict(),
+    _gpt_oss_tensors,
+)
+
+
+def form_for(source: Source) -> Form:
+    """The form for the gates of a source."""
+    return form_of(source.config.model_type, source.gates.sink_form)
+
+
+def architecture(config: dict[str, Any], base: PreTrainedConfig) -> dict[str, Any]:
+    """What a merge says of a stock architecture.
 
     Args:
-        config: of the base.
-        centered: whether the gates have centers.
-        scales: as for `native_tensors`.
-
-    Written as a plain dict because engines read the same fact under different names: vLLM takes
-    `qkv_bias` where transformers takes `attention_bias`, SGLang and MLX take top-level RoPE fields
-    and `full_attention_interval`. `partial_rotary_factor` is silently 0.25 where it is absent.
+        config: `config.json` of the checkpoint.
+        base: that of the base.
     """
-    shift = _residual_shift(config, scales or Scales())
-    rope = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
-    constant = _adds_constant(config, centered)
-    biased = constant or has_bias(config)
-    copied = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
-        "max_position_embeddings", "initializer_range", "use_cache", "attention_dropout",
-        "bos_token_id", "eos_token_id", "pad_token_id",
-    )  # fmt: skip
     return {
-        **(_experts_config(config) if _has_experts(config) else _DENSE),
-        **{name: getattr(config, name) for name in copied if hasattr(config, name)},
-        "num_attention_heads": config.num_attention_heads + constant * _groups(config),
-        "num_key_value_heads": config.num_key_value_heads + constant,
-        "head_dim": head_dim_of(config),
-        "rms_norm_eps": _eps(config, shift),
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "full_attention_interval": 1,
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],
-        "partial_rotary_factor": 1.0,
-        "attention_bias": biased,
-        "qkv_bias": biased,
-        "attn_output_gate": True,
-        "tie_word_embeddings": _stays_tied(config),
-        # Ours, for `retrofit measure`: activations of this checkpoint over those of its base, and
-        # the last heads of each layer that hold a constant.
-        "retrofit_residual_scale": 2**shift,
-        "retrofit_constant_heads": constant * _groups(config),
+        "model_type": config["model_type"],
+        "architecture": config["architectures"][0],
+        "untied": base.tie_word_embeddings and not config["tie_word_embeddings"],
+        "constant_heads": config.get("retrofit_constant_heads", 0),
+        "heads": config["num_attention_heads"],
+        "kv_heads": config["num_key_value_heads"],
     }
 
 
-def native_tensors(
-    config: PreTrainedConfig,
-    base: Mapping[str, torch.Tensor],
-    gates: Mapping[int, torch.Tensor],
-    centers: Mapping[int, torch.Tensor],
-    dtype: torch.dtype,
-    scales: Scales | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the native checkpoint, one layer of the base in memory at a time.
+class Native(CheckpointFormat):
+    """A stock architecture, which needs no code of ours."""
 
-    Args:
-        config: of the base; `refusal(config)` must be `None`.
-        base: its tensors by name, read when asked for.
-        gates: `W_g` by layer, `[num_heads, hidden_size]` or `[num_heads * head_dim, hidden_size]`.
-        centers: of centered gates by layer, `[num_key_value_heads, head_dim]`; else empty.
-        dtype: of the result. float16 cannot hold it: see the module's docstring.
-        scales: for formats that hold less than bfloat16.
-    """
-    scales = scales or Scales()
-    shift = _residual_shift(config, scales)
-    yield "model.embed_tokens.weight", base["model.embed_tokens.weight"].to(dtype) * 2.0**shift
-    constant = _adds_constant(config, bool(centers))
-    for index in range(config.num_hidden_layers):
-        prefix = f"model.layers.{index}."
-        layer = read_layer(config, base, prefix, dtype, with_bias=has_bias(config) or constant)
-        if index in centers:
-            add_center(layer, centers[index], dtype)
-        if constant:
-            add_constant_head(layer, head_dim_of(config), _groups(config), dtype)
-        for name, tensor in _map_layer(config, layer, gates.get(index), dtype, scales).items():
-            yield prefix + name, tensor.to(dtype).contiguous()
-    yield from _map_head(config, base, dtype)
+    name = "native"
 
+    def dtype(self, source, asked):
+        name = super().dtype(source, asked)
+        if name == "float16" and not form_for(source).fits_float16:
+            whose = "" if asked else f"base {source.base_name!r} is stored in float16, but "
+            raise UserError(
+                f"{whose}a native checkpoint exceeds the range of float16: choose --dtype bfloat16 "
+                "or float32"
+            )
+        return name
 
-def _experts_config(config: PreTrainedConfig) -> dict:
-    copied = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-              "decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef")  # fmt: skip
-    return {
-        "architectures": ["Qwen3NextForCausalLM"],
-        "model_type": "qwen3_next",
-        **{name: getattr(config, name) for name in copied},
-        "shared_expert_intermediate_size": _SHARED_EXPERT,
-    }
+    def refusal(self, source):
+        gates = source.gates
+        return refusal(source.config, gates.granularity, gates.sink_form, bool(gates.centers))
+
+    def write(self, source, folder: Path, dtype, max_shard_size, name):
+        form = form_for(source)
+        config = form.config(source)
+        write_json(folder / "config.json", config | {"dtype": dtype})
+        tensors = form.tensors(source, getattr(torch, dtype))
+        written = write_shards(tensors, folder, max_shard_size)
+        return written | architecture(config, source.config)
+
+    def lies_in(self, folder, config, file):
+        is_gguf = file is not None and (folder / file).is_file()
+        return bool(config) and "auto_map" not in config and not is_gguf
+
+    def how_to_load(self, report, name):
+        return (
+            LOAD.format(name=name, imports="", options="")
+            + f"\n\nIt is a stock `{report['checkpoint']['architecture']}`: transformers 5 loads "
+            f"it without remote code, and vLLM from 0.32 on:\n\n```bash\nvllm serve {name}\n```\n\n"
+            "For llama.cpp, merge the run with `--format gguf`."
+        )
 
 
-def _has_experts(config: PreTrainedConfig) -> bool:
-    return config.model_type == "qwen3_moe"
-
-
-def _has_qk_norm(config: PreTrainedConfig) -> bool:
-    return config.model_type in ("qwen3", "qwen3_moe")
-
-
-def has_bias(config: PreTrainedConfig) -> bool:
-    return config.model_type == "qwen2" or getattr(config, "attention_bias", False)
-
-
-def _adds_constant(config: PreTrainedConfig, centered: bool) -> bool:
-    """Whether a layer's attention output has a constant part; `attention_bias` is that of Llama and
-    Qwen3, which have a bias on `o_proj`, unlike Qwen2."""
-    return centered or (config.model_type != "qwen2" and getattr(config, "attention_bias", False))
-
-
-def _groups(config: PreTrainedConfig) -> int:
-    """Query heads to each key-value head."""
-    return config.num_attention_heads // config.num_key_value_heads
-
-
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Width of a head, which not every config states."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _residual_shift(config: PreTrainedConfig, scales: Scales) -> int:
-    return 0 if _has_qk_norm(config) else scales.residual_shift
-
-
-def _eps(config: PreTrainedConfig, shift: int) -> float:
-    """The norms of a residual stream scaled by 2**k are unchanged if eps is scaled by 4**k."""
-    return config.rms_norm_eps * 4**shift
-
-
-def _stays_tied(config: PreTrainedConfig) -> bool:
-    """Only the input embeddings are scaled with the residual stream, so that unties the head."""
-    return config.tie_word_embeddings and _has_qk_norm(config)
-
-
-def read_layer(
-    config: PreTrainedConfig,
-    base: Mapping[str, torch.Tensor],
-    prefix: str,
-    dtype: torch.dtype,
-    with_bias: bool,
-) -> Tensors:
-    """One layer: matrices in `dtype`, where powers of two scale them exactly and in half of
-    float32's time, and vectors, whose sums and quotients are not exact, in float32.
-
-    What the base stores in `dtype` is not copied, and must not be changed in place.
-    """
-    names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    # The gate, up and down projections, or those of many experts and their router.
-    names += [name.removeprefix(prefix) for name in base if name.startswith(f"{prefix}mlp.")]
-    names += [f"self_attn.{name}_proj.weight" for name in "qkvo"]
-    if _has_qk_norm(config):
-        names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-    layer = {}
-    for name in names:
-        layer[name] = base[prefix + name].to(torch.float32 if "norm" in name else dtype)
-    if with_bias:
-        for name in (f"self_attn.{name}_proj.bias" for name in "qkvo"):
-            # Qwen2 has none on o_proj, Llama none at all, and Qwen3_5 has all four or none.
-            zeros = torch.zeros(len(layer[name.replace("bias", "weight")]))
-            layer[name] = base.get(prefix + name, zeros).float()
-    return layer
-
-
-def _map_layer(
-    config: PreTrainedConfig,
-    layer: Tensors,
-    gate: torch.Tensor | None,
-    dtype: torch.dtype,
-    scales: Scales,
-) -> Tensors:
-    shift = _residual_shift(config, scales)
-    if _has_qk_norm(config):
-        balance_qk_norms(layer)
-    else:
-        add_constant_qk_norms(layer, head_dim_of(config), _eps(config, shift), scales, dtype)
-    _pack_gate(config, layer, gate)
-    scale(layer, shift + 1, "self_attn.o_proj.weight")  # with the 2 of `2 * sigmoid`
-    down = [name for name in layer if name.endswith("down_proj.weight")]
-    scale(layer, shift, *down)
-    attention = [f"self_attn.{name}_proj.weight" for name in "qkv"]
-    mlp = [name for name in layer if name.startswith("mlp.") and name not in down]
-    fold_norm(layer, "input_layernorm.weight", attention)
-    fold_norm(layer, "post_attention_layernorm.weight", mlp)
-    for name in layer:
-        if "norm" in name:
-            layer[name] = layer[name] - 1
-    if "mlp.gate.weight" in layer:
-        _add_shared_expert(layer)
-    return layer
-
-
-def _add_shared_expert(layer: Tensors) -> None:
-    hidden_size = layer["mlp.gate.weight"].shape[1]
-    for name in ("gate", "up"):
-        layer[f"mlp.shared_expert.{name}_proj.weight"] = torch.zeros(_SHARED_EXPERT, hidden_size)
-    layer["mlp.shared_expert.down_proj.weight"] = torch.zeros(hidden_size, _SHARED_EXPERT)
-    layer["mlp.shared_expert_gate.weight"] = torch.zeros(1, hidden_size)
-
-
-def _map_head(
-    config: PreTrainedConfig, base: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The final norm and `lm_head`. Tied embeddings leave no consumer to fold the norm into."""
-    head = {"norm": base["model.norm.weight"].float()}
-    if not _stays_tied(config):
-        tied = config.tie_word_embeddings
-        stored = base["model.embed_tokens.weight" if tied else "lm_head.weight"]
-        head["lm_head"] = stored.to(dtype)
-        fold_norm(head, "norm", ["lm_head"])
-        yield "lm_head.weight", head["lm_head"]
-    yield "model.norm.weight", (head["norm"] - 1).to(dtype)
-
-
-def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | None) -> None:
-    """`q_proj` becomes `[num_heads, 2, head_dim, hidden_size]`: a head's query, then its gate.
-
-    A headwise gate is repeated over the channels of its head; heads without one get zeros, where `2
-    * sigmoid` is 1.
-    """
-    head_dim, query = head_dim_of(config), layer["self_attn.q_proj.weight"]
-    packed = torch.zeros_like(query)
-    if gate is not None:
-        elementwise = gate.shape[0] != config.num_attention_heads
-        rows = gate if elementwise else gate.repeat_interleave(head_dim, dim=0)
-        packed[: len(rows)] = rows
-    layer["self_attn.q_proj.weight"] = _interleave(query, packed, head_dim)
-    if (bias := layer.get("self_attn.q_proj.bias")) is not None:
-        layer["self_attn.q_proj.bias"] = _interleave(bias, torch.zeros_like(bias), head_dim)
-
-
-def _interleave(query: torch.Tensor, gate: torch.Tensor, head_dim: int) -> torch.Tensor:
-    pair = [rows.unflatten(0, (-1, head_dim)) for rows in (query, gate)]
-    return torch.cat(pair, dim=1).flatten(0, 1)
+FORMAT = Native()

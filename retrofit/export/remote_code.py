@@ -1,4 +1,5 @@
-"""Base + gates under the base's own architecture, with the code that runs it beside the weights.
+"""`--format remote-code`: the base's own architecture, with the code that runs gates beside the
+weights.
 
 For bases that no stock architecture can hold, and for engines too old for the one that can.
 Headwise gates stay as small as they were trained. The code is that of `retrofit.adapters`.
@@ -11,16 +12,39 @@ from pathlib import Path
 
 import torch
 
+from retrofit.export.checkpoint_format import (
+    LOAD,
+    TRUST,
+    CheckpointFormat,
+    MergeMismatchError,
+)
 from retrofit.export.granite_swa import NO_SINK
 from retrofit.models.safetensors_io import write_shards
 from retrofit.models.source import Source
-from retrofit.utils.files import write_json
+from retrofit.utils.files import read_json, write_json
 
 CLASSES = {
     "AutoConfig": "modeling_gated.GatedConfig",
     "AutoModel": "modeling_gated.GatedModel",  # what vLLM's Transformers backend asks for
     "AutoModelForCausalLM": "modeling_gated.GatedForCausalLM",
 }
+
+_SERVE_PLUGIN = """
+
+vLLM (0.32) runs it on its own classes, without this code, once it has a plugin:
+
+```bash
+pip install --no-deps gate-retrofit  # into vLLM's environment, which has all that it needs
+vllm serve {name}
+```"""
+
+_SERVE_CODE = """
+
+Without the plugin, vLLM runs it through its Transformers backend:
+
+```bash
+vllm serve {name} --trust-remote-code --model-impl transformers
+```"""
 
 
 def code_of(model_type: str) -> dict[str, str]:
@@ -39,20 +63,6 @@ def _text(name: str) -> str:
     spec = find_spec(f"retrofit.adapters.{name}")
     assert spec and spec.origin
     return Path(spec.origin).read_text()
-
-
-def write_remote_code(
-    source: Source, folder: Path, dtype: torch.dtype, max_shard_size: int
-) -> dict[str, int]:
-    """Write base, gates and code.
-
-    Returns:
-        As `write_shards`.
-    """
-    for name, text in code_of(source.config.model_type).items():
-        (folder / name).write_text(text)
-    write_json(folder / "config.json", _config(source, dtype))
-    return write_shards(_tensors(source, dtype), folder, max_shard_size)
 
 
 def _config(source: Source, dtype: torch.dtype) -> dict:
@@ -87,3 +97,56 @@ def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
     for name, by_layer in parts.items():
         for layer, tensor in by_layer.items():
             yield f"model.layers.{layer}.self_attn.g1.{name}", tensor.to(dtype).contiguous()
+
+
+class RemoteCode(CheckpointFormat):
+    """The base's own architecture and the code of its gates, which its users have to trust."""
+
+    name = "remote-code"
+    options = ("--trust-remote-code",)
+
+    def write(self, source, folder, dtype, max_shard_size, name):
+        for file, text in code_of(source.config.model_type).items():
+            (folder / file).write_text(text)
+        stored = getattr(torch, dtype)
+        config = _config(source, stored)
+        write_json(folder / "config.json", config)
+        about = {"model_type": config["model_type"], "constant_heads": 0}
+        return about | write_shards(_tensors(source, stored), folder, max_shard_size)
+
+    def lies_in(self, folder, config, file):
+        return "auto_map" in config and not any(n.endswith("_attn_output_gate") for n in config)
+
+    def check_code(self, folder, model_type):
+        """What would be run is what a merge writes, and nobody else's: other files, and classes
+        that the configs name elsewhere, would be run unseen."""
+        ours = code_of(model_type)
+        for name in ours.keys() | {str(path.relative_to(folder)) for path in folder.rglob("*.py")}:
+            path = folder / name
+            if name not in ours or not path.is_file() or path.read_text() != ours[name]:
+                raise MergeMismatchError(
+                    f"{path} is not the file that this version of retrofit writes, so it is not "
+                    "run; merge again"
+                )
+        for name, classes in (("config.json", CLASSES), ("tokenizer_config.json", None)):
+            path = folder / name
+            if path.is_file() and read_json(path).get("auto_map") != classes:
+                raise MergeMismatchError(f"{path} names code of somebody else's, which is not run")
+
+    def how_to_load(self, report, name):
+        return (
+            "Its four Python files are the model; read them, then:\n\n"
+            + LOAD.format(name=name, imports="", options=TRUST)
+            + _how_to_serve(report, name)
+        )
+
+
+def _how_to_serve(report: dict, name: str) -> str:
+    sinks, model_type = report["gate"]["sinks"], report["base"]["model_type"]
+    if sinks == "input" or model_type == "gpt_oss":
+        return ""
+    how = _SERVE_PLUGIN + (_SERVE_CODE if sinks == "none" else "")
+    return how.format(name=name)
+
+
+FORMAT = RemoteCode()

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from retrofit.export.native import head_dim_of
+from retrofit.export.qwen3_5 import head_dim_of
 from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
 from retrofit.measure.sinks import read_model

@@ -46,6 +46,11 @@ class Source:
     weights: StoredWeights
     shapes: dict[str, tuple[int, ...]]
 
+    @property
+    def base_is_local(self) -> bool:
+        """Whether the run names its base by a folder."""
+        return Path(self.base_name).expanduser().is_dir()
+
 
 def read_source(run: Path, base: str | None = None) -> Source:
     """Read and check what `run` (a run folder or a bare PEFT adapter) and its base hold.

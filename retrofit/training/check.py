@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from retrofit.export import forms
+from retrofit.export import native
 from retrofit.gates.recipe import gate_config
 from retrofit.memory.estimate import Device, NotTracedError, estimate, remedy, this_device
 from retrofit.models.opening import opening
@@ -123,9 +123,9 @@ def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:
     if not gate_config(recipe).is_mergeable:
         return "none: an ablation that no checkpoint can carry"
     gate = recipe.gate
-    reason = forms.refusal(config, gate.granularity, gate.sinks, gate.centered)
+    reason = native.refusal(config, gate.granularity, gate.sinks, gate.centered)
     if reason is None:
-        model_type = forms.form_of(config.model_type, gate.sinks).model_type(config)
+        model_type = native.form_of(config.model_type, gate.sinks).model_type(config)
         return f"stock {model_type} checkpoint, no code of ours needed"
     return f"with --format remote-code, which brings its code: {reason}"
 

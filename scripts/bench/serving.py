@@ -23,7 +23,8 @@ from peft import get_peft_model
 
 from paired import Ratio, parser, ratio, report, table
 from retrofit import GateConfig
-from retrofit.export.merge import Format, merge
+from retrofit.export.merge import merge
+from retrofit.export.registry import FormatName
 from retrofit.models.loading import load_base
 from retrofit.models.source import read_source
 from retrofit.recipe import Model
@@ -39,7 +40,7 @@ class Variant:
     """Gates and the form they are served in; `None` is the run itself, through PEFT."""
 
     name: str
-    format: Format | None
+    format: FormatName | None
     centered: bool = False  # of headwise gates; a run is what it is
 
 

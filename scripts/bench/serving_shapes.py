@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from merge_size import LLAMA_31_8B
-from retrofit.export.native import native_config
+from retrofit.export.qwen3_5 import native_config
 
 QWEN3_8B: dict[str, Any] = {
     "vocab_size": 151936,

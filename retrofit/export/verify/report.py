@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from retrofit.export.registry import MODULES, FormatName, format_of
 from retrofit.export.verify.reference import FILE, Reference
 from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.files import read_json
@@ -18,7 +19,7 @@ class _Part(BaseModel):
 
 
 class _Checkpoint(_Part):
-    format: Literal["native", "gguf", "remote-code", "adapter", "gated-attention"]
+    format: FormatName
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"]
     model_type: str
     file: Annotated[str, Field(pattern=r"^[^/\\]+\.gguf$")] | None = None
@@ -102,10 +103,5 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _format(folder: Path, config: dict[str, Any], checkpoint: _Checkpoint) -> str | None:
     """What lies in the folder."""
-    if checkpoint.file and (folder / checkpoint.file).is_file():
-        return "gguf"
-    if not config:
-        return "adapter" if (folder / "adapter_config.json").is_file() else None
-    if any(name.endswith("_attn_output_gate") for name in config if "auto_map" in config):
-        return "gated-attention"
-    return "remote-code" if "auto_map" in config else "native"
+    found = (name for name in MODULES if format_of(name).lies_in(folder, config, checkpoint.file))
+    return next(found, None)

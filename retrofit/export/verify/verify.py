@@ -8,27 +8,21 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from retrofit.export.remote_code import CLASSES, code_of
+from retrofit.export.checkpoint_format import CheckpointFormat, MergeMismatchError
+from retrofit.export.registry import format_of
 from retrofit.export.verify import streamed
 from retrofit.export.verify.reference import FILE, STEPS, kl_divergence, observe, refer, windows
 from retrofit.models.opening import check_complete
 from retrofit.models.pickles import pickles_in, refuse_pickles
-from retrofit.models.published import unpack
 from retrofit.models.tokenizer_file import check_tokenizer
-from retrofit.utils.errors import CheckError, UserError
-from retrofit.utils.files import read_json, temporary_folder
-
-
-class MergeMismatchError(CheckError):
-    """The written checkpoint does not compute what was trained. Nothing is left on disk."""
-
+from retrofit.utils.errors import UserError
+from retrofit.utils.files import temporary_folder
 
 # The engines, and the script that runs each.
 _ENGINES = {
@@ -42,14 +36,6 @@ _NEEDS = {
     "llama.cpp": ("xllamacpp", "pip install 'gate-retrofit[gguf]'"),
     "vllm": ("vllm", "name a Python that has it with --python"),
 }
-# What they need to be told of a format. llama.cpp reads GGUF alone, and alone reads it.
-_OPTIONS = {
-    "native": [],
-    "remote-code": ["--trust-remote-code"],
-    "adapter": ["--import-retrofit"],
-    "gated-attention": ["--import-retrofit"],
-}
-
 # By engine and kind of weights: mean KL(trained || merged) in nats beyond twice what rounding
 # costs, and the largest difference of a log probability. Measured on SmolLM2-135M in transformers:
 # 1e-11 and 7e-5 in float32, 2e-8 in bfloat16, but 4e-5 where norm weights of q and k spread over
@@ -171,15 +157,14 @@ def verify(
         MergeMismatchError: if the checkpoint does not load, or differs beyond the tolerance.
     """
     checkpoint, rounding_kl = report["checkpoint"], report["verification"]["rounding_kl"]
-    format, kind = checkpoint["format"], checkpoint["dtype"]
-    engine = engine or ("llama.cpp" if format == "gguf" else "transformers")
-    _check_engine(engine, format, python)
+    form = format_of(checkpoint["format"])
+    engine = engine or form.engines[0]
+    _check_engine(engine, form, python)
     refuse_pickles(pickles_in(folder))
-    if format == "remote-code":
-        _check_code(folder, report["base"]["model_type"])
-    with _readable(folder, checkpoint) as model:
-        figures = _run(_ENGINES[engine], [model, folder / FILE], _OPTIONS.get(format, []), python)
-    kl, max_logprob_difference = _TOLERANCE[engine][kind]
+    form.check_code(folder, report["base"]["model_type"])
+    with form.loadable(folder, checkpoint.get("file")) as model:
+        figures = _run(_ENGINES[engine], [model, folder / FILE], form.options, python)
+    kl, max_logprob_difference = _TOLERANCE[engine][checkpoint["dtype"]]
     if wrong := list(_differences(figures, kl + 2 * rounding_kl, max_logprob_difference)):
         raise MergeMismatchError(f"the checkpoint differs from the trained model: {_said(wrong)}")
     return figures
@@ -210,22 +195,9 @@ def _said(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-@contextmanager
-def _readable(folder: Path, checkpoint: dict) -> Iterator[Path]:
-    """What the engine is given. The paper's layout needs code that is not ours, which does not run
-    on the transformers of today: it is taken apart, into a base and an adapter."""
-    if checkpoint["format"] == "gated-attention":
-        with temporary_folder() as apart:
-            unpack(folder, apart / "model")
-            yield apart / "model/adapter"
-    else:
-        yield folder / checkpoint["file"] if checkpoint["format"] == "gguf" else folder
-
-
-def _check_engine(engine: str, format: str, python: str) -> None:
-    own_code = ("adapter", "gated-attention")
-    if (engine == "llama.cpp") != (format == "gguf") or (engine == "vllm" and format in own_code):
-        raise UserError(f"{engine} does not read what is merged with --format {format}")
+def _check_engine(engine: str, form: CheckpointFormat, python: str) -> None:
+    if engine not in form.engines:
+        raise UserError(f"{engine} does not read what is merged with --format {form.name}")
     module, how = _NEEDS[engine]
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
     try:
@@ -234,23 +206,6 @@ def _check_engine(engine: str, format: str, python: str) -> None:
         raise UserError(f"no Python at {python}: {error.strerror}") from error
     if lacks:
         raise UserError(f"{engine} is not installed for {python}: {how}")
-
-
-def _check_code(folder: Path, model_type: str) -> None:
-    """What would be run is what a merge writes, and nobody else's: other files, and classes that
-    the configs name elsewhere, would be run unseen."""
-    ours = code_of(model_type)
-    for name in ours.keys() | {str(path.relative_to(folder)) for path in folder.rglob("*.py")}:
-        path = folder / name
-        if name not in ours or not path.is_file() or path.read_text() != ours[name]:
-            raise MergeMismatchError(
-                f"{path} is not the file that this version of retrofit writes, so it is not run; "
-                "merge again"
-            )
-    for name, classes in (("config.json", CLASSES), ("tokenizer_config.json", None)):
-        path = folder / name
-        if path.is_file() and read_json(path).get("auto_map") != classes:
-            raise MergeMismatchError(f"{path} names code of somebody else's, which is not run")
 
 
 def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:

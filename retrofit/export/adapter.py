@@ -1,0 +1,44 @@
+"""`--format adapter`: the gates alone, for PEFT."""
+
+from pathlib import Path
+
+from retrofit.export.checkpoint_format import LOAD, CheckpointFormat
+from retrofit.models.source import Source
+from retrofit.utils.files import copy, read_json, write_json
+
+
+class Adapter(CheckpointFormat):
+    """The gates alone, as they were trained."""
+
+    name = "adapter"
+    engines = ("transformers",)
+    library = "peft"
+    options = ("--import-retrofit",)
+    is_model = False
+
+    def dtype(self, source, asked):
+        return "float32"
+
+    def write(self, source: Source, folder: Path, dtype, max_shard_size, name):
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        copy(source.adapter, folder, *names)
+        # A local base as PEFT finds it, which knows no `~`.
+        base = str(source.base.resolve()) if source.base_is_local else source.base_name
+        config = read_json(folder / names[0]) | {"base_model_name_or_path": base}
+        write_json(folder / names[0], config)
+        return {
+            "model_type": source.config.model_type,
+            "constant_heads": 0,
+            "bytes": (folder / names[1]).stat().st_size,
+            "parameters": source.gates.parameters,
+        }
+
+    def lies_in(self, folder, config, file):
+        return not config and (folder / "adapter_config.json").is_file()
+
+    def how_to_load(self, report, name):
+        imports = "import retrofit  # pip install gate-retrofit\n"
+        return LOAD.format(name=name, imports=imports, options="")
+
+
+FORMAT = Adapter()
