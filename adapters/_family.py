@@ -76,9 +76,9 @@ class GatedAttention(nn.Module):
 
     apply_rotary_pos_emb: Callable
     eager_attention_forward: Callable
-    # Set by a trainer with losses of its own on attention: returns the gated output, through which
-    # the gradient of those losses will start.
-    auxiliary: Callable | None = None
+    # Sees what the layer computes, and returns the gated output. Training sets it, to read the base
+    # before the first step, and for losses on attention, whose gradient starts at that output.
+    observer: Callable | None = None
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query, key and value `[batch, seq_len, heads, head_dim]`, before RoPE."""
@@ -146,8 +146,8 @@ class GatedAttention(nn.Module):
         # That of vLLM comes with heads and channels in one.
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
         attn_output = self.g1(attn_output, hidden_states)
-        if self.auxiliary is not None:
-            attn_output = self.auxiliary(
+        if self.observer is not None:
+            attn_output = self.observer(
                 self, hidden_states, query_states, key_states, sink, attn_output
             )
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
 from retrofit.losses.distillation import add_objectives
-from retrofit.losses.layer_losses import add_auxiliary
+from retrofit.losses.layer_losses import add_layer_losses
 from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.recipe import Objective
 from retrofit.utils.sharded import whole
@@ -26,7 +26,7 @@ OBJECTIVE = Objective(lm=1.0, kl=0.5, pressure=20.0, hidden=10.0, activation=1.0
 def step(model, input_ids) -> torch.Tensor:
     # The other losses are sums over this rank's rows, these are means.
     position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    add_auxiliary(model, OBJECTIVE).prepare(position_ids, progress=0.0, scale=len(input_ids))
+    add_layer_losses(model, OBJECTIVE).prepare(position_ids, progress=0.0, scale=len(input_ids))
     outputs = model(input_ids=input_ids, labels=input_ids, objectives=True)
     outputs.loss.backward()
     return outputs.loss.detach()

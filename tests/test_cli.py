@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig, cli
-from retrofit.measure.parts import PARTS
+from retrofit.measure.registry import EVALUATIONS
 from retrofit.recipe import bundled_recipes
 
 COMMAND = [sys.executable, "-c", "from retrofit.cli import main; main()"]
@@ -147,7 +147,7 @@ def test_all_is_measured_reported_and_compared(tmp_path, tiny_base, capsys, monk
         cli.main()
     result = json.loads(out.read_text())
     for model in result["models"]:
-        assert set(PARTS) < set(model)
+        assert set(EVALUATIONS) < set(model)
         for scheme in ("int8", "nf4"):
             assert model["quantization"]["schemes"][scheme]["kl"] > 0, "bitsandbytes rounded it"
     assert result["settings"]["streaming"]["cache"] == 64

@@ -17,9 +17,9 @@ from retrofit.measure import cut_windows, measure
 from retrofit.measure.cost import Cost
 from retrofit.measure.examples import Examples, attention_maps
 from retrofit.measure.heads import Heads, ranked, zeroed
-from retrofit.measure.parts import PARTS, chosen_parts
 from retrofit.measure.predictions import predict
 from retrofit.measure.quantization import Quantization, quantized, rounded, rounded_in_groups
+from retrofit.measure.registry import EVALUATIONS, chosen_evaluations
 from retrofit.utils.errors import UserError
 
 LENGTH = 192
@@ -47,7 +47,7 @@ def measured(model, text, part, **options):
 
     sources = ["base", "model"] if "base" in options else ["model"]
     result = measure(
-        sources, text, length=LENGTH, windows=2, parts=[part], load=load, progress=False
+        sources, text, length=LENGTH, windows=2, evaluations=[part], load=load, progress=False
     )
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert part.name in result["settings"]
@@ -130,7 +130,7 @@ def test_an_outlier_ruins_one_scale_a_tensor_and_not_one_a_token():
 def test_zeroed_heads_are_those_with_the_least_load(text):
     part = Heads(shares=(0.25, 0.5), length=LENGTH, windows=2, batch_size=2, draws=2)
     model = gated()
-    result = measure(["m"], text, length=LENGTH, windows=2, parts=[part],
+    result = measure(["m"], text, length=LENGTH, windows=2, evaluations=[part],
                      load=lambda source, dtype: (model, tiny_tokenizer()),
                      progress=False)["models"][0]  # fmt: skip
     loads = torch.tensor(result["per_layer"]["head_load"])
@@ -214,12 +214,12 @@ def test_four_layers_are_shown_of_many():
 
 
 def test_settings_of_parts_are_read_as_their_types():
-    streaming, heads = chosen_parts(
+    streaming, heads = chosen_evaluations(
         ["streaming", "heads"], ["streaming.cache=256", "heads.shares=[0.2, 0.4]"]
     )
     assert (streaming.cache, streaming.sinks, heads.shares) == (256, 4, (0.2, 0.4))
-    assert chosen_parts([]) == []
-    assert {part.name for part in chosen_parts(list(PARTS))} == set(PARTS)
+    assert chosen_evaluations([]) == []
+    assert {part.name for part in chosen_evaluations(list(EVALUATIONS))} == set(EVALUATIONS)
 
 
 @pytest.mark.parametrize(
@@ -235,4 +235,4 @@ def test_settings_of_parts_are_read_as_their_types():
 )
 def test_wrong_settings_are_told(setting, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        chosen_parts(["streaming"], [setting])
+        chosen_evaluations(["streaming"], [setting])

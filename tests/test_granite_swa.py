@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_native import LINEAR, YARN, assert_same
+from test_qwen3_5 import LINEAR, YARN, assert_same
 from tiny import LLAMA3, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from test_native import as_native, trained
+from test_qwen3_5 import as_native, trained
 from test_ruler import DOCUMENTS
 from tiny import LLAMA3, SHAPE, tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
 from retrofit import GateConfig
 from retrofit.measure import cut_windows, measure
+from retrofit.measure.evaluation import MeasuredModel
 from retrofit.measure.long_context import LongContext, answer, answer_nats, rope_scaled
-from retrofit.measure.parts import chosen_parts
+from retrofit.measure.registry import chosen_evaluations
 from retrofit.measure.ruler import Ruler, Sample
-from retrofit.measure.subject import Subject
 from retrofit.utils.errors import UserError
 
 TRAINED = SHAPE["max_position_embeddings"]
@@ -42,8 +42,8 @@ STRETCHED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", 
 INPUT_IDS = torch.randint(0, 256, (1, 600), generator=torch.Generator().manual_seed(0))
 
 
-def opened(model, documents=DOCUMENTS) -> Subject:
-    return Subject("a", "a", model, tiny_tokenizer(), documents, reload=None)  # type: ignore[arg-type]
+def opened(model, documents=DOCUMENTS) -> MeasuredModel:
+    return MeasuredModel("a", "a", model, tiny_tokenizer(), documents, reload=None)  # type: ignore[arg-type]
 
 
 def untracked(sequence, doing):
@@ -395,7 +395,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(settings, messa
 @pytest.mark.parametrize("setting", ["samples=0", "documents=0", "scaling=ntk", "lengths=[many]"])
 def test_settings_are_checked(setting):
     with pytest.raises(UserError, match=f"--set long_context.{setting.partition('=')[0]}"):
-        chosen_parts(["long_context"], [f"long_context.{setting}"])
+        chosen_evaluations(["long_context"], [f"long_context.{setting}"])
 
 
 def test_it_is_a_part_of_measure(tmp_path):
@@ -407,7 +407,7 @@ def test_it_is_a_part_of_measure(tmp_path):
     }
     part = LongContext(lengths=(500, 768), samples=1, tasks=("niah_single",), documents=1)
     result = measure(
-        list(models), path, length=192, windows=1, parts=[part],
+        list(models), path, length=192, windows=1, evaluations=[part],
         load=lambda source, _: (models[source], tiny_tokenizer()), progress=False,
     )  # fmt: skip
     base, gated = (model["long_context"] for model in result["models"])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from retrofit import cli
-from retrofit.measure.session import Done
+from retrofit.measure.evaluator import KeptFigures
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.report import plot
 from retrofit.training.callbacks import GradientCheck
@@ -579,19 +579,19 @@ def test_a_run_that_diverges_at_once_leaves_its_name_to_the_next_try(home, tmp_p
 
 
 def test_what_was_measured_is_measured_again_where_it_is_damaged(tmp_path):
-    done = Done(tmp_path / "kept", {"text": 1})
+    done = KeptFigures(tmp_path / "kept", {"text": 1})
     done.put({"x": 1}, "a")
     done.put({"x": 2}, "b")
     first, _ = sorted((tmp_path / "kept").iterdir())
     half(first)
-    found = Done(tmp_path / "kept", {"text": 1})
+    found = KeptFigures(tmp_path / "kept", {"text": 1})
     assert sorted([found.get("a") is None, found.get("b") is None]) == [False, True]
 
 
 def test_a_folder_for_what_is_measured_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "kept").write_text("")
     with pytest.raises(UserError, match="kept cannot be written"):
-        Done(tmp_path / "kept", {}).put(1, "a")
+        KeptFigures(tmp_path / "kept", {}).put(1, "a")
 
 
 def test_what_fails_leaves_no_folder_that_was_made_for_it(tmp_path):

@@ -134,7 +134,7 @@ class Counting:
 def test_an_interrupted_measurement_goes_on_where_it_was(sources, text, tmp_path):
     def go(part, length=256, load=load_model):
         return measure(
-            sources, text, length=length, windows=2, parts=[part], load=load,
+            sources, text, length=length, windows=2, evaluations=[part], load=load,
             resume=tmp_path / "kept", progress=False,
         )  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_what_was_kept_of_another_measurement_is_not_used(sources, text, tmp_pat
     for length, fails_on in ((256, gated), (192, "")):
         with suppress(KeyboardInterrupt):
             part = Counting(fails_on, asked)
-            measure(sources, text, length=length, windows=2, parts=[part],
+            measure(sources, text, length=length, windows=2, evaluations=[part],
                     resume=tmp_path / "kept", progress=False)  # fmt: skip
     assert asked == [base, gated, base, gated]
 

@@ -14,11 +14,11 @@ from results import synthetic_result
 
 from retrofit.report import write_report
 from retrofit.report.verdict import Difference, paired, verdict
-from retrofit.report.words import size
+from retrofit.report.wording import size
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)  # fmt: skip
-PARTS = ("streaming", "quantization", "long_context", "heads", "cost", "examples", "tasks")
+EVALUATIONS = ("streaming", "quantization", "long_context", "heads", "cost", "examples", "tasks")
 # What the page tells of itself to the test: the report has no script of its own.
 PROBE = """<script>
 const overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
@@ -58,7 +58,7 @@ def small(result, *parts):
     """The same without the parts that are not named: quick to draw."""
     result = json.loads(json.dumps(result))
     for model in result["models"]:
-        for part in PARTS:
+        for part in EVALUATIONS:
             if part not in parts:
                 del model[part]
     return result
@@ -269,7 +269,7 @@ def test_cost_is_worse_only_where_the_interval_says_so(result):
 
 def test_a_part_that_one_of_them_lacks_is_not_compared(result):
     base, model = (copied(each) for each in result["models"][:2])
-    for part in PARTS:
+    for part in EVALUATIONS:
         base.pop(part), model.pop(part, None)
     assert len(verdict(base, model)) == 5
     del base["copied_nats_by_window"], base["metrics"]["down_proj_max_activation"]

@@ -185,7 +185,9 @@ def test_streaming_keeps_the_sink_logit(model_type, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(bytes(97 + (i * i * 7 + i) % 26 for i in range(320)).decode())
     part = Streaming(cache=CACHE, sinks=SINKS, length=320, windows=1)
-    result = measure(["a"], text, length=192, parts=[part], load=opened(model), progress=False)
+    result = measure(
+        ["a"], text, length=192, evaluations=[part], load=opened(model), progress=False
+    )
     found = result["models"][0]["streaming"]["nll_by_window"]
     input_ids = torch.tensor(tiny_tokenizer()(text.read_text())["input_ids"])
 
@@ -221,7 +223,9 @@ def test_all_parts_measure_them(model_type, tmp_path):
     def load(source, dtype, quantization=None):
         return model, tiny_tokenizer()
 
-    result = measure(["a"], text, length=192, windows=1, parts=parts, load=load, progress=False)
+    result = measure(
+        ["a"], text, length=192, windows=1, evaluations=parts, load=load, progress=False
+    )
     found = result["models"][0]
     assert math.isfinite(found["long_context"]["perplexity"]["500"]["perplexity"][-1])
     assert found["heads"]["least_used"]["kl"][0] > 0
@@ -251,7 +255,7 @@ def test_granite_with_a_rope_for_each_layer_is_refused_where_that_matters(tmp_pa
     text.write_text("abcd" * 100)
     part = Streaming(cache=CACHE, sinks=SINKS, length=320, windows=1)
     with pytest.raises(UserError, match="the layers of a have a RoPE each"):
-        measure(["a"], text, length=192, parts=[part], load=opened(model), progress=False)
+        measure(["a"], text, length=192, evaluations=[part], load=opened(model), progress=False)
 
 
 def test_what_has_neither_sdpa_nor_sink_logits_is_refused():

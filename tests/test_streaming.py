@@ -73,7 +73,7 @@ def test_one_pass_equals_token_by_token(family, gated, text):
         inner = model.get_base_model()
     part = Streaming(cache=CACHE, sinks=SINKS, length=LENGTH, windows=1)
     result = measure(
-        ["a"], text, length=192, windows=1, parts=[part], load=opened(model), progress=False
+        ["a"], text, length=192, windows=1, evaluations=[part], load=opened(model), progress=False
     )
     found = result["models"][0]["streaming"]
     input_ids = torch.tensor(tiny_tokenizer()(text.read_text())["input_ids"])
@@ -105,4 +105,4 @@ def test_a_sliding_window_is_refused(text):
     model = tiny_model("mistral", sliding_window=16)
     part = Streaming(cache=CACHE, length=LENGTH)
     with pytest.raises(UserError, match="slides by itself"):
-        measure(["a"], text, length=192, parts=[part], load=opened(model), progress=False)
+        measure(["a"], text, length=192, evaluations=[part], load=opened(model), progress=False)

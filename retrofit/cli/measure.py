@@ -65,7 +65,7 @@ def main(
     check_output_files([json, report, plot], [text])
     prepare_process(keep_freed_memory=True)
     from retrofit.measure import measure
-    from retrofit.measure.parts import chosen_parts
+    from retrofit.measure.registry import chosen_evaluations
     from retrofit.models.loading import load_model
     from retrofit.report import table, write_results
     from retrofit.utils.console import PlainConsole
@@ -88,7 +88,7 @@ def main(
             length=length,
             windows=windows,
             dtype=dtype,
-            parts=chosen_parts(names, settings or ()),
+            evaluations=chosen_evaluations(names, settings or ()),
             load=partial(load_model, trust_remote_code=trust_remote_code),
             resume=kept,
         )

@@ -54,7 +54,7 @@ class _InjectGradient(torch.autograd.Function):
         return grad, torch.ones_like(loss)
 
 
-class Auxiliary:
+class LayerLosses:
     """The losses of all gated layers in one training step, each the mean over layers.
 
     Each layer adds the gradient of its share. Call `prepare` before the forward, which must run
@@ -197,21 +197,21 @@ class Auxiliary:
         return means
 
 
-def add_auxiliary(model: nn.Module, objective: Objective) -> Auxiliary:
+def add_layer_losses(model: nn.Module, objective: Objective) -> LayerLosses:
     """Let every gated layer of `model` add its losses."""
     layers = [
         module
         for module in model.modules()
         if isinstance(getattr(module, "self_attn", None), GatedAttention)
     ]
-    auxiliary = Auxiliary(len(layers), objective)
+    layer_losses = LayerLosses(len(layers), objective)
     for layer in layers:
-        layer.self_attn.auxiliary = auxiliary
-        layer.register_forward_pre_hook(auxiliary.before_layer)
+        layer.self_attn.observer = layer_losses
+        layer.register_forward_pre_hook(layer_losses.before_layer)
         if objective.balance:
             for projection in layer.self_attn.g1.g_proj.values():
-                projection.register_forward_hook(auxiliary.keep_gate)
-    return auxiliary
+                projection.register_forward_hook(layer_losses.keep_gate)
+    return layer_losses
 
 
 def _mean_row_sum(weights: torch.Tensor, sampled: SampledRows) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pydantic import Field
 from transformers import DynamicCache
 
 from retrofit.export.verify.reference import CACHE
-from retrofit.measure.subject import Count, Subject, Track, unwrapped
+from retrofit.measure.evaluation import Count, MeasuredModel, Track, unwrapped
 from retrofit.measure.texts import cut_windows
 
 
@@ -30,15 +30,15 @@ class Cost:
     repeats: Annotated[int, Field(gt=1)] = 5
     name = "cost"
 
-    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
         """This model's seconds over the base's, by pairs of runs one after the other: median and
         the quarter on either side, with both models in memory. Bytes of all weights, and those
         that a token takes in the cache.
         """
-        input_ids = cut_windows(subject.documents, subject.tokenizer, self.prompt, 1)
-        models = [subject.inner]
-        if subject.open_base:
-            models.append(unwrapped(subject.open_base()[0]))
+        input_ids = cut_windows(measured.documents, measured.tokenizer, self.prompt, 1)
+        models = [measured.inner]
+        if measured.open_base:
+            models.append(unwrapped(measured.open_base()[0]))
         seconds: list[list[tuple[float, float]]] = [[] for _ in models]
         for model in models:
             prefill_and_decode(model, input_ids, self.new_tokens)  # what only the first run costs
@@ -49,8 +49,8 @@ class Cost:
         figures = {
             "prefill_tokens_per_second": self.prompt / statistics.median(prefill),
             "decode_tokens_per_second": self.new_tokens / statistics.median(decode),
-            "weight_bytes": sum(p.numel() * p.element_size() for p in subject.inner.parameters()),
-            "cache_bytes_per_token": _cache_bytes(subject.inner, input_ids),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in measured.inner.parameters()),
+            "cache_bytes_per_token": _cache_bytes(measured.inner, input_ids),
         }
         if len(models) == 2:
             pairs = list(zip(*seconds, strict=True))

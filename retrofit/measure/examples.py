@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from retrofit.measure.attention_hooks import attention_watched
+from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.metrics import left_by_slot
-from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
 
 _LAYERS_SHOWN = 4
@@ -30,12 +30,12 @@ class Examples:
     new_tokens: Count = 64
     name = "examples"
 
-    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
         """Attention of four layers over the first tokens, mean over heads, `[queries, keys]`, as
         arXiv:2505.06708 shows it, and greedy text."""
-        model, tokenizer = subject.inner, subject.tokenizer
+        model, tokenizer = measured.inner, measured.tokenizer
         length = max(self.tokens, self.prompt)
-        input_ids = cut_windows(subject.documents, tokenizer, length, self.prompts)
+        input_ids = cut_windows(measured.documents, tokenizer, length, self.prompts)
         shown = input_ids[0, : self.tokens]
         generations = []
         for row in track(input_ids[:, : self.prompt], "examples"):

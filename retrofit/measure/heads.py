@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import nn
 
 from retrofit.export.qwen3_5 import head_dim_of
+from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
 from retrofit.measure.sinks import read_model
-from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
 
 Head = tuple[int, int]  # its layer, and its number there
@@ -48,11 +48,11 @@ class Heads:
     seed: int = 0
     name = "heads"
 
-    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
         """Perplexity, and KL from the whole model, by share of the heads that are zeroed; of
         random ones the means over the draws, and the range of the KL."""
-        model = subject.inner
-        input_ids = cut_windows(subject.documents, subject.tokenizer, self.length, self.windows)
+        model = measured.inner
+        input_ids = cut_windows(measured.documents, measured.tokenizer, self.length, self.windows)
         batches = input_ids.split(self.batch_size)
         layers, whole = read_model(model, track(batches, "loads of heads"), None)
         loads = [layer.attention.head_load if layer.attention else None for layer in layers]

@@ -28,9 +28,9 @@ from transformers.cache_utils import DynamicLayer
 
 from retrofit.export.verify.reference import CACHE
 from retrofit.measure.attention_hooks import without_matrices
+from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.predictions import predict, predictions_of
 from retrofit.measure.ruler import TASKS, Ruler, Sample, recall
-from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
 from retrofit.utils.errors import UserError
 
@@ -69,7 +69,7 @@ class LongContext:
             if len(set(several)) < len(several):
                 raise UserError(f"long context: {', '.join(map(str, several))} must all differ")
 
-    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
         """For each length: what RoPE it was read with; of each task the mean recall with its
         standard error (`None` for one sample) and the mean negative log-likelihood of the answers
         in nats a token, both by sample too; and the perplexity in 16 equal ranges of positions,
@@ -79,22 +79,22 @@ class LongContext:
             UserError: if a length is too short for a task, longer than the text, or beyond the
                 trained one of a model whose RoPE cannot be stretched.
         """
-        config = subject.inner.get_decoder().config
+        config = measured.inner.get_decoder().config
         rope = {str(length): _label(config, length, self.scaling) for length in self.lengths}
         windows = {
-            length: cut_windows(subject.documents, subject.tokenizer, length, self.documents)
+            length: cut_windows(measured.documents, measured.tokenizer, length, self.documents)
             for length in self.lengths
         }
-        with without_matrices(subject.inner):
+        with without_matrices(measured.inner):
             return {
                 "lengths": list(self.lengths),
                 "rope": rope,
-                "tasks": self._tasks(subject, track),
-                "perplexity": self._perplexity(subject.inner, windows, track),
+                "tasks": self._tasks(measured, track),
+                "perplexity": self._perplexity(measured.inner, windows, track),
             }
 
-    def _tasks(self, subject: Subject, track: Track) -> dict[str, dict[str, Any]]:
-        ruler = Ruler(subject.tokenizer, subject.documents, self.seed)
+    def _tasks(self, measured: MeasuredModel, track: Track) -> dict[str, dict[str, Any]]:
+        ruler = Ruler(measured.tokenizer, measured.documents, self.seed)
         wanted = [
             (length, task, index)
             for length in self.lengths
@@ -108,8 +108,8 @@ class LongContext:
         ]
         found: dict[tuple[str, int], list[_Scored]] = {}
         for length, task, sample in track(made, "long context, tasks"):
-            with rope_scaled(subject.inner, length, self.scaling):
-                scored = _scored(subject.inner, subject.tokenizer, sample)
+            with rope_scaled(measured.inner, length, self.scaling):
+                scored = _scored(measured.inner, measured.tokenizer, sample)
             found.setdefault((task, length), []).append(scored)
         return {
             task: {str(length): _figures(found[task, length]) for length in self.lengths}

@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from retrofit.measure.evaluation import unwrapped
 from retrofit.measure.metrics import PredictionStatistics
-from retrofit.measure.subject import unwrapped
 
 
 @torch.inference_mode()

@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
-from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
 
 _INT8, _INT4 = 127, 15
@@ -41,7 +41,7 @@ class Quantization:
     batch_size: Count = 4
     name = "quantization"
 
-    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
         """Perplexity of each scheme, its KL from the same model as it is, and the mean difference
         of the log-likelihood with the standard error over windows.
 
@@ -54,16 +54,16 @@ class Quantization:
         The output head stays as it is, and so do gates that are not merged, and the experts of a
         mixture, which are no `nn.Linear`: of one, only attention is rounded here.
         """
-        input_ids = cut_windows(subject.documents, subject.tokenizer, self.length, self.windows)
+        input_ids = cut_windows(measured.documents, measured.tokenizer, self.length, self.windows)
         batches = input_ids.split(self.batch_size)
-        as_it_is = predict(subject.model, track(batches, "as it is"))
+        as_it_is = predict(measured.model, track(batches, "as it is"))
         figures = {"none": _figures(as_it_is, as_it_is)}
         for scheme, linear in self._simulated().items():
-            with quantized(subject.inner, linear):
-                found = predict(subject.model, track(batches, scheme), as_it_is)
+            with quantized(measured.inner, linear):
+                found = predict(measured.model, track(batches, scheme), as_it_is)
             figures[scheme] = _figures(found, as_it_is)
         for scheme in _BITSANDBYTES if find_spec("bitsandbytes") else ():
-            model, _ = subject.reload(quantization=scheme)
+            model, _ = measured.reload(quantization=scheme)
             found = predict(model, track(batches, f"bitsandbytes {scheme}"), as_it_is)
             figures[scheme] = _figures(found, as_it_is)
         return {"schemes": figures}

@@ -11,16 +11,16 @@ from transformers import PreTrainedModel
 
 from retrofit.measure.attention_hooks import LayerStatistics, probe
 from retrofit.measure.copied import copied_nats
+from retrofit.measure.evaluation import MeasuredModel, Track, unwrapped
 from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
-from retrofit.measure.subject import Subject, Track, unwrapped
 from retrofit.utils.errors import UserError
 
 _COLUMNS_SHOWN = 32
 
 
 def measure_sinks(
-    subject: Subject,
+    measured: MeasuredModel,
     input_ids: torch.Tensor,
     batch_size: int,
     base: PredictionStatistics | None,
@@ -33,10 +33,10 @@ def measure_sinks(
         UserError: if what it predicts is not finite.
     """
     batches = track(input_ids.split(batch_size), "sinks")
-    layers, predictions = read_model(subject.model, batches, base)
+    layers, predictions = read_model(measured.model, batches, base)
     if not math.isfinite(predictions.perplexity):
-        raise UserError(f"the predictions of {subject.name} are not finite in {subject.dtype}")
-    copied = copied_nats(subject, input_ids, batch_size, track)
+        raise UserError(f"the predictions of {measured.name} are not finite in {measured.dtype}")
+    copied = copied_nats(measured, input_ids, batch_size, track)
     return {
         "metrics": summarize(layers, predictions) | {"copied_nats": fmean(copied)},
         "per_layer": by_layer(layers),

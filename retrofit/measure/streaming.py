@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from retrofit.adapters._family import sliding_window_of
 from retrofit.measure.attention_hooks import attention_replaced, without_matrices
+from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.long_context import has_rope_by_layer
 from retrofit.measure.predictions import predict
 from retrofit.measure.sink_attention import beside_slots, slots
-from retrofit.measure.subject import Count, Subject, Track
 from retrofit.measure.texts import cut_windows
 from retrofit.utils.errors import UserError
 
@@ -54,16 +54,16 @@ class Streaming:
                 f"{self.length} must grow in this order"
             )
 
-    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
         """Perplexity from position `cache` on, where tokens have gone, with the whole text in the
         cache (`full`), the last tokens alone, and with the first ones kept.
 
         Raises:
             UserError: if the text is too short, or the model's attention slides by itself.
         """
-        model = subject.inner
-        self._check(subject)
-        input_ids = cut_windows(subject.documents, subject.tokenizer, self.length, self.windows)
+        model = measured.inner
+        self._check(measured)
+        input_ids = cut_windows(measured.documents, measured.tokenizer, self.length, self.windows)
         windows = input_ids.split(1)
         nll = {}
         for kind, sinks in (("full", None), ("window", 0), ("kept_sinks", self.sinks)):
@@ -79,15 +79,15 @@ class Streaming:
             "by_position": _by_position(nll),
         }
 
-    def _check(self, subject: Subject) -> None:
-        config = subject.inner.config
+    def _check(self, measured: MeasuredModel) -> None:
+        config = measured.inner.config
         if sliding_window_of(config) is not None:
-            raise UserError(f"streaming: the attention of {subject.name} slides by itself")
+            raise UserError(f"streaming: the attention of {measured.name} slides by itself")
         if has_rope_by_layer(config):
-            raise UserError(f"streaming: the layers of {subject.name} have a RoPE each")
+            raise UserError(f"streaming: the layers of {measured.name} have a RoPE each")
         if self.length > config.max_position_embeddings:
             raise UserError(
-                f"streaming: {subject.name} has {config.max_position_embeddings} positions, fewer "
+                f"streaming: {measured.name} has {config.max_position_embeddings} positions, fewer "
                 f"than the text's {self.length}: a full cache could not be compared"
             )
 

@@ -25,7 +25,7 @@ from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS, sdpa_with_sink
 from retrofit.gates import gate_layers
 from retrofit.gates.recipe import gate_config
 from retrofit.losses.distillation import BLOCK_BYTES, CHUNK_BYTES, add_objectives
-from retrofit.losses.layer_losses import add_auxiliary
+from retrofit.losses.layer_losses import add_layer_losses
 from retrofit.memory.packed_linear import pack_linears
 from retrofit.memory.tensor_memory import EveryTokenCounts, LiveBytes
 from retrofit.models.document_attention import attend_to_documents
@@ -65,7 +65,9 @@ def trace_step(
     """
     model = _gated_model(recipe, config, on_gpu)
     _checkpoint(model.get_base_model(), checkpointing)
-    auxiliary = add_auxiliary(model, recipe.objective) if recipe.objective.reads_layers else None
+    layer_losses = (
+        add_layer_losses(model, recipe.objective) if recipe.objective.reads_layers else None
+    )
     with FakeTensorMode(allow_non_fake_inputs=True), EveryTokenCounts():
         model.to_empty(device="cpu")
         model.get_base_model().tie_weights()  # which `to_empty` unties
@@ -77,8 +79,8 @@ def trace_step(
             gates = _hold_gates(trained, optimizer, live) - weights
             if recipe.train.gradient_accumulation_steps == 1:
                 optimizer.zero_grad()
-            if auxiliary:
-                auxiliary.prepare(inputs["position_ids"], progress=0.0)
+            if layer_losses:
+                layer_losses.prepare(inputs["position_ids"], progress=0.0)
             before = live.now
             outputs = model(**inputs, objectives=True)
             saved = live.now - before

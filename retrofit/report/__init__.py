@@ -1,8 +1,8 @@
 """What `measure` found, for people."""
 
+from retrofit.report.files import write_results
 from retrofit.report.page import write_report
-from retrofit.report.picture import plot
+from retrofit.report.png import plot
 from retrofit.report.table import table
-from retrofit.report.written import write_results
 
 __all__ = ["plot", "table", "write_report", "write_results"]

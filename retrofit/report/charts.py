@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from retrofit.report.svg import INK, MISSING, MUTED, drawing, series_color
-from retrofit.report.words import figure
+from retrofit.report.wording import figure
 
 WIDE, SMALL = 300, 230  # of drawings, in points: of small ones, more stand in a row
 _MARKERS = "os^DvP"

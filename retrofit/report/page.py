@@ -6,12 +6,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from retrofit.report.layers import layer_sections
-from retrofit.report.parts import part_sections
-from retrofit.report.rows import rows
+from retrofit.report.metric_rows import rows
 from retrofit.report.section import key
+from retrofit.report.sections import part_sections
 from retrofit.report.svg import SERIES
 from retrofit.report.verdict import CRITERIA, OUTCOMES, verdict
-from retrofit.report.words import title
+from retrofit.report.wording import title
 from retrofit.utils.files import write_text
 
 _NAMED = {

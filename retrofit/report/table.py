@@ -7,9 +7,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from retrofit.report.rows import rows
+from retrofit.report.metric_rows import rows
 from retrofit.report.verdict import CRITERIA, HEADLINE, verdict
-from retrofit.report.words import title
+from retrofit.report.wording import title
 
 _ITEMS_SHOWN = 3  # of those that came out alike in one part; the report and the JSON have all
 

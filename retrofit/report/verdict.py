@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
-from retrofit.report.words import change, figure, size
+from retrofit.report.wording import change, figure, size
 
 Outcome = Literal["better", "worse", "same"]
 OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "same")

@@ -106,7 +106,7 @@ class Calibration:
 
 
 class _Reader:
-    """Reads one layer as it runs, called as `GatedAttention.auxiliary`."""
+    """Reads one layer as it runs, called as `GatedAttention.observer`."""
 
     def __init__(self, attention: GatedAttention, rope_scaling: float):
         self.attention = attention
@@ -120,11 +120,11 @@ class _Reader:
         self.queries: list[torch.Tensor] = []  # [rows, heads, head_dim]
         self.keys: list[torch.Tensor] = []  # [rows, kv_heads, head_dim], of first tokens
         self.handle = attention.v_proj.register_forward_hook(self._read_values)
-        self.auxiliary, attention.auxiliary = attention.auxiliary, self
+        self.before, attention.observer = attention.observer, self
 
     def close(self) -> None:
         self.handle.remove()
-        self.attention.auxiliary = self.auxiliary
+        self.attention.observer = self.before
 
     def _read_values(self, _projection, args, values):
         self.values.append(values[:, :-1][self.starts].float())

@@ -20,7 +20,7 @@ from retrofit.data.sources import LoadedSource
 from retrofit.data.vocabulary import check_rows_of_tokens, embedded_tokens
 from retrofit.gates import GateConfig, GateLayer, gate_layers
 from retrofit.losses.distillation import add_objectives
-from retrofit.losses.layer_losses import add_auxiliary
+from retrofit.losses.layer_losses import add_layer_losses
 from retrofit.losses.teacher_cache import TeacherCache
 from retrofit.models.document_attention import attend_by_document
 from retrofit.recipe import Objective
@@ -92,7 +92,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         add_objectives(self.model.get_base_model(), objective, kept)
         self.objective = objective
         needed = objective.reads_layers
-        self.auxiliary = add_auxiliary(self.model, objective) if needed else None
+        self.layer_losses = add_layer_losses(self.model, objective) if needed else None
         self.learning_rates: dict[int, float] = {}  # by layer, instead of `args.learning_rate`
         self._losses: list[torch.Tensor] = []  # of the micro-batches of a step
         self._compiled = False
@@ -201,10 +201,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.auxiliary:
+        if self.layer_losses:
             progress = self.state.global_step / self.state.max_steps
             scale = 1 / self.current_gradient_accumulation_steps
-            self.auxiliary.prepare(_position_ids(inputs), progress, scale)
+            self.layer_losses.prepare(_position_ids(inputs), progress, scale)
         # A hook is traced into a compiled graph, and another one at the next step is a new graph.
         watched = {} if self._compiled else gate_layers(self.model)
         with gate_movement(watched.values()) as movements:
@@ -253,8 +253,8 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         recorded = self._metrics["train"]
         means = {name: sum(values) / len(values) for name, values in recorded.items()}
         recorded.clear()
-        if self.auxiliary:
-            means |= self.auxiliary.means()
+        if self.layer_losses:
+            means |= self.layer_losses.means()
         device = self.accelerator.device
         mine = torch.stack(
             [torch.as_tensor(value, device=device).float() for value in means.values()]

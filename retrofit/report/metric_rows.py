@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from retrofit.report.words import change, figure
+from retrofit.report.wording import change, figure
 
 _LABELS = {
     "f_attn": "attention to the first token",

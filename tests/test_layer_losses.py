@@ -9,7 +9,7 @@ from retrofit import GateConfig
 from retrofit.gates import gate_layers, gates_off
 from retrofit.losses import massive_activations
 from retrofit.losses.head_balance import balance_loss, effective_load, sink_load, vanilla_load
-from retrofit.losses.layer_losses import Auxiliary, add_auxiliary, relative_distance
+from retrofit.losses.layer_losses import LayerLosses, add_layer_losses, relative_distance
 from retrofit.losses.sampled_attention import attention_of_rows
 from retrofit.losses.sink_pressure import collision_probability
 from retrofit.recipe import Objective
@@ -28,7 +28,7 @@ def _random_activations_count_as_massive(monkeypatch):
     monkeypatch.setattr(massive_activations, "MARGIN", 0.9)
 
 
-class Added(Auxiliary):
+class Added(LayerLosses):
     """The same losses, handed up to be added to the loss."""
 
     total = 0.0
@@ -61,11 +61,11 @@ class Added(Auxiliary):
 
 
 def press(model, objective=ALL, progress=0.0, scale=1.0):
-    auxiliary = add_auxiliary(model, objective)
-    auxiliary.prepare(POSITION_IDS, progress, scale)
+    layer_losses = add_layer_losses(model, objective)
+    layer_losses.prepare(POSITION_IDS, progress, scale)
     with torch.no_grad(), gates_off(model):
         model(INPUT_IDS)
-    return auxiliary
+    return layer_losses
 
 
 GATES = [
@@ -86,16 +86,16 @@ def test_injected_gradients_equal_an_added_loss(family, gates):
         if mode in ("reentrant", "non_reentrant"):
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
-        auxiliary = press(model)
+        layer_losses = press(model)
         if mode == "added":
-            auxiliary.__class__ = Added
+            layer_losses.__class__ = Added
             for layer in model.get_base_model().model.layers:
                 layer._forward_pre_hooks.clear()
-                layer.register_forward_pre_hook(auxiliary.before_layer)
+                layer.register_forward_pre_hook(layer_losses.before_layer)
         loss = model(INPUT_IDS, labels=INPUT_IDS).loss
-        (loss + getattr(auxiliary, "total", 0.0)).backward()
+        (loss + getattr(layer_losses, "total", 0.0)).backward()
         weights = [w for layer in gate_layers(model).values() for w in layer.parameters()]
-        return auxiliary.means(), [weight.grad for weight in weights]
+        return layer_losses.means(), [weight.grad for weight in weights]
 
     _, expected = gradients("added")
     for mode in ("injected", "reentrant", "non_reentrant"):
@@ -129,9 +129,9 @@ def test_the_base_pass_has_no_losses():
 def test_zero_gates_have_no_distance_and_others_have():
     for zero in (True, False):
         model = get_peft_model(tiny_model("llama"), GateConfig(init_weights=zero)).train()
-        auxiliary = press(model, objective=Objective(hidden=1.0))
+        layer_losses = press(model, objective=Objective(hidden=1.0))
         model(INPUT_IDS)
-        assert (auxiliary.means()["hidden"] == 0) == zero
+        assert (layer_losses.means()["hidden"] == 0) == zero
 
 
 def test_a_token_that_is_massive_in_the_base_is_not_held_to_it(monkeypatch):
@@ -139,13 +139,13 @@ def test_a_token_that_is_massive_in_the_base_is_not_held_to_it(monkeypatch):
     model = get_peft_model(tiny_model("llama"), GateConfig(init_weights=False)).train()
     embeddings = model.get_input_embeddings()(INPUT_IDS).detach()
     embeddings[0, 5, 3] = 1e4
-    auxiliary = add_auxiliary(model, Objective(hidden=1.0))
-    auxiliary.prepare(POSITION_IDS, 0.0)
+    layer_losses = add_layer_losses(model, Objective(hidden=1.0))
+    layer_losses.prepare(POSITION_IDS, 0.0)
     with torch.no_grad(), gates_off(model):
         model(inputs_embeds=embeddings, position_ids=POSITION_IDS)
     expected = POSITION_IDS > 0
     expected[0, 5] = False
-    assert all(kept.equal(expected) for kept in auxiliary.kept.values())
+    assert all(kept.equal(expected) for kept in layer_losses.kept.values())
 
 
 def test_distance_is_relative_and_leaves_out_what_does_not_count():
@@ -164,6 +164,6 @@ def test_losses_hold_then_let_go():
     assert Objective(pressure=4.0).pressure_at(1.0) == 4.0
     assert Objective(hidden=4.0, hidden_release=0.2).hidden_at(0.9) == pytest.approx(2.0)
     model = get_peft_model(tiny_model("llama"), GateConfig()).train()
-    auxiliary = press(model, objective=objective, progress=0.75, scale=0.5)
-    assert auxiliary.weights == {"pressure": 1.0}
+    layer_losses = press(model, objective=objective, progress=0.75, scale=0.5)
+    assert layer_losses.weights == {"pressure": 1.0}
     assert press(model, objective=objective, progress=1.0).weights == {}

@@ -53,7 +53,7 @@ def test_heads_that_pay_no_sink_have_no_value(family, monkeypatch):
     values = calibrate(model, [{"input_ids": input_ids, "position_ids": position_ids}]).values
     kept = torch.stack([values[index].any(-1) for index in range(3)])
     assert kept.equal(paid > threshold) and kept.any() and not kept.all()
-    assert all(layer.self_attn.auxiliary is None for layer in base.model.layers)
+    assert all(layer.self_attn.observer is None for layer in base.model.layers)
 
 
 def test_input_size_is_the_sum_of_what_a_gate_reads(family):

@@ -1,4 +1,4 @@
-"""The parts of a measurement by name, with the settings that a user gives them."""
+"""The evaluations by name, with the settings that a user gives them."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,55 +9,55 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from retrofit.measure.cost import Cost
+from retrofit.measure.evaluation import Evaluation
 from retrofit.measure.examples import Examples
 from retrofit.measure.heads import Heads
 from retrofit.measure.long_context import LongContext
 from retrofit.measure.quantization import Quantization
 from retrofit.measure.streaming import Streaming
-from retrofit.measure.subject import Part
 from retrofit.utils.errors import UserError
 from retrofit.utils.strict_yaml import parse_value
 
-PARTS: dict[str, Any] = {
-    part.name: part for part in (Streaming, Quantization, LongContext, Heads, Cost, Examples)
+EVALUATIONS: dict[str, Any] = {
+    each.name: each for each in (Streaming, Quantization, LongContext, Heads, Cost, Examples)
 }
 
 
-def chosen_parts(names: Sequence[str], settings: Sequence[str] = ()) -> list[Part]:
-    """These parts, with `PART.OPTION=VALUE` set, the values in YAML.
+def chosen_evaluations(names: Sequence[str], settings: Sequence[str] = ()) -> list[Evaluation]:
+    """The evaluations of these names, with `PART.OPTION=VALUE` set, the values in YAML.
 
     Raises:
-        UserError: if there is no such part or option, the part was not asked for, or the value is
+        UserError: if there is no such evaluation or option, it was not asked for, or the value is
             of another type.
     """
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in settings:
-        part, option, value = _parsed(setting)
-        if part not in options:
-            raise UserError(f"--set {setting}: add --{part.replace('_', '-')}, or nothing uses it")
-        options[part][option] = value
-    return [_part(name, values) for name, values in options.items()]
+        name, option, value = _parsed(setting)
+        if name not in options:
+            raise UserError(f"--set {setting}: add --{name.replace('_', '-')}, or nothing uses it")
+        options[name][option] = value
+    return [_evaluation(name, values) for name, values in options.items()]
 
 
 def _parsed(setting: str) -> tuple[str, str, Any]:
     key, equals, text = setting.partition("=")
-    part, _, option = key.partition(".")
+    name, _, option = key.partition(".")
     if not equals or not option:
         raise UserError(f"--set {setting}: write PART.OPTION=VALUE, such as streaming.cache=256")
-    known = [f"{name}.{field.name}" for name, part in PARTS.items() for field in fields(part)]
+    known = [f"{name}.{field.name}" for name, each in EVALUATIONS.items() for field in fields(each)]
     if key not in known:
         close = get_close_matches(key, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
         raise UserError(f"--set {setting}: no such option{hint}")
     try:
-        return part, option, parse_value(text)
+        return name, option, parse_value(text)
     except yaml.YAMLError:
         raise UserError(f"--set {setting}: {text!r} is not a value") from None
 
 
-def _part(name: str, values: dict[str, Any]) -> Part:
+def _evaluation(name: str, values: dict[str, Any]) -> Evaluation:
     try:
-        return TypeAdapter(PARTS[name]).validate_python(values)
+        return TypeAdapter(EVALUATIONS[name]).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([name, *(str(place) for place in first["loc"])])

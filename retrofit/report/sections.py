@@ -6,7 +6,7 @@ from typing import Any
 
 from retrofit.report.charts import SMALL, WIDE, Line, Span, bar_chart, line_chart, span_chart
 from retrofit.report.section import Exchange, Key, Model, Section, Table, having, key
-from retrofit.report.words import change, figure, size
+from retrofit.report.wording import change, figure, size
 
 Models = Sequence[dict[str, Any]]
 # By cache, its name and its color, which is no model's here.

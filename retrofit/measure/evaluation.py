@@ -1,4 +1,4 @@
-"""What a part of the measurement is given, and what it gives back."""
+"""What an evaluation is given, and what it gives back."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Track(Protocol):
 
 
 @dataclass(frozen=True)
-class Subject:
+class MeasuredModel:
     """One of the models that are measured, open.
 
     Attributes:
@@ -55,8 +55,8 @@ class Subject:
         return self.inner.device
 
 
-class Part(Protocol):
-    """One thing to measure beyond sinks: a dataclass whose fields are its settings.
+class Evaluation(Protocol):
+    """One thing to measure beside sinks: a dataclass whose fields are its settings.
 
     Attributes:
         name: the key of its figures in the result, and of its settings.
@@ -64,7 +64,7 @@ class Part(Protocol):
 
     name: str
 
-    def measure(self, subject: Subject, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
         """The figures of one model, ready for JSON."""
         ...
 

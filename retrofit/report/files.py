@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.report.page import write_report
-from retrofit.report.picture import plot
+from retrofit.report.png import plot
 from retrofit.utils.files import write_json, writing
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from retrofit.report.words import title
+from retrofit.report.wording import title
 from retrofit.utils.files import written_whole
 
 _BASE_COLOR = "#3b3b3b"

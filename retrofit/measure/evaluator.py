@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from retrofit.data.vocabulary import check_texts, embedded_tokens
+from retrofit.measure.evaluation import Evaluation, MeasuredModel, Track
 from retrofit.measure.metrics import NEAR, TAIL, PredictionStatistics
 from retrofit.measure.sinks import measure_sinks
-from retrofit.measure.subject import Part, Subject, Track
 from retrofit.measure.texts import cut_windows, prepended_token, read_documents
 from retrofit.models.loading import load_model
 from retrofit.utils.console import PlainConsole
@@ -36,7 +36,7 @@ def measure(
     windows: int = 16,
     batch_size: int = 4,
     dtype: str = "auto",
-    parts: Sequence[Part] = (),
+    evaluations: Sequence[Evaluation] = (),
     load: Callable = load_model,
     progress: bool = True,
     resume: Path | None = None,
@@ -50,7 +50,7 @@ def measure(
         windows: how many windows at most, from as many documents as possible.
         batch_size: windows in a forward pass.
         dtype: of all base weights; `auto` is the one that the first source is stored in.
-        parts: what to measure besides.
+        evaluations: what to measure besides sinks.
         load: opens a source in a dtype, as a model and its tokenizer.
         progress: show a progress bar on stderr.
         resume: a folder for what is done, so that the same call goes on from there. It is the
@@ -60,8 +60,8 @@ def measure(
         `{"models": [{"name", "metrics", "per_layer", "nll_by_window", "copied_nats_by_window"}],
         "settings"}`, ready for JSON: `None` for what a model does not have. Lists in `per_layer`
         have an entry for each decoder layer. `retrofit.measure.metrics` defines the metrics, and
-        `retrofit.measure.copied` that of copied text. Each part adds its figures to the models and
-        its settings to the settings, under its name.
+        `retrofit.measure.copied` that of copied text. Each evaluation adds its figures to the
+        models and its settings to the settings, under its name.
 
     Raises:
         UserError: if a model is named twice, the text is missing, empty or too short, the length is
@@ -81,7 +81,7 @@ def measure(
         "asked_dtype": dtype,
         "versions": {name: version(name) for name in ("torch", "transformers", "gate-retrofit")},
     }
-    plan = _Plan(sources, parts, Done(resume, asked))
+    plan = _Plan(sources, evaluations, KeptFigures(resume, asked))
     base: PredictionStatistics | None = None
     with Progress(console=PlainConsole(stderr=True), disable=not progress) as bar:
         for name, source in plan.named.items():
@@ -91,23 +91,24 @@ def measure(
             model, tokenizer = load(source, held)
             opener, of_base = (partial(load, each, held) for each in (source, sources[0]))
             compared = None if source == sources[0] else of_base
-            subject = Subject(name, source, model, tokenizer, documents, opener, compared)
-            _check_positions(subject, length)
-            check_texts(tokenizer, embedded_tokens(subject.inner.config), documents)
+            measured = MeasuredModel(name, source, model, tokenizer, documents, opener, compared)
+            _check_positions(measured, length)
+            check_texts(tokenizer, embedded_tokens(measured.inner.config), documents)
             input_ids = cut_windows(documents, tokenizer, length, windows)
-            _check_same_tokens(subject, input_ids, plan)
+            _check_same_tokens(measured, input_ids, plan)
             if not plan.settings:
-                plan.settings = _settings(asked, subject, input_ids)
+                plan.settings = _settings(asked, measured, input_ids)
             track = _track(bar, name)
             if _SINKS in todo:
-                found, predictions = measure_sinks(subject, input_ids, batch_size, base, track)
+                found, predictions = measure_sinks(measured, input_ids, batch_size, base, track)
                 plan.put(name, _SINKS, found)
                 base = base or predictions
                 del predictions
-            for part in parts:
-                if part.name in todo:
-                    plan.put(name, part.name, {part.name: part.measure(subject, track)})
-            del model, subject  # before the next one is loaded
+            for evaluation in evaluations:
+                if evaluation.name in todo:
+                    figures = evaluation.measure(measured, track)
+                    plan.put(name, evaluation.name, {evaluation.name: figures})
+            del model, measured  # before the next one is loaded
             gc.collect()
     return plan.result()
 
@@ -121,7 +122,7 @@ def names(sources: Sequence[str]) -> list[str]:
     ]
 
 
-class Done:
+class KeptFigures:
     """Figures that were measured already: in memory, and in a folder where one is given.
 
     Args:
@@ -160,11 +161,13 @@ def _readable(folder: Path) -> Iterator[tuple[str, Any]]:
 class _Plan:
     """What is measured of whom, and what of it is done."""
 
-    def __init__(self, sources: Sequence[str], parts: Sequence[Part], done: Done):
+    def __init__(
+        self, sources: Sequence[str], evaluations: Sequence[Evaluation], done: KeptFigures
+    ):
         self.named = dict(zip(names(sources), sources, strict=True))
         self.base = next(iter(self.named))
         self.done = done
-        options = {part.name: asdict(part) for part in parts}  # type: ignore[call-overload]
+        options = {each.name: asdict(each) for each in evaluations}  # type: ignore[call-overload]
         self._options = json.loads(json.dumps(options))
         # What is measured of a model depends on the base too, and on what their files are now.
         self._states = {name: _state(source) for name, source in self.named.items()}
@@ -177,13 +180,13 @@ class _Plan:
     def settings(self, value: dict[str, Any]) -> None:
         self.done.put(value, self._states[self.base])
 
-    def put(self, name: str, part: str, value: dict[str, Any]) -> None:
-        self.done.put(value, *self._key(name, part))
+    def put(self, name: str, evaluation: str, value: dict[str, Any]) -> None:
+        self.done.put(value, *self._key(name, evaluation))
 
     def todo(self, name: str) -> set[str]:
         """What is missing of one model. What others are compared with is measured again for
         them."""
-        missing = {part for part in self._options if self.done.get(*self._key(name, part)) is None}
+        missing = {one for one in self._options if self.done.get(*self._key(name, one)) is None}
         waiting = self.named if name == self.base else [name]
         if any(self.done.get(*self._key(each, _SINKS)) is None for each in waiting):
             missing.add(_SINKS)
@@ -192,15 +195,16 @@ class _Plan:
     def result(self) -> dict[str, Any]:
         models = []
         for name in self.named:
-            parts = [self.done.get(*self._key(name, part)) for part in (_SINKS, *self._options)]
+            figures = [self.done.get(*self._key(name, one)) for one in (_SINKS, *self._options)]
             models.append(
-                {"name": name} | {key: value for part in parts for key, value in part.items()}
+                {"name": name} | {key: value for of_one in figures for key, value in of_one.items()}
             )
         sources = {"sources": list(self.named.values())}
         return {"models": models, "settings": sources | self.settings | self._options}
 
-    def _key(self, name: str, part: str) -> tuple:
-        return name, part, self._options.get(part), self._states[self.base], self._states[name]
+    def _key(self, name: str, evaluation: str) -> tuple:
+        options = self._options.get(evaluation)
+        return name, evaluation, options, self._states[self.base], self._states[name]
 
 
 def _state(source: str) -> list:
@@ -213,25 +217,25 @@ def _track(bar: Progress, name: str) -> Track:
     return lambda sequence, doing: bar.track(sequence, description=escape(f"{name}: {doing}"))
 
 
-def _check_positions(subject: Subject, length: int) -> None:
-    limit = getattr(subject.inner.config, "max_position_embeddings", length)
+def _check_positions(measured: MeasuredModel, length: int) -> None:
+    limit = getattr(measured.inner.config, "max_position_embeddings", length)
     if length > limit:
-        raise UserError(f"{subject.name} has {limit} positions, fewer than the length of {length}")
+        raise UserError(f"{measured.name} has {limit} positions, fewer than the length of {length}")
 
 
-def _check_same_tokens(subject: Subject, input_ids: torch.Tensor, plan: _Plan) -> None:
+def _check_same_tokens(measured: MeasuredModel, input_ids: torch.Tensor, plan: _Plan) -> None:
     if plan.settings and plan.settings["tokens_sha256"] != _sha256(input_ids):
-        raise UserError(f"{subject.name} and {plan.base} tokenize the text differently")
+        raise UserError(f"{measured.name} and {plan.base} tokenize the text differently")
 
 
-def _settings(asked: dict, subject: Subject, input_ids: torch.Tensor) -> dict[str, Any]:
+def _settings(asked: dict, measured: MeasuredModel, input_ids: torch.Tensor) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if name != "asked_dtype"} | {
         "windows": input_ids.shape[0],
         "tokens": input_ids.numel(),
         "tokens_sha256": _sha256(input_ids),
-        "first_token": prepended_token(subject.tokenizer),
-        "dtype": subject.dtype,
-        "device": subject.device.type,
+        "first_token": prepended_token(measured.tokenizer),
+        "dtype": measured.dtype,
+        "device": measured.device.type,
         "attn_implementation": "sdpa",
     }
 
