@@ -19,7 +19,7 @@ from retrofit.measure.examples import Examples, attention_maps
 from retrofit.measure.heads import Heads, ranked, zeroed
 from retrofit.measure.predictions import predict
 from retrofit.measure.quantization import Quantization, quantized, rounded, rounded_in_groups
-from retrofit.measure.registry import EVALUATIONS, chosen_evaluations
+from retrofit.measure.registry import EVALUATIONS, chosen_evaluations, names_in
 from retrofit.utils.errors import UserError
 
 LENGTH = 192
@@ -220,6 +220,9 @@ def test_settings_of_parts_are_read_as_their_types():
     assert (streaming.cache, streaming.sinks, heads.shares) == (256, 4, (0.2, 0.4))
     assert chosen_evaluations([]) == []
     assert {part.name for part in chosen_evaluations(list(EVALUATIONS))} == set(EVALUATIONS)
+    assert names_in("streaming, long-context") == ["streaming", "long_context"] and not names_in("")
+    with pytest.raises(UserError, match="--parts heads,steaming: .* did you mean streaming"):
+        names_in("heads,steaming")
 
 
 @pytest.mark.parametrize(

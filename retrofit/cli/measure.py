@@ -45,6 +45,9 @@ def main(
         bool, typer.Option("--examples", help="Attention maps and generations.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="All six of them.")] = False,
+    parts: Annotated[
+        str | None, typer.Option(help="The same by name, such as streaming,quantization.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="PART.OPTION=VALUE, such as long_context.lengths=[2048,4096]"),
@@ -65,7 +68,7 @@ def main(
     check_output_files([json, report, plot], [text])
     prepare_process(keep_freed_memory=True)
     from retrofit.measure import measure
-    from retrofit.measure.registry import chosen_evaluations
+    from retrofit.measure.registry import chosen_evaluations, names_in
     from retrofit.models.loading import load_model
     from retrofit.report import table, write_results
     from retrofit.utils.console import PlainConsole
@@ -79,6 +82,7 @@ def main(
         "examples": examples,
     }
     names = [name for name, wanted in asked.items() if wanted or everything]
+    evaluations = chosen_evaluations([*names, *names_in(parts or "")], settings or ())
     named = json or report
     kept = named and named.with_name(f".{named.name}.parts")
     try:
@@ -88,7 +92,7 @@ def main(
             length=length,
             windows=windows,
             dtype=dtype,
-            evaluations=chosen_evaluations(names, settings or ()),
+            evaluations=evaluations,
             load=partial(load_model, trust_remote_code=trust_remote_code),
             resume=kept,
         )

@@ -23,6 +23,21 @@ EVALUATIONS: dict[str, Any] = {
 }
 
 
+def names_in(parts: str) -> list[str]:
+    """The names in `streaming,quantization`.
+
+    Raises:
+        UserError: if there is no evaluation of a name.
+    """
+    names = [name.strip().replace("-", "_") for name in parts.split(",") if name.strip()]
+    for name in names:
+        if name not in EVALUATIONS:
+            close = get_close_matches(name, EVALUATIONS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(EVALUATIONS)}"
+            raise UserError(f"--parts {parts}: no {name!r}; {hint}")
+    return names
+
+
 def chosen_evaluations(names: Sequence[str], settings: Sequence[str] = ()) -> list[Evaluation]:
     """The evaluations of these names, with `PART.OPTION=VALUE` set, the values in YAML.
 
