@@ -25,6 +25,7 @@ from pydantic import (
 
 from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict
 from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.paths import expanded
 from retrofit.utils.strict_yaml import parse, parse_value
 from retrofit.utils.text_files import read_text
 
@@ -35,6 +36,7 @@ Quantization = Literal["nf4", "fp4", "int8"]
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})", re.ASCII)
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 40
+_FARTHEST_SHARES = 10_000  # of one source to another
 _MICRO_BATCH = 2**24  # tokens; no device holds as many, and to plan for many more takes forever
 
 
@@ -72,6 +74,7 @@ def _short(value: Any) -> str:
 Text = Annotated[str, AfterValidator(_writable)]
 Location = Annotated[Text, AfterValidator(_expanded)]  # a path, or a hub id
 Count = Annotated[int, Field(gt=0, lt=2**31)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 
 
 class _Section(BaseModel):
@@ -90,7 +93,7 @@ class Model(_Section):
     @property
     def location(self) -> str:
         """The base as libraries find it, which know no `~`."""
-        return str(Path(self.base).expanduser()) if self.base.startswith("~") else self.base
+        return str(expanded(self.base)) if self.base.startswith("~") else self.base
 
     @property
     def takes_lengths(self) -> bool:
@@ -137,6 +140,12 @@ class Data(_Section):
         given = [source.weight is not None for source in self.sources]
         if any(given) and not all(given):
             raise ValueError("give every source a weight, or none")
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        if weights and max(weights) > _FARTHEST_SHARES * min(weights):
+            raise ValueError(
+                f"one source has more than {_FARTHEST_SHARES:,} times the weight of another, and "
+                "would be repeated as often; bring their weights nearer, or leave one out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -149,15 +158,15 @@ class Data(_Section):
 
 
 class Objective(_Section):
-    lm: Annotated[float, Field(ge=0)] = 1.0  # next-token cross-entropy
-    kl: Annotated[float, Field(ge=0)] = 0.0  # KL(base || gated) of the next-token distribution
+    lm: Weight = 1.0  # next-token cross-entropy
+    kl: Weight = 0.0  # KL(base || gated) of the next-token distribution
     cache_teacher: bool = False  # what kl asks of the base stays on disk; pays from epoch 2 on
-    pressure: Annotated[float, Field(ge=0)] = 0.0  # two random queries should not share a key
+    pressure: Weight = 0.0  # two random queries should not share a key
     pressure_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
-    hidden: Annotated[float, Field(ge=0)] = 0.0  # distance to the base of what each layer reads
+    hidden: Weight = 0.0  # distance to the base of what each layer reads
     hidden_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
-    activation: Annotated[float, Field(ge=0)] = 0.0  # no token's activations dwarf the others'
-    balance: Annotated[float, Field(ge=0)] = 0.0  # heads of one layer should carry equal loads
+    activation: Weight = 0.0  # no token's activations dwarf the others'
+    balance: Weight = 0.0  # heads of one layer should carry equal loads
     balance_load: Literal["effective", "vanilla", "gated"] = "effective"  # (1 - A_sink) * g, or one
     balance_shared_heads: Annotated[int, Field(ge=0)] = 0  # but this many of the busiest
     # Queries of a sequence that these two look at.
@@ -167,11 +176,11 @@ class Objective(_Section):
     def _something_must_move_the_gates(self):
         # At zero-init the gated model is its base, so the KL and its gradient are exactly zero;
         # and no attention comes after the last layer's gate, so no pressure reaches it.
-        if self.lm == 0:
+        if self.lm < 1e-6:
             raise ValueError(
                 "without lm some zero-initialized gates get no gradient: kl gives none where the "
                 "gated model equals its base, and pressure none to the last layer; set "
-                "objective.lm above 0, if only a little"
+                "objective.lm to 1e-6 or more, if only a little"
             )
         return self
 
@@ -350,7 +359,7 @@ def recipe_file(name: str) -> Path:
     Raises:
         UserError: if there is none; the message names the nearest bundled recipe.
     """
-    if (path := Path(name).expanduser()).is_file():
+    if (path := expanded(name)).is_file():
         return path
     bundled = dict(bundled_recipes())
     wanted = name.removesuffix(".yaml")
@@ -385,7 +394,8 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     try:
         settings[last] = parse_value(value)
     except yaml.YAMLError:
-        raise UserError(f"{key}: {_short(value)} is not a YAML value") from None
+        none = "" if value.strip() else "; for none write null"
+        raise UserError(f"{key}: {_short(value)} is not a YAML value{none}") from None
 
 
 def _explain(error: ValidationError) -> str:

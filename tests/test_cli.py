@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import pytest
 import yaml
+from malformed import refusal
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -199,6 +200,11 @@ def test_an_interrupted_measurement_says_how_to_go_on(tmp_path, tiny_base, capsy
         ),
         (["check", "{recipe}", "data.sources=[{{path: gone.jsonl}}]"], "no file gone.jsonl"),
         (["merge", "{tmp}/gone", "--out", "{tmp}/merged"], "{tmp}/gone"),
+        (["measure", "{tmp}/a\nb", "--text", "{tmp}/text.jsonl"], "{tmp}/a\\nb"),
+        (["measure", " ", "--text", "{tmp}/text.jsonl"], "the name of a model is empty"),
+        (["measure", "{base}", "--text", "{tmp}/text.jsonl", "--windows", "0"], "at least 1"),
+        (["check", "{recipe}", "--device-memory", "1e300"], "no device has 1e+300 GB"),
+        (["recipes", "show", "{tmp}/latin.yaml"], "is not UTF-8"),
         (["measure", "{base}", "--text", "{tmp}/gone.txt"], "no text file at"),
         (["measure", "{base}", "--text", "{recipe}", "--json", "/no/x.json"], "no folder to write"),
         (
@@ -218,6 +224,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     recipe_file, tmp_path, tiny_base, monkeypatch, capsys, arguments, message
 ):
     names = {"recipe": recipe_file, "tmp": tmp_path, "base": tiny_base("llama")}
+    (tmp_path / "latin.yaml").write_bytes(b"# caf\xe9\n")
     before = sorted(tmp_path.rglob("*"))
     # In this process: the entry point is the same, and torch is imported once.
     monkeypatch.setattr(sys, "argv", ["retrofit", *(word.format(**names) for word in arguments)])
@@ -228,6 +235,31 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert len(errors) == 1
     assert message.format(**names) in errors[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "~nobody-here/recipe.yaml"],
+        ["train", "{recipe}", "output_dir=~nobody-here/run"],
+        ["check", "{recipe}", "model.base=~nobody-here/base"],
+        ["train", "{recipe}", "data.sources=[{{path: ~nobody-here/text.jsonl}}]"],
+        ["train", "{recipe}", "measure={{text: ~nobody-here/text.jsonl}}"],
+        ["measure", "~nobody-here/base", "--text", "{tmp}/text.jsonl"],
+        ["measure", "{base}", "--text", "~nobody-here/text.jsonl"],
+        ["merge", "~nobody-here/run", "--out", "{tmp}/merged"],
+        ["merge", "{tmp}/gone", "--out", "~nobody-here/merged"],
+        ["verify", "~nobody-here/merged"],
+        ["compare", "~nobody-here/a.json", "{tmp}/b.json"],
+        ["unpack", "~nobody-here/model", "--out", "{tmp}/unpacked"],
+        ["recipes", "show", "~nobody-here/recipe.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_the_home_of_nobody_is_told(recipe_file, tmp_path, tiny_base, arguments):
+    names = {"recipe": recipe_file, "tmp": tmp_path, "base": tiny_base("llama")}
+    command = [word.format(**names) for word in arguments]
+    assert "nobody here is called ~nobody-here" in refusal(*command, leaves_alone=tmp_path)
 
 
 def test_an_error_of_a_real_process_is_its_only_line(tmp_path):

@@ -234,8 +234,18 @@ def test_settings_of_parts_are_read_as_their_types():
         ("streaming.cache=many", "streaming.cache: input should be a valid integer"),
         ("streaming.windows=0", "streaming.windows: input should be greater than 0"),
         ("streaming.cache=[", "is not a value"),
+        ("streaming.cache=", "is not a value"),
+        ("streaming.sinks=true", "streaming.sinks: input should be a valid integer"),
+        ("streaming.sinks='4'", "streaming.sinks: input should be a valid integer"),
+        ("streaming.cache=2024-01-01", "streaming.cache: input should be a valid integer"),
     ],
 )
 def test_wrong_settings_are_told(setting, message):
     with pytest.raises(UserError, match=re.escape(message)):
         chosen_evaluations(["streaming"], [setting])
+
+
+@pytest.mark.parametrize("name", ["heads.shares", "long_context.tasks", "long_context.lengths"])
+def test_an_evaluation_of_nothing_is_refused(name):
+    with pytest.raises(UserError, match=f"{name}: tuple should have at least 1 item"):
+        chosen_evaluations([name.split(".")[0]], [f"{name}=[]"])

@@ -104,7 +104,7 @@ def test_a_fresh_process_loads_it_and_the_card_says_how(tmp_path, base):
 
 def test_a_file_that_differs_never_appears(tmp_path, base, in_process, monkeypatch):
     run = make_run(tmp_path / "run", base("llama"))
-    monkeypatch.setattr("retrofit.export.gguf_qwen35.qwen3_5", without_gates)
+    monkeypatch.setattr("retrofit.export.gguf_qwen35._stock", without_gates)
     with pytest.raises(MergeMismatchError, match="differs from the trained model"):
         merge(run, tmp_path / "out", format="gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]

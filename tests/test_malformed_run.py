@@ -20,6 +20,7 @@ from retrofit.measure.evaluator import KeptFigures
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.report import plot
 from retrofit.training.callbacks import GradientCheck
+from retrofit.training.divergence import DivergedError
 from retrofit.training.run import Interrupted, train
 from retrofit.training.trainer_state import SafetensorsCheckpoints, last_checkpoint
 from retrofit.utils.console import PlainConsole
@@ -576,6 +577,24 @@ def test_a_run_that_diverges_at_once_leaves_its_name_to_the_next_try(home, tmp_p
     )
     message = refusal("train", "recipe.yaml", f"output_dir={tmp_path}/a/b", leaves_alone=tmp_path)
     assert "the loss is nan at the first step" in message
+
+
+@pytest.mark.parametrize("rate", ["1e39", "1e300"])
+def test_a_run_whose_last_step_diverges_offers_no_merge(home, tmp_path, monkeypatch, rate):
+    monkeypatch.chdir(home)
+    recipe = load_recipe(
+        "recipe.yaml",
+        [
+            f"output_dir={tmp_path}/run",
+            f"train.learning_rate={rate}",
+            "train.max_steps=1",
+            "train.warmup_steps=0",
+            "train.schedule=constant_with_warmup",
+        ],
+    )
+    with pytest.raises(DivergedError, match="after the last step; lower train.learning_rate"):
+        train(recipe)
+    assert not (tmp_path / "run/run.json").exists()
 
 
 def test_what_was_measured_is_measured_again_where_it_is_damaged(tmp_path):

@@ -834,3 +834,20 @@ def test_the_adapter_itself_still_loads(run, tiny_base):
     """PEFT's own loading of what `make_run` writes, so that these runs are real ones."""
     base = AutoModelForCausalLM.from_pretrained(tiny_base("llama"))
     assert len(gate_layers(PeftModel.from_pretrained(base, run / "adapter"))) == 3
+
+
+def test_an_adapter_is_not_merged_into_another_dtype(run, tmp_path):
+    with pytest.raises(UserError, match="an adapter is kept in float32"):
+        merge(run, tmp_path / "out", format="adapter", dtype="bfloat16")
+
+
+def test_what_is_no_python_is_told(merged):
+    folder, report = merged
+    with pytest.raises(UserError, match="/bin/true is no Python"):
+        verify.verify(report, folder, python="/bin/true")
+
+
+@pytest.mark.parametrize("size", ["infGB", "nanGB", "manyGB"])
+def test_what_is_no_size_is_told(run, tmp_path, size):
+    with pytest.raises(UserError, match="is not a size"):
+        merge(run, tmp_path / "out", max_shard_size=size)

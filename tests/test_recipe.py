@@ -96,6 +96,14 @@ def test_overrides_are_yaml_values(recipe_path):
         ("train.seed=4294967296", "train.seed: input should be less than 4294967296"),
         ("measure={text: a, length: True}", "measure.length: input should be a valid integer"),
         ("train={seed: 1, seed: 2}", "is not a YAML value"),
+        ("gate.layers=", "gate.layers: '' is not a YAML value; for none write null"),
+        ("train.max_steps= ", "train.max_steps: ' ' is not a YAML value; for none write null"),
+        ("objective.lm=1e300", "objective.lm: input should be less than or equal to 1000000"),
+        ("objective.lm=1e-300", "set objective.lm to 1e-6 or more"),
+        (
+            "data.sources=[{path: a, weight: 1e-15}, {path: b, weight: 1}]",
+            "one source has more than 10,000 times the weight of another",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(recipe_path, override, message):

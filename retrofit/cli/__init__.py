@@ -59,5 +59,6 @@ def main() -> None:
     except (UserError, CheckError) as error:
         # The ranks of a machine all say the same; another machine may lack what this one has.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            # One line, also where a name holds a newline.
+            print(f"error: {error}".replace("\n", r"\n"), file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

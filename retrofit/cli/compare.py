@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from retrofit.utils.output_path import check_output_files
+from retrofit.utils.paths import expanded
 
 
 def main(
@@ -24,6 +25,6 @@ def main(
     from retrofit.report.join import join
     from retrofit.utils.console import PlainConsole
 
-    result = join([path.expanduser() for path in files])
+    result = join([expanded(path) for path in files])
     write_results(result, json, report)
     PlainConsole().print(table(result))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from retrofit.utils.output_path import check_output_files
+from retrofit.utils.paths import expanded
 from retrofit.utils.process import prepare_process
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def main(
     try:
         result = measure(
             models,
-            text.expanduser(),
+            expanded(text),
             length=length,
             windows=windows,
             dtype=dtype,
@@ -117,7 +118,7 @@ def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
         return
     result = measure(
         [recipe.model.base, str(run)],
-        Path(recipe.measure.text).expanduser(),
+        expanded(recipe.measure.text),
         length=recipe.measure.length,
         windows=recipe.measure.windows,
         # The recipe is what the user gave, not what a folder says.

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from retrofit.export.registry import FormatName
+from retrofit.utils.paths import expanded
 from retrofit.utils.process import prepare_process
 
 
@@ -59,4 +60,4 @@ def main(
         f"{figures['top1_agreement']:.1%}"
     )
     if push_to_hub:
-        say(push(out.expanduser(), push_to_hub, private))
+        say(push(expanded(out), push_to_hub, private))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from retrofit.utils.files import refuse_existing, write_text, writing
+from retrofit.utils.text_files import read_text
 
 app = typer.Typer(help="List, show or copy the bundled recipes.", invoke_without_command=True)
 
@@ -31,7 +32,7 @@ def show(name: str) -> None:
     """Print a recipe."""
     from retrofit.recipe import recipe_file
 
-    typer.echo(recipe_file(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(read_text(recipe_file(name)), nl=False)
 
 
 @app.command()
@@ -41,5 +42,5 @@ def copy(name: str, to: Annotated[Path, typer.Argument(help="File to write.")]) 
 
     refuse_existing(to)
     with writing(to):
-        write_text(to, recipe_file(name).read_text(encoding="utf-8"))
+        write_text(to, read_text(recipe_file(name)))
     typer.echo(str(to))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from retrofit.utils.paths import expanded
 from retrofit.utils.process import prepare_process
 
 
@@ -27,7 +28,7 @@ def main(
 
     is_main = os.environ.get("RANK", "0") == "0"  # of the ranks that a launcher has started
     console = PlainConsole(quiet=not is_main)
-    run = Path(resolved.output_dir).expanduser()
+    run = expanded(resolved.output_dir)
     try:
         # A run stopped while it was measured has nothing left to train.
         if not (resume and resolved.measure and _trained_but_not_measured(run)):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from retrofit.utils.paths import expanded
 from retrofit.utils.process import prepare_process
 
 
@@ -16,6 +17,6 @@ def main(
     prepare_process()
     from retrofit.models.published import unpack
 
-    out = out.expanduser()
-    unpack(checkpoint.expanduser(), out)
+    out = expanded(out)
+    unpack(expanded(checkpoint), out)
     typer.echo(f"{out}: measure it as {out / 'adapter'}, or merge that into another format")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from retrofit.utils.paths import expanded
 from retrofit.utils.process import prepare_process
 
 
@@ -25,8 +26,8 @@ def main(
     from retrofit.export.verify.verify import verify
     from retrofit.utils.console import say
 
-    report = read_report(checkpoint.expanduser())
-    figures = verify(report, checkpoint.expanduser(), engine, python)
+    report = read_report(expanded(checkpoint))
+    figures = verify(report, expanded(checkpoint), engine, python)
     until = figures["greedy_until"]
     greedy = "the same" if until is None else f"the same up to token {until}"
     say(

@@ -32,6 +32,7 @@ from retrofit.data.rows import (
 )
 from retrofit.recipe import Data, Source
 from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.paths import expanded
 from retrofit.utils.text_files import (
     is_json_lines,
     kind_of,
@@ -141,7 +142,7 @@ def _local(source: Source) -> Path | None:
     Raises:
         UserError: if it is neither a file that is read nor the name of a dataset on the hub.
     """
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     known = kind_of(path) in _BUILDERS and not path.name.lower().endswith(".parquet.gz")
     if path.is_dir():
         raise UserError(f"data: {source.path} is a folder; name a file: {_READ} are read")

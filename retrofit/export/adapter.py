@@ -4,6 +4,7 @@ from pathlib import Path
 
 from retrofit.export.checkpoint_format import LOAD, CheckpointFormat
 from retrofit.models.source import Source
+from retrofit.utils.errors import UserError
 from retrofit.utils.files import copy, read_json, write_json
 
 
@@ -17,6 +18,8 @@ class Adapter(CheckpointFormat):
     is_model = False
 
     def dtype(self, source, asked):
+        if asked not in (None, "float32"):
+            raise UserError(f"an adapter is kept in float32, as it was trained, not in {asked}")
         return "float32"
 
     def write(self, source: Source, folder: Path, dtype, max_shard_size, name):

@@ -31,6 +31,7 @@ from retrofit.utils.files import (
     write_json,
     write_text,
 )
+from retrofit.utils.paths import expanded
 
 __all__ = ["MergeMismatchError", "merge"]
 
@@ -70,7 +71,7 @@ def merge(
         UserError: if the input is missing, damaged or does not belong together.
         MergeMismatchError: if the checkpoint does not compute what was trained.
     """
-    run, out, form = Path(run).expanduser(), Path(out).expanduser(), format_of(format)
+    run, out, form = expanded(run), expanded(out), format_of(format)
     refuse_existing(out)
     form.check_installed()
     source = read_source(run, base)
@@ -118,7 +119,7 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def _bytes(size: int | str) -> int:
     try:
         return convert_file_size_to_int(size)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{size!r} is not a size; write one like 5GB or 500MB") from error
 
 

@@ -24,6 +24,7 @@ from retrofit.models.loading import load_model
 from retrofit.utils.console import PlainConsole
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import read_json, write_json, writing
+from retrofit.utils.paths import expanded
 
 _SINKS = "sinks"  # what is always measured
 
@@ -70,6 +71,11 @@ def measure(
     """
     if length < NEAR + TAIL:
         raise UserError(f"length must be at least {NEAR + TAIL} tokens, not {length}")
+    for name, count in (("windows", windows), ("batch_size", batch_size)):
+        if count < 1:
+            raise UserError(f"{name} must be at least 1, not {count}")
+    if any(not source.strip() for source in sources):
+        raise UserError("the name of a model is empty; give its folder or its hub id")
     if len(set(sources)) < len(sources):
         raise UserError(f"{max(sources, key=sources.count)} is named twice")
     documents = read_documents(text)
@@ -209,7 +215,7 @@ class _Plan:
 
 def _state(source: str) -> list:
     """Changes when the files of a local source do."""
-    files = sorted(path for path in Path(source).expanduser().rglob("*") if path.is_file())
+    files = sorted(path for path in expanded(source).rglob("*") if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 

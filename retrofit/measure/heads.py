@@ -40,7 +40,11 @@ class Heads:
         seed: of the draws.
     """
 
-    shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.25, 0.5)
+    shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
+        0.1,
+        0.25,
+        0.5,
+    )
     length: Count = 512
     windows: Count = 8
     batch_size: Count = 4

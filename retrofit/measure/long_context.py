@@ -11,9 +11,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -52,9 +53,9 @@ class LongContext:
         seed: of the tasks.
     """
 
-    lengths: tuple[int, ...] = (4096, 8192, 16384)
+    lengths: Annotated[tuple[Count, ...], Field(min_length=1)] = (4096, 8192, 16384)
     samples: Count = 10
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(TASKS)
     documents: Count = 2
     scaling: Scaling = "yarn"
     seed: int = 0

@@ -9,6 +9,7 @@ from retrofit.data.vocabulary import check_texts, embedded_tokens
 from retrofit.measure.texts import cut_windows, read_documents
 from retrofit.recipe import Measure, Recipe
 from retrofit.utils.errors import UserError
+from retrofit.utils.paths import expanded
 
 
 def check_planned_measurement(
@@ -31,9 +32,9 @@ def check_planned_measurement(
         _check_text(recipe.measure, config, tokenizer)
     except UserError as error:
         raise UserError(f"measure.text: {error}") from None
-    text = Path(recipe.measure.text).expanduser()
+    text = expanded(recipe.measure.text)
     for source in recipe.data.sources:
-        if _is_same(Path(source.path).expanduser(), text):
+        if _is_same(expanded(source.path), text):
             raise UserError(
                 f"measure.text: {recipe.measure.text} is trained on (data.sources has "
                 f"{source.path}); measure on a text that is not"
@@ -51,7 +52,7 @@ def _check_length(measure: Measure, config: PreTrainedConfig) -> None:
 def _check_text(
     measure: Measure, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    documents = read_documents(Path(measure.text).expanduser())
+    documents = read_documents(expanded(measure.text))
     check_texts(tokenizer, embedded_tokens(config), documents)
     cut_windows(documents, tokenizer, measure.length, measure.windows)
 

@@ -1,5 +1,6 @@
 """The evaluations by name, with the settings that a user gives them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -72,7 +73,9 @@ def _parsed(setting: str) -> tuple[str, str, Any]:
 
 def _evaluation(name: str, values: dict[str, Any]) -> Evaluation:
     try:
-        return TypeAdapter(EVALUATIONS[name]).validate_python(values)
+        # Through JSON, for pydantic is strict with its types and still takes a list for a tuple.
+        told = json.dumps(values, default=str)
+        return TypeAdapter(EVALUATIONS[name]).validate_json(told, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([name, *(str(place) for place in first["loc"])])

@@ -24,6 +24,7 @@ _CONTEXT = 500 * 2**20  # what CUDA and its libraries take of a GPU; not measure
 # malloc loses between tensors when it keeps their memory, see process.py.
 _TRAINER = 100 * 2**20
 _HOLES = 0.2
+_LARGEST_DEVICE = 1e6  # GB
 
 
 class NotTracedError(UserError):
@@ -90,8 +91,8 @@ class Estimate:
 def this_device(gigabytes: float | None = None) -> Device:
     """Where a run would be: the GPU if there is one, else the CPU; or a GPU of so many GB."""
     if gigabytes is not None:
-        if not math.isfinite(gigabytes):
-            raise UserError(f"--device-memory: {gigabytes} is no number of GB")
+        if not 0 < gigabytes < _LARGEST_DEVICE:
+            raise UserError(f"--device-memory: no device has {gigabytes:g} GB")
         return Device(f"a GPU of {gigabytes:g} GB", int(gigabytes * 1e9), is_gpu=True)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

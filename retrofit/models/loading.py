@@ -31,6 +31,7 @@ from retrofit.models.tokenizer_file import check_tokenizer
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import temporary_folder
+from retrofit.utils.paths import expanded
 
 
 def load_base(spec: Model) -> PreTrainedModel:
@@ -149,7 +150,7 @@ def load_model(
     Raises:
         UserError: if there is nothing there, or the adapter does not fit its base.
     """
-    folder = run_of(Path(source).expanduser())
+    folder = run_of(expanded(source))
     adapter = adapter_in(folder)
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():

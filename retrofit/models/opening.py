@@ -3,7 +3,6 @@ at a damaged one becomes one line."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 
 from retrofit.models.foreign_code import HINT
 from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.paths import expanded
 
 DAMAGES = (
     ArithmeticError,
@@ -94,5 +94,5 @@ def not_opened(base: str, error: Exception) -> UserError:
 
 def _is_folder(base: str) -> bool:
     with suppress(OSError):  # a name that is too long for one
-        return Path(base).expanduser().is_dir()
+        return expanded(base).is_dir()
     return False

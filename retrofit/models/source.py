@@ -18,6 +18,7 @@ from retrofit.models.run_folder import adapter_in, facts_of, run_of
 from retrofit.models.safetensors_io import StoredWeights
 from retrofit.models.stored_gates import Gates, read_gates
 from retrofit.utils.errors import UserError
+from retrofit.utils.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Source:
     @property
     def base_is_local(self) -> bool:
         """Whether the run names its base by a folder."""
-        return Path(self.base_name).expanduser().is_dir()
+        return expanded(self.base_name).is_dir()
 
 
 def read_source(run: Path, base: str | None = None) -> Source:
@@ -90,7 +91,7 @@ def _adapter_config(adapter: Path, run: Path) -> dict[str, Any]:
 
 def _base_folder(name: str, revision: str | None) -> Path:
     """The base on this machine; a hub id is downloaded, safetensors and small files only."""
-    if (local := Path(name).expanduser()).is_dir():
+    if (local := expanded(name)).is_dir():
         return local
     small = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
     try:

@@ -1,7 +1,6 @@
 """`retrofit check`: what a recipe would do, found out without loading a weight."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -15,6 +14,7 @@ from retrofit.recipe import Recipe
 from retrofit.training.preflight import preflight, read_texts
 from retrofit.utils.errors import UserError
 from retrofit.utils.output_path import refuse_unwritable
+from retrofit.utils.paths import expanded
 
 _BYTES = {
     "float64": 8.0,
@@ -46,7 +46,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
         UserError: for anything that would stop `retrofit train` before its first step, or if that
             step takes more memory than there is.
     """
-    refuse_unwritable(Path(recipe.output_dir).expanduser())
+    refuse_unwritable(expanded(recipe.output_dir))
     config, cached = preflight(recipe), recipe.objective.cache_teacher
     base, gates = _count_weights(config, recipe)
     tokenizer, sources = read_texts(recipe, config)

@@ -12,6 +12,24 @@ class DivergedError(UserError):
     """The loss or its gradient is infinite or NaN."""
 
 
+def check_trained(gates: dict[str, torch.Tensor], learning_rate: float) -> None:
+    """
+    Args:
+        gates: after the last step, whose effect no later loss has shown.
+        learning_rate: the highest of them.
+
+    Raises:
+        DivergedError: if one holds what is no number.
+    """
+    for name, gate in gates.items():
+        if not gate.isfinite().all():
+            raise DivergedError(
+                f"training diverged: {name} is no number after the last step; lower "
+                f"train.learning_rate (it is {learning_rate:g} at most), and start again in "
+                "another output_dir"
+            )
+
+
 def check_finite(
     losses: list[torch.Tensor],
     grad_norm: torch.Tensor | float | None,

@@ -32,6 +32,7 @@ from retrofit.models.loading import load_base, load_tokenizer
 from retrofit.recipe import RESOLVED, Recipe, load_recipe
 from retrofit.training.arguments import training_arguments
 from retrofit.training.callbacks import GradientCheck, Interrupt, ProgressBar
+from retrofit.training.divergence import check_trained
 from retrofit.training.preflight import preflight, read_texts
 from retrofit.training.trainer import GateTrainer
 from retrofit.training.trainer_state import last_checkpoint, set_aside, whole_adapter
@@ -39,6 +40,7 @@ from retrofit.utils.console import say
 from retrofit.utils.errors import CheckError, UserError
 from retrofit.utils.files import missing_above, remove, to_json, write_text, writing, written_whole
 from retrofit.utils.output_path import refuse_unwritable
+from retrofit.utils.paths import expanded
 from retrofit.utils.process import return_large_blocks
 
 
@@ -72,7 +74,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     ranks = PartialState(cpu=not torch.accelerator.is_available())
     console = console or Console(quiet=not ranks.is_main_process)
     recipe = recipe.anchored()
-    run = Path(recipe.output_dir).expanduser()
+    run = expanded(recipe.output_dir)
     checkpoint = _check_folder(run, recipe, resume, console)
     config = preflight(recipe)
     ranks.wait_for_everyone()  # all have looked before one writes
@@ -133,6 +135,7 @@ def _train(
     if after != frozen:
         raise BaseChangedError("a weight of the frozen base changed during training")
     gates = whole_adapter(trainer.model)
+    check_trained(gates, trainer.highest_rate)
     if ranks.is_main_process:
         with writing(run):
             _finish(trainer, gates, run, _summary(trainer, recipe, frozen, after))

@@ -225,9 +225,14 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         """Called once a step, when its gradient is whole and the gates have not moved."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         losses, self._losses = self._losses, []
-        rate = max(self.learning_rates.values(), default=self.args.learning_rate)
-        check_finite(losses, grad_norm, self.state.global_step, rate, self.model.dtype)
+        step = self.state.global_step
+        check_finite(losses, grad_norm, step, self.highest_rate, self.model.dtype)
         return grad_norm
+
+    @property
+    def highest_rate(self) -> float:
+        """The highest learning rate of any gate."""
+        return max(self.learning_rates.values(), default=self.args.learning_rate)
 
     def _record(self, outputs, movements: list[torch.Tensor]) -> None:
         metrics = self._metrics["train"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retrofit.utils.errors import UserError
+from retrofit.utils.paths import expanded
 
 # What is made on the way has longer names: `.NAME.partial-12345`, `.NAME.parts`, and files below.
 _LONGER, _BELOW = 20, "checkpoints/checkpoint-1000000/adapter_model.safetensors"
@@ -65,7 +66,7 @@ def check_output_files(written: Sequence[Path | None], read: Sequence[Path]) -> 
     Raises:
         UserError: if one cannot be written, or would take the place of another.
     """
-    taken = {path.expanduser().absolute() for path in read}
+    taken = {expanded(path).absolute() for path in read}
     for path in filter(None, written):
         refuse_unwritable(path)
         if path.is_dir():

@@ -44,8 +44,11 @@ def parse_value(text: str) -> Any:
     """The value of an override. On a command line nobody writes comments: text with a `#` is kept.
 
     Raises:
-        YAMLError: if it is not YAML, or something other than text is followed by a comment.
+        YAMLError: if it is empty, is not YAML, or something other than text is followed by a
+            comment.
     """
+    if not text.strip():  # to YAML it would be null
+        raise yaml.YAMLError("there is nothing")
     try:
         node = yaml.compose(text, _Loader)
     except RecursionError:

@@ -21,7 +21,7 @@ from retrofit.export.verify.reference import FILE, STEPS, kl_divergence, observe
 from retrofit.models.opening import check_complete
 from retrofit.models.pickles import pickles_in, refuse_pickles
 from retrofit.models.tokenizer_file import check_tokenizer
-from retrofit.utils.errors import UserError
+from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.files import temporary_folder
 
 # The engines, and the script that runs each.
@@ -199,12 +199,14 @@ def _check_engine(engine: str, form: CheckpointFormat, python: str) -> None:
     if engine not in form.engines:
         raise UserError(f"{engine} does not read what is merged with --format {form.name}")
     module, how = _NEEDS[engine]
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    code = f"import importlib.util; print(importlib.util.find_spec({module!r}) is not None)"
     try:
-        lacks = subprocess.run([python, "-c", code], capture_output=True).returncode
-    except OSError as error:
-        raise UserError(f"no Python at {python}: {error.strerror}") from error
-    if lacks:
+        told = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"no Python at {python}: {one_line(error)}") from error
+    if told not in ("True", "False"):
+        raise UserError(f"{python} is no Python; name the one that has {engine}")
+    if told == "False":
         raise UserError(f"{engine} is not installed for {python}: {how}")
 
 
