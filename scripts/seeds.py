@@ -108,6 +108,8 @@ def plot(models: list[dict], path: Path) -> None:
     for axes, (metric, (title, x, y)) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         for index, model in enumerate(models):
             values = np.array(model["per_layer"][metric], dtype=float)
+            if values.ndim == 2:  # by layer and key position
+                values = values.mean(0)
             style = {"color": "#0072b2", "alpha": 0.7, "linewidth": 1.5}
             if index == 0:
                 style = {"color": "#3b3b3b", "linewidth": 3, "alpha": 0.6}

@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 
+from retrofit.models.loading import load_model
 from retrofit.recipe import load_recipe
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
+import train_with_trl  # noqa: E402
+
 from oracle import fit  # noqa: E402
 
 
@@ -33,6 +36,14 @@ def recipe(tiny_base, tmp_path) -> Path:
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "recipe.yaml"
+
+
+def test_gates_train_in_a_trainer_of_ones_own(recipe, tiny_base, tmp_path):
+    text, out = str(tmp_path / "text.jsonl"), tmp_path / "out"
+    train_with_trl.main(str(tiny_base("llama")), text, str(out), max_steps=2)
+    model, _ = load_model(str(out))
+    odds = [odds for name, odds in model.named_parameters() if name.endswith("sink_odds")]
+    assert len(odds) == 3 and all(each.any() for each in odds)
 
 
 @pytest.mark.slow
