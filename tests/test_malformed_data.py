@@ -428,7 +428,22 @@ def test_a_stream_from_the_hub_is_checked_as_it_comes():
 
 def test_completions_that_all_lie_past_the_row_are_refused(folder):
     pairs = lines(*[{"prompt": "long " * 40, "completion": "x"}] * 9)
-    assert "too short: 0 rows" in folder.train(folder.file("pairs.jsonl", pairs))
+    assert "too short: 0 rows of" in folder.train(folder.file("pairs.jsonl", pairs))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("weights", [(None,), (1.0, 2.0), (None, None)])
+def test_completions_that_all_lie_past_the_row_are_refused_beside_other_data_too(
+    folder, weights, streaming
+):
+    long = folder.file("long.jsonl", lines(*[{"prompt": "long " * 40, "completion": "x"}] * 9))
+    other = folder.file("other.jsonl", lines(*PAIRS))
+    sources = [
+        {"path": str(path), "weight": weight}
+        for path, weight in zip((long, other), weights, strict=False)
+    ]
+    found = folder.train(long, data={"sources": sources, "streaming": streaming})
+    assert "long.jsonl" in found and "data.sequence_length" in found
 
 
 MEASURE = {"length": 192, "windows": 2}
