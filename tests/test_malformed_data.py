@@ -656,6 +656,17 @@ def load_swapped(base: Path) -> dict | None:
     return json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"]
 
 
+def removes_all(told: dict) -> None:
+    told["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[\\s\\S]"}, "content": ""}
+
+
+def test_a_tokenizer_that_makes_nothing_of_a_text_to_measure_on_is_refused(folder):
+    tokenizer_file(folder.own_base(), removes_all)
+    text = folder.file("text.txt", LONG)
+    found = refusal("measure", folder.base, "--text", text, leaves_alone=folder.path)
+    assert "makes no tokens of the text" in found
+
+
 RECIPE = "output_dir: runs/x\nmodel: {base: some/model}\ndata: {sources: [{path: text.jsonl}]}\n"
 
 
