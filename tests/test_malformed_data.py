@@ -545,6 +545,32 @@ def test_mixed_spellings_of_chats_are_accepted_and_no_turn_is_empty(
         assert said == TURNS
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_chats_on_the_hub_are_accepted_in_both_spellings(monkeypatch, column, streaming):
+    chats = Dataset.from_list([{column: TURNS, "id": 1}, {column: SHAREGPT, "id": 2}])
+    rows = chats.to_iterable_dataset() if streaming else chats
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda *_, **__: rows)
+    (source,) = load_sources(sources_of(Path("some/chats"), streaming=streaming), tiny_tokenizer())
+    for row in source.rows:
+        assert set(row) == {"messages", "tools", "chat_template_kwargs"}
+        assert [
+            {key: turn[key] for key in ("role", "content")} for turn in row["messages"]
+        ] == TURNS
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_bad_chat_on_the_hub_is_named(monkeypatch, streaming):
+    chats = Dataset.from_list([{"messages": TURNS}, {"messages": []}])
+    rows = chats.to_iterable_dataset() if streaming else chats
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda *_, **__: rows)
+    with pytest.raises(UserError, match="some/chats, row 2: messages is empty"):
+        (source,) = load_sources(
+            sources_of(Path("some/chats"), streaming=streaming), tiny_tokenizer()
+        )
+        list(source.rows)
+
+
 def test_what_only_some_rows_set_for_the_chat_template_is_accepted(folder):
     own_template(folder, "{% if much is defined %}much{% endif %}{{ messages[0].content }}")
     none, much = ({"messages": TURNS, "chat_template_kwargs": x} for x in (None, {"much": None}))
