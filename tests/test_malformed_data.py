@@ -22,7 +22,7 @@ from retrofit import cli
 from retrofit.data import sources
 from retrofit.data.rows import RowCheck, checked_stream
 from retrofit.data.sources import load_sources
-from retrofit.measure import read_documents
+from retrofit.measure import cut_windows, prepended_token, read_documents
 from retrofit.models.loading import load_tokenizer
 from retrofit.recipe import Data, Model, load_recipe
 from retrofit.utils.errors import UserError
@@ -893,6 +893,14 @@ def test_a_tokenizer_that_makes_nothing_of_a_text_to_measure_on_is_refused(folde
     text = folder.file("text.txt", LONG)
     found = refusal("measure", folder.base, "--text", text, leaves_alone=folder.path)
     assert "makes no tokens of the text" in found
+
+
+def test_a_tokenizer_that_has_no_letter_a_is_accepted(folder):
+    removes = {"type": "Replace", "pattern": {"String": "a"}, "content": ""}
+    tokenizer_file(folder.own_base(), lambda told: told.update(normalizer=removes))
+    tokenizer = load_tokenizer(Model(base=str(folder.base)))
+    assert prepended_token(tokenizer) is None
+    assert cut_windows([SENTENCE], tokenizer, 16, 1).shape == (1, 16)
 
 
 RECIPE = "output_dir: runs/x\nmodel: {base: some/model}\ndata: {sources: [{path: text.jsonl}]}\n"

@@ -1,8 +1,8 @@
 """Training data: local files or hub datasets, plain text, prompt/completion or chat.
 
-Loading, tokenizing, loss masks and packing are those of datasets and TRL; this file finds the
-sources and says what is wrong with them. What is local is looked at whole, which costs a small part
-of what tokenizing it does.
+Loading from the hub, tokenizing, loss masks and packing are those of datasets and TRL; this file
+finds the sources and says what is wrong with them. What is local is looked at whole, which costs a
+small part of what tokenizing it does.
 """
 
 import logging
