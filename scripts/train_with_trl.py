@@ -27,4 +27,5 @@ def main(base: str, text: str, out: str, max_steps: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    base, text, out = sys.argv[1:]
+    main(base, text, out)

@@ -4,22 +4,25 @@ import gzip
 import json
 import os
 import shutil
+from datetime import date, datetime
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, List
 from malformed import refusal
 from tiny import VOCAB_SIZE, tiny_tokenizer
 from typer.testing import CliRunner
 
 from retrofit import cli
+from retrofit.data import sources
 from retrofit.data.rows import RowCheck, checked_stream
 from retrofit.data.sources import load_sources
-from retrofit.measure import read_documents
+from retrofit.measure import cut_windows, prepended_token, read_documents
 from retrofit.models.loading import load_tokenizer
 from retrofit.recipe import Data, Model, load_recipe
 from retrofit.utils.errors import UserError
@@ -122,8 +125,9 @@ BAD_LINES = {
     "half a character": (LINES.encode() + b'{"text": "\xe2\x82"}\n', "line 31 is not UTF-8"),
     "Latin-1": ((LINES + '{"text": "café"}\n').encode("latin-1"), "line 31 is not UTF-8"),
     "UTF-16": (LINES.encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+    "UTF-16 without a mark": (LINES.encode("utf-16-le"), "line 1 holds a NUL byte, as UTF-16 does"),
     "UTF-16, big end first": (b"\xfe\xff" + LINES.encode("utf-16-be"), "it is UTF-16"),
-    "a NUL": (LINES.encode() + b'{"text": "a\x00"}\n', "line 31 is not JSON"),
+    "a NUL": (LINES.encode() + b'{"text": "a\x00"}\n', "line 31 holds a NUL byte"),
     "nothing": (b"", "data.jsonl"),
     "blank lines alone": (b"\n\n\n", "data.jsonl"),
     "blank texts alone": (lines({"text": ""}, {"text": " \n"}), "holds nothing but blanks"),
@@ -205,6 +209,12 @@ BAD_CHATS = {
     ),
     "object content": ([{"role": "user", "content": {"text": "x"}}], "its content is an object"),
     "a number for content": ([{"role": "user", "content": 7}], "its content is a number"),
+    "a role with a value": ([{"role": "user", "value": "x"}], "message 1 of messages mixes two"),
+    "from with a content": ([{"from": "user", "content": "x"}], "message 1 of messages mixes two"),
+    "a crossed message among others": (
+        [*TURNS, {"role": "a", "value": "x"}],
+        "message 3 of messages",
+    ),
 }
 
 
@@ -213,6 +223,31 @@ def test_a_bad_chat_is_named(folder, messages, message):
     path = folder.file("chats.jsonl", lines(*CHATS, {"messages": messages}))
     found = folder.train(path)
     assert message in found and "line 31" in found
+
+
+BAD_BESIDE = {
+    "text for settings": ({"chat_template_kwargs": "x"}, "chat_template_kwargs is text, not"),
+    "a list for settings": ({"chat_template_kwargs": [1]}, "chat_template_kwargs is a list, not"),
+    "tokenize": (
+        {"chat_template_kwargs": {"tokenize": False}},
+        "kwargs sets tokenize",
+    ),
+    "tools that are no JSON": ({"tools": "[{"}, "tools is text that is not JSON"),
+    "an object for tools": ({"tools": {"type": "function"}}, "tools is an object, not a list"),
+    "a number for tools": ({"tools": 3}, "tools is a number, not a list"),
+    "a number among tools": ({"tools": [{"type": "function"}, 3]}, "tools holds a number, not an"),
+    "a number too large": (
+        {"messages": [*TURNS, {"role": "tool", "content": "x", "number": 10**40}]},
+        "holds a number or a nesting",
+    ),
+}
+
+
+@pytest.mark.parametrize(("beside", "message"), BAD_BESIDE.values(), ids=BAD_BESIDE)
+def test_what_stands_beside_a_chat_is_named_and_not_the_template(folder, beside, message):
+    row = {"messages": TURNS} | beside
+    found = folder.train(folder.file("chats.jsonl", lines(*CHATS, row)))
+    assert "line 31: " in found and message in found and "template of the base" not in found
 
 
 @pytest.mark.parametrize("name", ["null", "no message", "no role", "list content"])
@@ -227,7 +262,7 @@ def test_the_row_in_which_a_chat_template_raises_is_named(folder):
                  "'turns must alternate') }}{% endif %}{{ m.content }}{% endfor %}")  # fmt: skip
     rows = [*CHATS, {"messages": [{"role": "user", "content": "no"}]}]
     found = folder.train(folder.file("chats.jsonl", lines(*rows)))
-    assert "row 31: the chat template" in found and "turns must alternate" in found
+    assert "line 31: the chat template" in found and "turns must alternate" in found
 
 
 def own_template(folder: Folder, template: str | None) -> None:
@@ -241,15 +276,28 @@ def own_template(folder: Folder, template: str | None) -> None:
     ("template", "message"),
     [
         (None, "the base's tokenizer has none"),
-        ("{% for m in messages %}", "row 1: the chat template"),
-        ("{{ messages[7].content }}", "row 1: the chat template"),
-        ("{{ messages.x.y }}", "row 1: the chat template"),
-        ("{{ messages | nothing }}", "row 1: the chat template"),
-        ("{{ 1 / 0 }}", "row 1: the chat template"),
-        ("{{ messages[0].content + 3 }}", "row 1: the chat template"),
+        ("{% for m in messages %}", "line 1: the chat template"),
+        ("{{ messages[7].content }}", "line 1: the chat template"),
+        ("{{ messages.x.y }}", "line 1: the chat template"),
+        ("{{ messages | nothing }}", "line 1: the chat template"),
+        ("{{ 1 / 0 }}", "line 1: the chat template"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "line 1: the chat template"),
+        ("{{ " + "[" * 3000 + "]" * 3000 + " }}", "line 1: the chat template"),
+        ("{{ messages[0].content + 3 }}", "line 1: the chat template"),
         ("  ", "makes it empty"),
     ],
-    ids=["none", "not closed", "out of range", "undefined", "no filter", "by 0", "types", "empty"],
+    ids=[
+        "none",
+        "not closed",
+        "out of range",
+        "undefined",
+        "no filter",
+        "by 0",
+        "a macro in itself",
+        "deep",
+        "types",
+        "empty",
+    ],
 )
 def test_a_chat_template_that_cannot_be_used_is_one_line(folder, template, message):
     own_template(folder, template)
@@ -313,7 +361,18 @@ def test_half_a_character_in_parquet_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data.json", b"[1, 2]", "data.json"),
+        ("data.json", b"[1, 2]", "row 1: a number, not an object"),
+        ("data.json", b'[null, {"text": "a"}]', "row 1: null, not an object"),
+        ("data.json", b'[{"text": "a"}, null]', "row 2: null, not an object"),
+        ("data.json", b'[{"text": "a"}, [1]]', "row 2: a list, not an object"),
+        ("data.json", b"null", "row 1: null, not an object"),
+        ("data.json", b"[]", "is empty"),
+        ("data.json", b'[{"text": "a"}] x', "it is not JSON"),
+        ("data.json", b'[{"text": "a"}, {"text": "\\ud800 x"}]', "row 2 escapes half a character"),
+        ("data.json", b"[" * 5000, "it is not JSON"),
+        ("data.json", '[{"text": "a"}]'.encode("utf-16-le"), "line 1 holds a NUL byte"),
+        ("data.txt", "a\nb".encode("utf-16-le"), "line 1 holds a NUL byte, as UTF-16 does"),
+        ("data.txt", b"a\nb\0", "line 2 holds a NUL byte"),
         ("data.json", b'[{"text": "a"}, {"text": null}]', "row 2: text is null"),
         ("data.json", b'[{"text": "a"}, {"text": 3}]', "row 2: text is a number"),
         ("data.json", b'[{"text": "a"}, ', "it is not JSON"),
@@ -379,6 +438,10 @@ def test_a_pipe_is_no_data(folder):
         ("data.TXT", LINES.encode()),
         ("data.txt.gz", compressed(LINES.encode())),
         ("pairs.jsonl", lines(*PAIRS, {"prompt": "", "completion": "x"})),
+        ("a::b.jsonl", LINES.encode()),
+        ("zip::a.txt", LINES.encode()),
+        ("data.json", json.dumps([row["text"] for row in TEXTS]).encode()),
+        ("data.json", "\n".join(json.dumps(row, indent=1) for row in TEXTS).encode()),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
@@ -389,6 +452,160 @@ def test_data_is_accepted_as_people_have_it(tmp_path, name, content, streaming):
     rows = [row.get("text", row.get("completion")) for row in source.rows]
     assert len(rows) == (1 if ".txt" in name.lower() else rows.count("") + 30 + rows.count("x"))
     assert not any(row.startswith("\ufeff") for row in rows)
+
+
+DATES = {
+    "text": [{"text": "2024-01-01"}],
+    "completion": [{"prompt": "when?", "completion": "2024-01-01T10:00:00"}],
+    "messages": [{"messages": [{"role": "user", "content": "2024-01-01"}]}],
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("column", DATES)
+def test_dates_are_accepted_as_the_text_that_they_are(tmp_path, column, streaming):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(*DATES[column] * 3))
+    (source,) = load_sources(sources_of(path, streaming=streaming), tiny_tokenizer())
+    assert [row[column] for row in source.rows] == [DATES[column][0][column]] * 3
+
+
+@pytest.mark.parametrize("last", [{"text": "x"}, {"text": "x", "new": 1}, {"text": "x", "id": "x"}])
+def test_what_comes_late_in_a_file_is_accepted_where_it_is_not_read(tmp_path, last):
+    path = tmp_path / "data.jsonl"
+    early = [{"text": "2024-01-01", "id": 1}] * 3 + [{"text": "x" * 12_000_000, "id": 1}]
+    path.write_bytes(lines(*early, last))
+    (source,) = load_sources(sources_of(path), tiny_tokenizer())
+    assert source.rows["text"][0] == "2024-01-01" and source.rows["text"][-1] == "x"
+
+
+def parquet(rows: list[dict], path: Path) -> None:
+    Dataset.from_list(rows).to_parquet(str(path))
+
+
+WRITTEN = {
+    ".jsonl": lambda rows, path: path.write_bytes(lines(*rows)),
+    ".jsonl.gz": lambda rows, path: path.write_bytes(compressed(lines(*rows))),
+    ".json": lambda rows, path: path.write_text(json.dumps(rows)),
+    ".txt": lambda rows, path: path.write_text(rows[0]["text"]),
+    ".parquet": parquet,
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_a_file_that_is_written_over_in_the_same_moment_is_read_anew(tmp_path, kind, streaming):
+    path = tmp_path / f"data{kind}"
+    for text in ("a text of before", "a text of thence"):
+        WRITTEN[kind]([{"text": text}], path)
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        (source,) = load_sources(sources_of(path, streaming=streaming), tiny_tokenizer())
+        assert [row["text"] for row in source.rows] == [text]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(tmp_path, monkeypatch):
+    path, seen = tmp_path / "data.jsonl", str(uuid4())  # what no run before has kept
+    path.write_bytes(lines({"text": seen}))
+    check = sources.check_file
+
+    def and_then_it_changes(*arguments):
+        content = check(*arguments)
+        path.write_bytes(lines({"text": "put there"}))
+        return content
+
+    monkeypatch.setattr(sources, "check_file", and_then_it_changes)
+    with pytest.raises(UserError, match="has changed while it was read"):
+        load_sources(sources_of(path), tiny_tokenizer())
+    monkeypatch.undo()
+    path.write_bytes(lines({"text": seen}))
+    (source,) = load_sources(sources_of(path), tiny_tokenizer())
+    assert source.rows["text"][:] == [seen]
+
+
+MIXED_CHATS = {
+    "ShareGPT last": [{"messages": TURNS}] * 8 + [{"messages": SHAREGPT}],
+    "ShareGPT first": [{"messages": SHAREGPT}] * 8 + [{"messages": TURNS}],
+    "in one chat": [{"messages": [TURNS[0], SHAREGPT[1]]}],
+    "in a pair": [{"prompt": TURNS[:1], "completion": SHAREGPT[1:]}],
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("rows", MIXED_CHATS.values(), ids=MIXED_CHATS)
+def test_mixed_spellings_of_chats_are_accepted_and_no_turn_is_empty(
+    tmp_path, rows, suffix, streaming
+):
+    WRITTEN[suffix](rows, tmp_path / f"chats{suffix}")
+    data = sources_of(tmp_path / f"chats{suffix}", streaming=streaming)
+    (source,) = load_sources(data, tiny_tokenizer())
+    for row in source.rows:
+        messages = row.get("messages") or row["prompt"] + row["completion"]
+        said = [{key: message[key] for key in ("role", "content")} for message in messages]
+        assert said == TURNS
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_chats_on_the_hub_are_accepted_in_both_spellings(monkeypatch, column, streaming):
+    chats = Dataset.from_list([{column: TURNS, "id": 1}, {column: SHAREGPT, "id": 2}])
+    rows = chats.to_iterable_dataset() if streaming else chats
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda *_, **__: rows)
+    (source,) = load_sources(sources_of(Path("some/chats"), streaming=streaming), tiny_tokenizer())
+    for row in source.rows:
+        assert set(row) == {"messages", "tools", "chat_template_kwargs"}
+        assert [
+            {key: turn[key] for key in ("role", "content")} for turn in row["messages"]
+        ] == TURNS
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_bad_chat_on_the_hub_is_named(monkeypatch, streaming):
+    chats = Dataset.from_list([{"messages": TURNS}, {"messages": []}])
+    rows = chats.to_iterable_dataset() if streaming else chats
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda *_, **__: rows)
+    with pytest.raises(UserError, match="some/chats, row 2: messages is empty"):
+        (source,) = load_sources(
+            sources_of(Path("some/chats"), streaming=streaming), tiny_tokenizer()
+        )
+        list(source.rows)
+
+
+def test_what_only_some_rows_set_for_the_chat_template_is_accepted(folder):
+    own_template(folder, "{% if much is defined %}much{% endif %}{{ messages[0].content }}")
+    none, much = ({"messages": TURNS, "chat_template_kwargs": x} for x in (None, {"much": None}))
+    rows = [*CHATS, much, none]
+    path = folder.file("chats.jsonl", lines(*rows))
+    (source,) = load_sources(sources_of(path), load_tokenizer(Model(base=str(folder.base))))
+    settings = source.rows["chat_template_kwargs"]
+    assert settings[0] == settings[31] == {} and settings[30] == {"much": None}
+    folder.trains(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_dates_beside_the_words_of_a_chat_are_accepted(tmp_path, streaming):
+    message = TURNS[0] | {"sent": datetime(2024, 1, 2), "read": date(2024, 1, 2)}
+    parquet([{"messages": [message]}], tmp_path / "chats.parquet")
+    data = sources_of(tmp_path / "chats.parquet", streaming=streaming)
+    (source,) = load_sources(data, tiny_tokenizer())
+    assert [row["messages"][0]["content"] for row in source.rows] == ["hi"]
+
+
+def test_messages_that_datasets_has_stored_as_json_are_accepted(tmp_path):
+    features = Features({"messages": List(Json())})
+    rows = Dataset.from_list([{"messages": TURNS}, {"messages": SHAREGPT}], features=features)
+    rows.to_parquet(str(tmp_path / "chats.parquet"))
+    (source,) = load_sources(sources_of(tmp_path / "chats.parquet"), tiny_tokenizer())
+    assert list(source.rows["messages"]) == [TURNS, TURNS]
+
+
+def test_the_numbers_of_a_chat_are_kept_as_they_are(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"x": 3.141592653589793, "none": None}}}
+    said = [*TURNS[:1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (tmp_path / "chats.jsonl").write_bytes(lines({"messages": said, "tools": [{"a": 1}]}))
+    (source,) = load_sources(sources_of(tmp_path / "chats.jsonl"), tiny_tokenizer())
+    (row,) = source.rows
+    assert row["messages"] == said and row["tools"] == [{"a": 1}]
 
 
 @pytest.mark.parametrize(
@@ -428,7 +645,22 @@ def test_a_stream_from_the_hub_is_checked_as_it_comes():
 
 def test_completions_that_all_lie_past_the_row_are_refused(folder):
     pairs = lines(*[{"prompt": "long " * 40, "completion": "x"}] * 9)
-    assert "too short: 0 rows" in folder.train(folder.file("pairs.jsonl", pairs))
+    assert "too short: 0 rows of" in folder.train(folder.file("pairs.jsonl", pairs))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("weights", [(None,), (1.0, 2.0), (None, None)])
+def test_completions_that_all_lie_past_the_row_are_refused_beside_other_data_too(
+    folder, weights, streaming
+):
+    long = folder.file("long.jsonl", lines(*[{"prompt": "long " * 40, "completion": "x"}] * 9))
+    other = folder.file("other.jsonl", lines(*PAIRS))
+    sources = [
+        {"path": str(path), "weight": weight}
+        for path, weight in zip((long, other), weights, strict=False)
+    ]
+    found = folder.train(long, data={"sources": sources, "streaming": streaming})
+    assert "long.jsonl" in found and "data.sequence_length" in found
 
 
 MEASURE = {"length": 192, "windows": 2}
@@ -491,6 +723,8 @@ def test_a_bad_line_of_a_text_to_measure_on_is_named(folder, content, message):
     [
         ("text.txt", LONG + b"\xe9", "line 41 is not UTF-8"),
         ("text.txt", LONG.decode().encode("utf-16"), "it is UTF-16"),
+        ("text.txt", LONG.decode().encode("utf-16-le"), "line 1 holds a NUL byte"),
+        ("text.txt", LONG + b"\0", "line 41 holds a NUL byte"),
         ("text.txt", b"", "is empty"),
         ("text.txt", b"\xef\xbb\xbf", "is empty"),
         ("text.jsonl", b"", "is empty"),
@@ -641,6 +875,34 @@ def load_swapped(base: Path) -> dict | None:
     return json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"]
 
 
+def removes_all(told: dict) -> None:
+    told["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[\\s\\S]"}, "content": ""}
+
+
+@pytest.mark.parametrize("rows", [TEXTS, PAIRS, CHATS], ids=["text", "pairs", "chats"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_tokenizer_that_makes_nothing_of_the_data_is_refused(folder, rows, streaming):
+    tokenizer_file(folder.own_base(), removes_all)
+    data = folder.file("data.jsonl", lines(*rows))
+    found = folder.train(data, data={"streaming": streaming})
+    assert "makes no tokens of" in found and "data.jsonl" in found
+
+
+def test_a_tokenizer_that_makes_nothing_of_a_text_to_measure_on_is_refused(folder):
+    tokenizer_file(folder.own_base(), removes_all)
+    text = folder.file("text.txt", LONG)
+    found = refusal("measure", folder.base, "--text", text, leaves_alone=folder.path)
+    assert "makes no tokens of the text" in found
+
+
+def test_a_tokenizer_that_has_no_letter_a_is_accepted(folder):
+    removes = {"type": "Replace", "pattern": {"String": "a"}, "content": ""}
+    tokenizer_file(folder.own_base(), lambda told: told.update(normalizer=removes))
+    tokenizer = load_tokenizer(Model(base=str(folder.base)))
+    assert prepended_token(tokenizer) is None
+    assert cut_windows([SENTENCE], tokenizer, 16, 1).shape == (1, 16)
+
+
 RECIPE = "output_dir: runs/x\nmodel: {base: some/model}\ndata: {sources: [{path: text.jsonl}]}\n"
 
 
@@ -655,7 +917,7 @@ BAD_RECIPES = {
     "UTF-16": (RECIPE.encode("utf-16"), "it is UTF-16; save it as UTF-8"),
     "Latin-1": ((RECIPE + "# café\n").encode("latin-1"), "line 4 is not UTF-8"),
     "half a character": (RECIPE.encode() + b"# \xe2\x82\n", "line 4 is not UTF-8"),
-    "a NUL": (RECIPE.encode() + b"\0", "is not YAML"),
+    "a NUL": (RECIPE.encode() + b"\0", "line 4 holds a NUL byte"),
     "nothing": (b"", "is not a recipe"),
     "a comment": (b"# x\n", "is not a recipe"),
     "a list": (b"- a\n", "is not a recipe"),

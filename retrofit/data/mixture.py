@@ -7,6 +7,8 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from retrofit.utils.errors import UserError
+
 _LOOKED_AT = 256  # first rows of a stream
 
 
@@ -44,6 +46,22 @@ def mix(
         for each, length, share in zip(rows, lengths, shares, strict=True)
     ]
     return datasets.concatenate_datasets(parts).shuffle(seed=seed)
+
+
+def check_any_left(rows: Dataset | IterableDataset, path: str) -> None:
+    """
+    Args:
+        rows: a source's, tokenized, without those in which nothing is trained on.
+        path: of the source, for the message.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if next(iter(rows), None) is None:
+        raise UserError(
+            f"data: too short: 0 rows of {path} are left, since what is trained on in each lies "
+            "past data.sequence_length; raise it, or take shorter prompts"
+        )
 
 
 def _first(rows: IterableDataset) -> Iterator[dict]:

@@ -14,8 +14,11 @@ from retrofit.utils.errors import UserError
 Problem = Callable[[Any], str | None]  # what is wrong with a row, in words
 
 # Of a message: in the words of OpenAI, and of ShareGPT.
-_ROLES, _CONTENTS = ("role", "from"), ("content", "value")
-_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a truth value"}
+_SPELLINGS = {"role": "content", "from": "value"}
+_NAMES = {
+    dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number",
+    float: "a number",
+}  # fmt: skip
 
 
 class RowCheck:
@@ -58,8 +61,8 @@ def first_problem(*problems: Problem) -> Problem:
 
 
 def kind(value: Any) -> str:
-    """What a value of JSON is, in words."""
-    return "null" if value is None else _NAMES.get(type(value), "a number")
+    """What a value is, in words: those of JSON, or its type in a parquet file."""
+    return "null" if value is None else _NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 def check_rows(rows: Iterable[tuple[int, Any]], problem: Problem, path: str, each: str) -> None:
@@ -103,9 +106,12 @@ def is_plain_text(rows: Dataset | IterableDataset, columns: Sequence[str]) -> bo
     return all(_is_text(rows.data.table[name]) for name in columns)
 
 
-def is_blank(rows: Iterable[Mapping], column: str) -> bool:
-    """Whether no row holds more than blanks."""
-    return not any(row[column].strip() for row in rows)
+def texts_of(row: Mapping, column: str) -> list[str]:
+    """The text of a row, or what is said in its chat, in either spelling."""
+    if isinstance(row[column], str):
+        return [row[column]]
+    contents = (message.get(name) for message in row[column] for name in _SPELLINGS.values())
+    return [content for content in contents if content]
 
 
 def _is_text(column: pa.ChunkedArray) -> bool:
@@ -138,17 +144,27 @@ def _problem_of_messages(name: str, messages: Any) -> str | None:
 def _problem_of_message(message: Any) -> str | None:
     if not isinstance(message, Mapping):
         return f"is {kind(message)}, not an object with role and content"
-    role, content = (
-        next((message[key] for key in keys if message.get(key) is not None), None)
-        for keys in (_ROLES, _CONTENTS)
-    )
-    if not isinstance(role, str):
-        return "has no role" if role is None else f"has {kind(role)} for a role"
+    key = _key_of_role(message)
+    if key is None:
+        return "has no role"
+    if not isinstance(message[key], str):
+        return f"has {kind(message[key])} for a role"
+    return _problem_of_content(message, key)
+
+
+def _problem_of_content(message: Mapping, key: str) -> str | None:
+    content = message.get(_SPELLINGS[key])
     if content is None and message.get("tool_calls"):
         return None
+    if content is None and any(message.get(name) is not None for name in _SPELLINGS.values()):
+        return "mixes two spellings; write role with content, or from with value"
     found = _problem_of_text("content", content)
     return f"is not usable: its {found}" if found else None
 
 
+def _key_of_role(message: Mapping) -> str | None:
+    return next((key for key in _SPELLINGS if message.get(key) is not None), None)
+
+
 def _has_assistant(messages: Any) -> bool:
-    return any(message.get(key) == "assistant" for message in messages for key in _ROLES)
+    return any(message[_key_of_role(message)] == "assistant" for message in messages)

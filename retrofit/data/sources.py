@@ -1,50 +1,58 @@
 """Training data: local files or hub datasets, plain text, prompt/completion or chat.
 
-Loading, tokenizing, loss masks and packing are those of datasets and TRL; this file finds the
-sources and says what is wrong with them. What is local is looked at whole, which costs a small part
-of what tokenizing it does.
+Loading from the hub, tokenizing, loss masks and packing are those of datasets and TRL; this file
+finds the sources and says what is wrong with them. What is local is looked at whole, which costs a
+small part of what tokenizing it does.
 """
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from glob import escape  # datasets takes what it is given for a pattern
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from retrofit.data.chats import chat_template, in_chatml, template_problem
+from retrofit.data.chats import (
+    beside_problem,
+    chat_template,
+    json_problem,
+    template_problem,
+)
+from retrofit.data.forms import ChatForm, Form
+from retrofit.data.local_files import (
+    as_dataset,
+    as_stream,
+    check_file,
+    read_rows,
+    unit_of,
+)
 from retrofit.data.rows import (
     Problem,
     RowCheck,
+    check_row,
     check_rows,
     checked_stream,
     first_problem,
-    is_blank,
     is_plain_text,
     object_problem,
+    texts_of,
 )
+from retrofit.data.vocabulary import has_tokens
 from retrofit.recipe import Data, Source
 from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.paths import expanded
-from retrofit.utils.text_files import (
-    is_json_lines,
-    kind_of,
-    read_json_lines,
-    read_json_text,
-    read_text,
-)
+from retrofit.utils.text_files import kind_of
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+_KINDS = (".jsonl", ".json", ".parquet", ".txt")
 _COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",))
 _WORDS_OF_TRL = {"conversations": "messages"}
-_BESIDE = ("tools", "chat_template_kwargs")  # what a chat template is given besides
 _READ = ".jsonl, .json, .txt (all three also as .gz) and .parquet"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _OTHER_FILES = re.compile(
@@ -78,49 +86,106 @@ def load_sources(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[LoadedS
 
 def _load(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> LoadedSource:
     path = _local(source)
-    rows, first = _opened(source, path, data.streaming)
-    names = _columns(source, first)
-    is_chat = "messages" in names.values() or (
-        "prompt" in names and isinstance(first["prompt"], list)
-    )
-    if data.assistant_only_loss and not is_chat:
-        raise UserError(f"data.assistant_only_loss: {source.path} holds no chats; set it to false")
-    check = partial(RowCheck, chat=is_chat, assistant_only=data.assistant_only_loss)
-    if path and is_json_lines(path):
-        check_rows(read_json_lines(path), check(names), source.path, "line")
-    problem: Problem = check(names.values())
-    rows = _in_words_of_trl(rows, names, first)
-    if is_chat:
-        rows = in_chatml(rows, first)
-        template = chat_template(tokenizer, data.assistant_only_loss)
-        problem = first_problem(problem, template_problem(tokenizer, template))
-    if path is None and data.streaming:
-        rows = checked_stream(rows, problem, source.path)
+    rows: Any = None if path else _from_hub(source, data.streaming)
+    first = _first(enumerate(rows, 1) if path is None else read_rows(path), source.path, path)
+    form = _form(source, first, data)
+    problem = _problem(form, data, tokenizer)
+    if path:
+        rows = _from_file(path, form, problem, source.path, data.streaming)
     else:
-        _check_whole(rows, list(names.values()), problem, is_chat, source.path)
+        rows = _checked(rows, form, problem, source.path)
+    names = [*form.names.values()]
+    if path or not data.streaming:
+        _check_tokens(rows, names[-1], tokenizer, source.path)
     return LoadedSource(rows, source.weight, "completion" in names, source.path)
 
 
-def _check_whole(rows: Any, columns: list[str], problem: Problem, is_chat: bool, path: str) -> None:
-    if is_chat or not is_plain_text(rows, columns):
-        check_rows(enumerate(_read(rows, path), 1), problem, path, "row")
-    if not is_chat and is_blank(rows, columns[-1]):
-        raise UserError(f"data: {path} holds nothing but blanks")
+def _form(source: Source, first: dict, data: Data) -> Form:
+    names = _columns(source, first)
+    if "messages" in names.values() or ("prompt" in names and isinstance(first["prompt"], list)):
+        return ChatForm(names, stored=not data.streaming)
+    if data.assistant_only_loss:
+        raise UserError(f"data.assistant_only_loss: {source.path} holds no chats; set it to false")
+    return Form(names)
 
 
-def _opened(source: Source, path: Path | None, streaming: bool) -> tuple[Any, dict]:
-    """The rows of a source, and the first of them."""
+def _problem(form: Form, data: Data, tokenizer: PreTrainedTokenizerBase) -> Problem:
+    """Says what is wrong with a row, as it was read."""
+    if not isinstance(form, ChatForm):
+        return RowCheck(form.names)
+    template = chat_template(tokenizer, data.assistant_only_loss)
+    return first_problem(
+        RowCheck(form.names, chat=True, assistant_only=data.assistant_only_loss),
+        beside_problem,
+        json_problem(form),
+        template_problem(tokenizer, template, form),
+    )
+
+
+def _from_file(path: Path, form: Form, problem: Problem, name: str, streaming: bool) -> Any:
+    content = check_file(path, form, problem, name)
+    if streaming:
+        return as_stream(path, form)
     try:
         with _alone():
-            rows = _open(source, path, streaming)
-            first = next(iter(rows), None)
-    except Exception as error:  # datasets raises a dozen kinds
-        if path:
-            _explain(path, source.path)
-        raise _unreadable(source.path, error) from None
+            return as_dataset(path, form, content)
+    except (DatasetGenerationError, OSError) as error:  # it has changed, or the disk is full
+        raise _unreadable(name, error) from None
+
+
+def _checked(rows: Any, form: Form, problem: Problem, name: str) -> Any:
+    """What is on the hub, in the words of TRL."""
+    if isinstance(rows, IterableDataset):
+        rows = checked_stream(rows, problem, name)
+    elif isinstance(form, ChatForm) or not is_plain_text(rows, [*form.names]):
+        check_rows(enumerate(_read(rows, name), 1), problem, name, "row")
+    if isinstance(form, ChatForm):
+        if isinstance(rows, IterableDataset):
+            return rows.map(form).select_columns([*form.features])
+        return rows.map(form, remove_columns=rows.column_names, features=form.features)
+    rows = rows.select_columns([*form.names])
+    renamed = {name: known for name, known in form.names.items() if name != known}
+    return rows.rename_columns(renamed) if renamed else rows
+
+
+def _check_tokens(rows: Any, column: str, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """
+    Raises:
+        UserError: if all texts are blank, or the tokenizer makes nothing of them.
+    """
+    texts = (text for row in rows for text in texts_of(row, column) if text.strip())
+    first = next(texts, None)
     if first is None:
-        raise UserError(f"data: {source.path} is empty")
-    return rows, first
+        raise UserError(f"data: {name} holds nothing but blanks")
+    if not any(has_tokens(text, tokenizer) for text in chain([first], texts)):
+        raise UserError(
+            f"data: the tokenizer of the base makes no tokens of {name}; put the tokenizer there "
+            "that belongs to the model, or take other texts"
+        )
+
+
+def _first(rows: Iterable[tuple[int, Any]], name: str, path: Path | None) -> Any:
+    """
+    Raises:
+        UserError: if there are no rows, or the first is no object.
+    """
+    number, first = next(iter(rows), (0, None))
+    if not number:
+        raise UserError(f"data: {name} is empty")
+    check_row(first, number, object_problem, name, unit_of(path) if path else "row")
+    return first
+
+
+def _from_hub(source: Source, streaming: bool) -> Any:
+    try:
+        with _alone():
+            rows = datasets.load_dataset(
+                source.path, source.name, split=source.split, streaming=streaming
+            )
+            next(iter(rows), None)
+    except Exception as error:  # datasets raises a dozen kinds
+        raise _unreadable(source.path, error) from None
+    return rows
 
 
 def _read(rows: Any, name: str) -> Iterator[dict]:
@@ -131,6 +196,8 @@ def _read(rows: Any, name: str) -> Iterator[dict]:
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
+    if isinstance(error.__cause__, UserError):
+        return error.__cause__
     if "corresponds to no data" in str(error):
         return UserError(f"data: {name} is empty")
     return UserError(f"data: cannot read {name}: {one_line(error.__cause__ or error)}")
@@ -143,7 +210,7 @@ def _local(source: Source) -> Path | None:
         UserError: if it is neither a file that is read nor the name of a dataset on the hub.
     """
     path = expanded(source.path)
-    known = kind_of(path) in _BUILDERS and not path.name.lower().endswith(".parquet.gz")
+    known = kind_of(path) in _KINDS and not path.name.lower().endswith(".parquet.gz")
     if path.is_dir():
         raise UserError(f"data: {source.path} is a folder; name a file: {_READ} are read")
     if path.is_file() and not known:
@@ -156,19 +223,6 @@ def _local(source: Source) -> Path | None:
     return None
 
 
-def _open(source: Source, path: Path | None, streaming: bool) -> Dataset | IterableDataset:
-    if path is None:
-        return datasets.load_dataset(
-            source.path, source.name, split=source.split, streaming=streaming
-        )
-    builder = _BUILDERS[kind_of(path)]
-    # One document a text file: cut at line ends it would be a heap of short ones.
-    kwargs = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
-    return datasets.load_dataset(
-        builder, data_files=escape(str(path)), split="train", streaming=streaming, **kwargs
-    )
-
-
 @contextmanager
 def _alone() -> Iterator[None]:
     """Silence datasets, which prints an error beside the one that it raises."""
@@ -178,19 +232,6 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         datasets.logging.set_verbosity(before)
-
-
-def _explain(path: Path, name: str) -> None:
-    """
-    Raises:
-        UserError: that says in which line a file cannot be read, if that can be told.
-    """
-    if kind_of(path) == ".jsonl" or is_json_lines(path):
-        check_rows(read_json_lines(path), object_problem, name, "line")
-    elif kind_of(path) == ".json":
-        read_json_text(path)
-    elif kind_of(path) == ".txt":
-        read_text(path)
 
 
 def _columns(source: Source, first: dict) -> dict[str, str]:
@@ -212,10 +253,3 @@ def _columns(source: Source, first: dict) -> dict[str, str]:
         f"data: {source.path} has the columns {', '.join(sorted(first))}; expected text, "
         "prompt and completion, or messages (or set text_field)"
     )
-
-
-def _in_words_of_trl(rows: Any, names: dict[str, str], first: dict) -> Any:
-    """The columns that TRL reads, under its names."""
-    rows = rows.select_columns([*names, *(name for name in _BESIDE if name in first)])
-    renamed = {name: known for name, known in names.items() if name != known}
-    return rows.rename_columns(renamed) if renamed else rows

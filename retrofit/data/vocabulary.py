@@ -56,6 +56,12 @@ def check_end(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base
         )
 
 
+def has_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer makes anything of a text, of which no more is read than that takes."""
+    parts = (text[start : start + 1000] for start in range(0, len(text), 1000))
+    return any(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+
+
 def check_texts(tokenizer: PreTrainedTokenizerBase, size: int, texts: Iterable[str]) -> None:
     """
     Args:

@@ -49,7 +49,7 @@ def _check_name(path: Path) -> None:
 
 def prepended_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The BOS token where the tokenizer prepends it by default."""
-    prepends = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    prepends = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return tokenizer.bos_token if prepends else None
 
 
@@ -76,6 +76,10 @@ def cut_windows(
     rows = [row for turn in zip_longest(*long_enough) for row in turn if row is not None]
     if len(rows) < windows:
         rows = _pieces(joined, size)
+    if not joined:
+        raise UserError(
+            "the tokenizer makes no tokens of the text; put the one there that belongs to the model"
+        )
     if not rows:
         raise UserError(f"the text has {len(joined)} tokens, less than one window of {length}")
     return torch.tensor([bos + row for row in rows[:windows]])

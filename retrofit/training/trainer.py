@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from retrofit.data.chats import assistant_found
 from retrofit.data.collator import PackedRows
-from retrofit.data.mixture import mix
+from retrofit.data.mixture import check_any_left, mix
 from retrofit.data.sources import LoadedSource
 from retrofit.data.vocabulary import check_rows_of_tokens, embedded_tokens
 from retrofit.gates import GateConfig, GateLayer, gate_layers
@@ -184,6 +184,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
                 rows = super()._prepare_dataset(
                     source.rows, processing_class, args, packing, formatting_func, name
                 )
+            check_any_left(rows, source.path)
             prepared.append(check_rows_of_tokens(rows, processing_class, self._embedded))
         mixed = mix(prepared, [source.weight for source in self.sources], args.seed)
         self._check_length(mixed, args, packing)

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 from retrofit.utils.errors import UserError, one_line
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_BLANKS = re.compile(r"\s*")
 _CUT_SHORT = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
@@ -69,17 +71,23 @@ def is_json_lines(path: Path) -> bool:
         return False
 
 
-def read_json_text(path: Path) -> Any:
-    """What stands in a JSON file.
+def read_json_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """What stands in a JSON file, each value with its number from 1: the items of a list, or values
+    that follow one another.
 
     Raises:
-        UserError: if it cannot be read, or is not UTF-8 or JSON.
+        UserError: if it cannot be read, is not UTF-8 or JSON; for half a character the message
+            names the value.
     """
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: it is not JSON: {one_line(error, 100)}") from None
+    number, start, text = 0, 0, read_text(path).strip()
+    escapes = "\\u" in text
+    while start < len(text):
+        found, start = _value_at(start, text, path)
+        for value in found if isinstance(found, list) else [found]:
+            number += 1
+            if escapes:
+                _check_characters(value, f"row {number}", path)
+            yield number, value
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -91,6 +99,10 @@ def _decoded(line: bytes, number: int, path: Path) -> str:
         if line.startswith(_UTF_16):
             raise UserError(f"cannot read {path}: it is UTF-16; save it as UTF-8")
         line = line.removeprefix(codecs.BOM_UTF8)
+    if b"\0" in line:
+        raise UserError(
+            f"cannot read {path}: line {number} holds a NUL byte, as UTF-16 does; save it as UTF-8"
+        )
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -103,15 +115,29 @@ def _decoded(line: bytes, number: int, path: Path) -> str:
 def _parsed(line: str, number: int, path: Path) -> Any:
     try:
         value = json.loads(line)
-        if "\\u" in line:
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeEncodeError:
-        raise UserError(
-            f"cannot read {path}: line {number} escapes half a character (\\ud800 to \\udfff "
-            "come in pairs)"
-        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"cannot read {path}: line {number} is not JSON: {one_line(error, 100)}"
+        ) from None
+    if "\\u" in line:
+        _check_characters(value, f"line {number}", path)
+    return value
+
+
+def _value_at(start: int, text: str, path: Path) -> tuple[Any, int]:
+    """A value in a text of JSON, and where the next one starts."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: it is not JSON: {one_line(error, 100)}") from None
+    return value, _BLANKS.match(text, end).end()  # type: ignore[union-attr]
+
+
+def _check_characters(value: Any, where: str, path: Path) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"cannot read {path}: {where} escapes half a character (\\ud800 to \\udfff come in "
+            "pairs)"
         ) from None
