@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from retrofit.data.vocabulary import check_vocabulary, embedded_tokens
 from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
@@ -25,7 +26,7 @@ from retrofit.models.opening import DAMAGES, check_complete, finite, one_line, o
 from retrofit.models.pickles import refuse_pickled_weights
 from retrofit.models.published import unpack
 from retrofit.models.run_folder import adapter_in, check_base, run_of
-from retrofit.models.safetensors_io import StoredWeights
+from retrofit.models.safetensors_io import StoredWeights, read_index, weights_file
 from retrofit.models.source import check_ungated, has_published_gates
 from retrofit.models.tokenizer_file import check_tokenizer
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
@@ -104,21 +105,32 @@ def check_files(spec: Model, config: PreTrainedConfig) -> None:
     Raises:
         UserError: if the base's files are pickles, missing, damaged, or those of an adapter.
     """
-    folder = Path(spec.location)
+    folder, file = Path(spec.location), weights_file(config, spec.base)
     refuse_pickled_weights(folder)
-    weights = getattr(config, "transformers_weights", None)
-    if weights and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
-        raise UserError(f"the config.json of {spec.base} names {weights}, which is no safetensors")
-    if weights and Path(str(weights)).name != str(weights):
-        raise UserError(f"the config.json of {spec.base} names {weights}, outside of its folder")
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{spec.base} holds an adapter, which transformers would put on it; name a folder "
             "without adapter_config.json as the base"
         )
-    if folder.is_dir() and not weights:
+    if folder.is_dir():
         # A file that is missing or damaged is told of before any is loaded.
-        _check_packed(StoredWeights(folder), config, spec.base)
+        _check_packed(StoredWeights(folder, file), config, spec.base)
+    else:
+        _check_index(spec, file)
+
+
+def _check_index(spec: Model, file: str) -> None:
+    """What an index on the hub names is safetensors as well, before it is downloaded."""
+    with opening(spec.base):
+        index = cached_file(
+            spec.location,
+            file if file.endswith(".json") else SAFE_WEIGHTS_INDEX_NAME,
+            revision=spec.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if index:
+        read_index(Path(index))
 
 
 def _check_packed(stored: StoredWeights, config: PreTrainedConfig, base: str) -> None:
@@ -173,7 +185,10 @@ def load_model(
         spec = spec.model_copy(update={"quantization": quantization})
     base = load_base(spec)
     asked = dtype != "auto" or quantization is not None
-    check_base(base, folder, spec.quantization, _folder_of(spec) if asked else None)
+    stored = (
+        StoredWeights(_folder_of(spec), weights_file(base.config, spec.base)) if asked else None
+    )
+    check_base(base, folder, spec.quantization, stored)
     return load_adapter(base, adapter).eval(), load_tokenizer(spec)
 
 

@@ -83,15 +83,15 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def check_base(
-    base: PreTrainedModel, folder: Path, quantization: str | None, stored: Path | None
+    base: PreTrainedModel, folder: Path, quantization: str | None, stored: StoredWeights | None
 ) -> None:
     """
     Args:
         base: as it is held now.
         folder: the run, or a bare adapter, of which nothing is known.
         quantization: that the base is held in.
-        stored: the base's files where the command asked for another form than the run's, whose
-            weights are then read from there.
+        stored: the base's weights where the command asked for another form than the run's, whose
+            weights are then read from its files.
 
     Raises:
         UserError: if these are not the weights that the run was trained on. A quantized run has the
@@ -113,7 +113,7 @@ def check_base(
         return
     else:
         names = [name for name, _ in base_weights(base)]
-        weights, dtype = StoredWeights(stored).named_as(names), getattr(torch, trained.dtype)
+        weights, dtype = stored.named_as(names), getattr(torch, trained.dtype)
         found = weights_sha256((name, weights[name].to(dtype)) for name in names)
     if found != trained.weights_sha256:
         raise UserError(

@@ -15,7 +15,7 @@ from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.models.opening import finite, opening
 from retrofit.models.pickles import refuse_pickled_weights
 from retrofit.models.run_folder import adapter_in, facts_of, run_of
-from retrofit.models.safetensors_io import StoredWeights
+from retrofit.models.safetensors_io import StoredWeights, weights_file
 from retrofit.models.stored_gates import Gates, read_gates
 from retrofit.utils.errors import UserError
 
@@ -175,7 +175,7 @@ def stored_as_told(
         UserError: if a weight is missing, or has another shape than its config says.
     """
     shapes = shapes_of(config, name)
-    weights = StoredWeights(folder).named_as(shapes)
+    weights = StoredWeights(folder, weights_file(config, name)).named_as(shapes)
     _check_complete(weights, shapes, name)
     return weights, shapes
 

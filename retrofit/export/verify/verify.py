@@ -18,8 +18,10 @@ from retrofit.export.checkpoint_format import CheckpointFormat, MergeMismatchErr
 from retrofit.export.registry import format_of
 from retrofit.export.verify import streamed
 from retrofit.export.verify.reference import FILE, STEPS, kl_divergence, observe, refer, windows
+from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
 from retrofit.models.opening import check_complete
 from retrofit.models.pickles import pickles_in, refuse_pickles
+from retrofit.models.safetensors_io import refuse_other_weights
 from retrofit.models.tokenizer_file import check_tokenizer
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import temporary_folder
@@ -161,6 +163,8 @@ def verify(
     engine = engine or form.engines[0]
     _check_engine(engine, form, python)
     refuse_pickles(pickles_in(folder))
+    for model in _models_of(folder):
+        refuse_other_weights(model)
     form.check_code(folder, report["base"]["model_type"])
     with form.loadable(folder, checkpoint.get("file")) as model:
         figures = _run(_ENGINES[engine], [model, folder / FILE], form.options, python)
@@ -168,6 +172,14 @@ def verify(
     if wrong := list(_differences(figures, kl + 2 * rounding_kl, max_logprob_difference)):
         raise MergeMismatchError(f"the checkpoint differs from the trained model: {_said(wrong)}")
     return figures
+
+
+def _models_of(folder: Path) -> Iterator[Path]:
+    """The folders that an engine loads weights from: a checkpoint, or an adapter and its base."""
+    yield folder
+    if (folder / "adapter_config.json").is_file():
+        check_adapter_files(folder)
+        yield Path(read_adapter_config(folder).get("base_model_name_or_path") or folder)
 
 
 def _differences(figures: dict, kl: float, max_logprob_difference: float) -> Iterator[str]:
