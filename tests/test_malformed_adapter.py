@@ -170,6 +170,16 @@ def moved(to):
     return edited_gates(change)
 
 
+OTHER_KINDS = {"int32": "I32", "float8_e4m3fn": "F8_E4M3", "complex64": "C64"}
+
+
+def in_dtype(name):
+    def change(tensors):
+        tensors.update({key: t.to(getattr(torch, name)) for key, t in tensors.items()})
+
+    return edited_gates(change)
+
+
 GATES = {
     "cut off": (cut, "adapter_model.safetensors is missing or damaged"),
     "empty": (lambda path: path.write_bytes(b""), "missing or damaged"),
@@ -181,6 +191,10 @@ GATES = {
         edited_gates(lambda tensors: tensors.update({n: t[:1] for n, t in tensors.items()})),
         "shape|does not fit its base",
     ),
+    **{
+        f"in {dtype}": (in_dtype(dtype), f"as {told}, and weights are F16")
+        for dtype, told in OTHER_KINDS.items()
+    },
     "beside something else": (
         edited_gates(lambda tensors: tensors.update(lora_A=torch.zeros(2))),
         "lora_A",
@@ -337,6 +351,14 @@ def test_a_published_config_that_no_model_can_have_is_refused(whole, tmp_path, c
     edited(tmp_path / "model/config.json", change)
     told = refusal("unpack", tmp_path / "model", "--out", tmp_path / "apart", leaves_alone=tmp_path)
     assert re.search(message, told) and str(tmp_path / "model") in told, told
+
+
+def test_published_weights_of_another_kind_are_refused(whole, tmp_path):
+    path = Path(shutil.copytree(whole, tmp_path / "model")) / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, path)
+    told = refusal("unpack", tmp_path / "model", "--out", tmp_path / "apart", leaves_alone=tmp_path)
+    assert "stores model.norm.weight as I8" in told and str(path) in told
 
 
 @pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON)

@@ -278,6 +278,27 @@ def outside(index, base):
     }
 
 
+def in_both(index, base):
+    """One tensor also in the shard that the index does not name, with other numbers."""
+    name = "model.norm.weight"
+    file = FIRST if index["weight_map"][name] == SECOND else SECOND
+    held = load_file(base / file)
+    save_file(held | {name: torch.ones(64)}, base / file, metadata={"format": "pt"})
+
+
+OTHER_KINDS = {
+    "int8": "I8",
+    "int64": "I64",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e5m2": "F8_E5M2",
+}
+
+
+def in_dtype(name):
+    return lambda values: values.to(getattr(torch, name))
+
+
 def renamed(to):
     return lambda base: (base / "model.safetensors").rename(base / to)
 
@@ -350,6 +371,18 @@ FILES = {
     "half a shard": (
         sharded(lambda index, base: (base / SECOND).write_bytes(b"abc") and None),
         f"{SECOND} is missing or damaged",
+    ),
+    "a tensor in two shards": (
+        sharded(in_both),
+        f"{FIRST} and {SECOND} both hold model.norm.weight",
+    ),
+    **{
+        f"a tensor in {dtype}": (tensor(in_dtype(dtype)), f"stores {QUERY} as {told}")
+        for dtype, told in OTHER_KINDS.items()
+    },
+    "all tensors in float8": (
+        weights(lambda tensors: {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}),
+        "as F8_E4M3, and weights are F16",
     ),
     "a pipe for the config": (replaced("config.json", os.mkfifo), "config.json is no file"),
     "a pipe for the weights": (

@@ -87,4 +87,4 @@ def check_adapter_files(adapter: Path) -> None:
     refuse_pickles([adapter / "adapter_model.bin"])
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter} has no adapter_model.safetensors; train again")
-    StoredWeights(adapter, "adapter_model.safetensors")
+    StoredWeights(adapter, "adapter_model.safetensors").refuse_other_kinds()

@@ -114,7 +114,10 @@ def check_files(spec: Model, config: PreTrainedConfig) -> None:
         )
     if folder.is_dir():
         # A file that is missing or damaged is told of before any is loaded.
-        _check_packed(StoredWeights(folder, file), config, spec.base)
+        stored = StoredWeights(folder, file)
+        _check_packed(stored, config, spec.base)
+        if not getattr(config, "quantization_config", None):
+            stored.refuse_other_kinds()
     else:
         _check_index(spec, file)
 

@@ -92,6 +92,7 @@ def unpack(checkpoint: Path, out: Path) -> None:
     """
     config, weights = _published_config(checkpoint), StoredWeights(checkpoint)
     refuse_other_weights(checkpoint)
+    weights.refuse_other_kinds()
     check_published(config, weights, str(checkpoint))
     _check_base(_base_config(config), weights, str(checkpoint))
     gates = GateConfig(

@@ -16,6 +16,7 @@ from retrofit.utils.files import read_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
@@ -56,6 +57,21 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         """Without reading the tensor."""
         with _opened(self._files[name]) as file:
             return tuple(file.get_slice(self._bare.get(name, name)).get_shape())
+
+    def refuse_other_kinds(self) -> None:
+        """Weights are floating-point numbers; transformers makes some of whatever is stored.
+
+        Raises:
+            UserError: if a tensor is stored in something else, as the headers have it.
+        """
+        for path in sorted(set(self._files.values())):
+            with _opened(path) as file:
+                stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            if wrong := sorted(name for name in stored if stored[name] not in _FLOATS):
+                raise UserError(
+                    f"{path} stores {wrong[0]} as {stored[wrong[0]]}, and weights are "
+                    f"{', '.join(_FLOATS)}; download it again, or take one that is stored so"
+                )
 
     def named_as(self, names: Iterable[str]) -> "StoredWeights":
         """The same, with the names of a whole model where a base was stored without the part that
@@ -136,7 +152,12 @@ def _indexed(index: Path) -> dict[str, Path]:
     files = read_index(index)
     found: dict[str, Path] = {}
     for file in sorted(set(files.values())):
-        found |= dict.fromkeys(_names_in(index.with_name(file)), index.with_name(file))
+        held = dict.fromkeys(_names_in(index.with_name(file)), index.with_name(file))
+        if both := found.keys() & held:
+            raise UserError(
+                f"{found[min(both)]} and {file} both hold {min(both)}; download it again"
+            )
+        found |= held
     for name, file in files.items():
         if name not in found:
             raise UserError(f"{index.with_name(file)} lacks the tensor {name}; download it again")

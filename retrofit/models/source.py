@@ -176,6 +176,7 @@ def stored_as_told(
     """
     shapes = shapes_of(config, name)
     weights = StoredWeights(folder, weights_file(config, name)).named_as(shapes)
+    weights.refuse_other_kinds()
     _check_complete(weights, shapes, name)
     return weights, shapes
 
