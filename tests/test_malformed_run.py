@@ -256,7 +256,7 @@ def test_a_run_killed_while_it_finished_is_finished_by_resuming(runs, tmp_path, 
     shutil.rmtree(run / "whole")
     resumes(run, runs["whole"])
     assert {path.name for path in run.iterdir()} == {
-        "adapter", "checkpoints", "recipe.resolved.yaml", "run.json"
+        "adapter", "checkpoints", "recipe.resolved.yaml", "run.json", "started.json"
     }  # fmt: skip
 
 
@@ -334,6 +334,77 @@ def test_what_cannot_be_resumed_is_told(stopped, change, told):
         leaves_alone=stopped.parent,
     )
     assert told in message
+
+
+@pytest.fixture
+def moved(stopped, home, tmp_path):
+    """A stopped run whose base and data lie beside it, to be changed."""
+    shutil.copytree(home / "base", tmp_path / "base")
+    shutil.copy(home / "text.jsonl", tmp_path / "text.jsonl")
+    for name in ("recipe.resolved.yaml", "started.json"):
+        path = stopped / name
+        path.write_text(path.read_text().replace(str(home), str(tmp_path)))
+    return stopped
+
+
+def other_weights(folder: Path) -> str:
+    path = folder / "base" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, path, metadata={"format": "pt"})
+    return "the weights in"
+
+
+def other_config(folder: Path) -> str:
+    path = folder / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    return "rms_norm_eps 0.5"
+
+
+def other_data(folder: Path) -> str:
+    (folder / "text.jsonl").write_text('{"text": "something else of all that there is"}\n' * 60)
+    return f"{folder / 'text.jsonl'} is not what"
+
+
+def other_tokenizer(folder: Path) -> str:
+    path = folder / "base" / "tokenizer_config.json"
+    path.write_text(path.read_text() + " ")
+    return f"{path} is not what"
+
+
+def damaged_start(folder: Path) -> str:
+    half(folder / "moved" / "started.json")
+    return "started.json is damaged"
+
+
+CHANGES = (other_weights, other_config, other_data, other_tokenizer, damaged_start)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.replace("_", " "))
+def test_a_run_does_not_go_on_with_something_else(moved, change):
+    told = change(moved.parent)
+    message = refusal(
+        "train", moved / "recipe.resolved.yaml", "--resume", leaves_alone=moved.parent
+    )
+    assert told in message and str(moved) in message
+
+
+def test_a_run_of_before_that_does_not_say_what_it_was_started_with_goes_on(moved, runs):
+    (moved / "started.json").unlink()
+    resumes(moved, runs["whole"])
+
+
+@pytest.mark.parametrize("verb", ["measure", "merge"])
+@pytest.mark.parametrize("change", [other_weights, other_config], ids=["weights", "config"])
+def test_a_checkpoint_of_a_stopped_run_is_held_to_its_base(moved, home, change, verb):
+    change(moved.parent)
+    checkpoint = moved / "checkpoints" / "checkpoint-2"
+    options = {
+        "measure": ["--text", home / "text.jsonl", "--length", 192, "--windows", 1],
+        "merge": ["--out", moved.parent / "out"],
+    }[verb]
+    message = refusal(verb, checkpoint, *options, leaves_alone=moved.parent)
+    assert "sha256 differs" in message or "rms_norm_eps" in message
 
 
 # Output paths: how to make each, and what is said of it.

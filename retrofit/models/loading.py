@@ -25,7 +25,13 @@ from retrofit.models.foreign_code import with_consent
 from retrofit.models.opening import DAMAGES, check_complete, finite, one_line, opening
 from retrofit.models.pickles import refuse_pickled_weights
 from retrofit.models.published import unpack
-from retrofit.models.run_folder import adapter_in, check_base, run_of
+from retrofit.models.run_folder import (
+    check_base,
+    check_config,
+    check_gates,
+    facts_of,
+    run_and_adapter,
+)
 from retrofit.models.safetensors_io import StoredWeights, read_index, weights_file
 from retrofit.models.source import check_ungated, has_published_gates
 from retrofit.models.tokenizer_file import check_tokenizer
@@ -164,8 +170,7 @@ def load_model(
     Raises:
         UserError: if there is nothing there, or the adapter does not fit its base.
     """
-    folder = run_of(Path(source).expanduser())
-    adapter = adapter_in(folder)
+    folder, adapter = run_and_adapter(Path(source).expanduser())
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
             raise UserError(f"{source} is an unfinished run; finish it with --resume")
@@ -181,7 +186,10 @@ def load_model(
     check_adapter_files(adapter)
     told = read_adapter_config(adapter)
     spec = _base_of(folder, adapter, trust_remote_code)
-    check_gateable(load_config(spec), spec.base, told.get("layers_to_transform"))
+    config, facts = load_config(spec), facts_of(folder)
+    check_gateable(config, spec.base, told.get("layers_to_transform"))
+    check_config(config, spec.base, folder, facts)
+    check_gates(told, adapter, facts)
     if dtype != "auto":
         spec = spec.model_copy(update={"dtype": dtype})
     if quantization:

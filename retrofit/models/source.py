@@ -14,7 +14,7 @@ from retrofit.models.base_config import check_gateable, read_config
 from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.models.opening import finite, opening
 from retrofit.models.pickles import refuse_pickled_weights
-from retrofit.models.run_folder import adapter_in, facts_of, run_of
+from retrofit.models.run_folder import check_config, check_gates, facts_of, run_and_adapter
 from retrofit.models.safetensors_io import StoredWeights, weights_file
 from retrofit.models.stored_gates import Gates, read_gates
 from retrofit.utils.errors import UserError
@@ -25,7 +25,7 @@ class Source:
     """Everything that a merge reads.
 
     Attributes:
-        folder: the run, or the bare adapter.
+        folder: the run, or the bare adapter, or the checkpoint of a run.
         facts: its `run.json`, empty for a bare adapter.
         adapter: folder of the PEFT adapter.
         gates: what it holds.
@@ -61,21 +61,24 @@ def read_source(run: Path, base: str | None = None) -> Source:
     Raises:
         UserError: if anything is missing, damaged, or does not belong together.
     """
-    run = run_of(run)
-    adapter = adapter_in(run)
+    run, adapter = run_and_adapter(run)
     trained = _adapter_config(adapter, run)
     check_adapter_files(adapter)
     facts = facts_of(run)
+    check_gates(trained, adapter, facts)
     named = facts.get("base", {})
     name = base or named.get("name_or_path") or trained.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{run} does not say which base it was trained on; name it with --base")
     folder = _base_folder(name, None if base else named.get("revision") or trained.get("revision"))
     config = _base_config(folder, name, trained)
+    check_config(config, name, run, facts)
     refuse_pickled_weights(folder)
     weights, shapes = stored_as_told(folder, config, name)
     gates = read_gates(adapter, config, trained)
     _check_same(weights, shapes, name, named)
+    if adapter not in (run, run / "adapter"):  # a checkpoint, of whose steps run.json does not tell
+        run, facts = adapter, {"base": named}
     return Source(run, facts, adapter, gates, name, folder, config, weights, shapes)
 
 
