@@ -55,6 +55,7 @@ class _Facts(BaseModel):
     base: TrainedOn
     gate: dict[str, Any] = {}
     files: dict[str, str] = {}
+    rows_per_step: int | None = None
 
 
 def run_and_adapter(folder: Path) -> tuple[Path, Path]:

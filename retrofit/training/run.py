@@ -36,7 +36,7 @@ from retrofit.training.arguments import training_arguments
 from retrofit.training.callbacks import GradientCheck, Interrupt, ProgressBar
 from retrofit.training.preflight import preflight, read_texts
 from retrofit.training.trainer import GateTrainer
-from retrofit.training.trainer_state import last_checkpoint, set_aside, whole_adapter
+from retrofit.training.trainer_state import last_checkpoint, rows_per_step, set_aside, whole_adapter
 from retrofit.utils.console import say
 from retrofit.utils.errors import CheckError, UserError
 from retrofit.utils.files import (
@@ -134,7 +134,8 @@ def _train(
         with writing(run):
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / RESOLVED, recipe.to_yaml())
-            write_json(run / STARTED, {"base": frozen, "files": files})
+            rows = {"rows_per_step": rows_per_step(args)}
+            write_json(run / STARTED, {"base": frozen, "files": files} | rows)
             for damaged in last_checkpoint(run / "checkpoints")[1]:
                 set_aside(damaged)
     ranks.wait_for_everyone()
