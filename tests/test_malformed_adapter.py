@@ -122,6 +122,9 @@ SAID = {
     "layers, text": ("layers_to_transform", ["0"]),
     "base": ("base_model_name_or_path", {"a": 1}),
     "base type": ("base_model_type", 7),
+    "modules, no pattern": ("target_modules", "["),
+    "left-out modules, no pattern": ("exclude_modules", "("),
+    "layers, no pattern": ("layers_pattern", "["),
     "a field of another method": ("lora_alpha", 16),
 }
 
@@ -131,6 +134,25 @@ def test_an_adapter_config_with_a_value_of_a_wrong_kind_is_refused(work, key, va
     edited(work / "run/adapter/adapter_config.json", put(key, value))
     for told in refusals(work):
         assert re.search(f"{key}|holds a .* adapter, not gates|gates in layer", told), told
+
+
+# Each by itself is what an adapter may say, and means other modules than those that gates are for.
+ELSEWHERE = {
+    "modules that are not there": {"target_modules": ["nothing"]},
+    "no modules": {"target_modules": []},
+    "a pattern of nothing": {"target_modules": "nothing.*"},
+    "all modules left out": {"exclude_modules": ["self_attn"]},
+    "layers under another name": {"layers_pattern": "blocks", "layers_to_transform": [0]},
+    "a list that is no pattern": {"layers_pattern": ["["], "layers_to_transform": [0]},
+    "a further module": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("changes", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_an_adapter_config_that_means_other_modules_is_refused(work, changes):
+    edited(work / "run/adapter/adapter_config.json", lambda told: told | changes)
+    for told in refusals(work):
+        assert str(work / "run/adapter") in told, told
 
 
 GATE_FACTS = {

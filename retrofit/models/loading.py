@@ -203,8 +203,11 @@ def load_model(
     return load_adapter(base, adapter).eval(), load_tokenizer(spec)
 
 
-def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
+def load_adapter(base: PreTrainedModel, adapter: Path, **options: Any) -> PeftModel:
     """Put trained gates on their base.
+
+    Args:
+        options: for PEFT besides.
 
     Raises:
         UserError: if they were trained on another family or shape, or the file is damaged or a
@@ -213,7 +216,7 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     check_adapter_files(adapter)
     read_adapter_config(adapter)
     try:
-        model = PeftModel.from_pretrained(base, str(adapter))
+        model = PeftModel.from_pretrained(base, str(adapter), **options)
         # PEFT only warns of a missing weight, and the gate would stay the identity.
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
             wrong = set(file.keys()) ^ set(get_peft_model_state_dict(model))

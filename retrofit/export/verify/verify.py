@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import AutoTokenizer
 
 from retrofit.export.checkpoint_format import CheckpointFormat, MergeMismatchError
@@ -19,6 +18,7 @@ from retrofit.export.registry import format_of
 from retrofit.export.verify import streamed
 from retrofit.export.verify.reference import FILE, STEPS, kl_divergence, observe, refer, windows
 from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
+from retrofit.models.loading import load_adapter
 from retrofit.models.opening import check_complete
 from retrofit.models.pickles import pickles_in, refuse_pickles
 from retrofit.models.safetensors_io import refuse_other_weights
@@ -81,16 +81,16 @@ def trained_reference(
         everything rounded to `kind` that the engine rounds: the price of `kind` by itself.
 
     Raises:
-        UserError: if `text` is too short to be compared on, or the base's files hold too much.
+        UserError: if `text` is too short to be compared on, the base's files hold too much, or the
+            adapter does not fit.
     """
-    refuse_pickles([adapter / "adapter_model.bin"])
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     check_tokenizer(tokenizer, str(base))
     input_ids = _windows(tokenizer, text)
     untrained, wrong = streamed.load(base)
     check_complete({f"{kind}_keys": names for kind, names in wrong.items()}, str(base))
     on_disk = next(untrained.parameters()).is_meta
-    model = PeftModel.from_pretrained(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
+    model = load_adapter(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
     weights = _Rounded(streamed.StoredFloats(base))
     streams = streamed.stream(untrained, weights)
     seen = observe(model, input_ids, streamed.STEPS if streams else STEPS)
