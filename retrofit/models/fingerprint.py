@@ -20,10 +20,10 @@ _THREADS = min(8, os.cpu_count() or 1)
 _WAITING_BYTES = 2 * 2**30  # of tensors whose turn is yet to come
 # What a config says beside what its model computes: names, versions, forms of storing and showing.
 _BESIDE = frozenset(
-    ("architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label",
-     "initializer_range", "label2id", "model_type", "output_attentions", "output_hidden_states",
-     "problem_type", "quantization_config", "return_dict", "torch_dtype", "transformers_version",
-     "transformers_weights", "use_cache")
+    ("architectures", "attention_dropout", "auto_map", "chunk_size_feed_forward", "dtype",
+     "id2label", "initializer_range", "label2id", "model_type", "output_attentions",
+     "output_hidden_states", "problem_type", "quantization_config", "return_dict", "torch_dtype",
+     "transformers_version", "transformers_weights", "use_cache")
 )  # fmt: skip
 
 

@@ -50,6 +50,8 @@ def load_base(spec: Model) -> PreTrainedModel:
     config = load_config(spec)
     check_ungated(config, spec.base)
     check_files(spec, config)
+    if hasattr(config, "attention_dropout"):
+        config.attention_dropout = 0.0  # of its own training, in which it is not any more
     kwargs: dict[str, Any] = {}
     if spec.quantization:
         kwargs["quantization_config"] = _quantization(spec, config)

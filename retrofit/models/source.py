@@ -1,5 +1,6 @@
 """What is merged: a run folder, its base and its gates, found and checked before any work."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
 from retrofit.models.base_config import check_gateable, read_config
@@ -18,6 +19,9 @@ from retrofit.models.run_folder import check_config, check_gates, facts_of, run_
 from retrofit.models.safetensors_io import StoredWeights, weights_file
 from retrofit.models.stored_gates import Gates, read_gates
 from retrofit.utils.errors import UserError
+
+# What old checkpoints store and transformers computes now.
+_COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,15 @@ def shapes_of(config: PreTrainedConfig, base: str) -> dict[str, tuple[int, ...]]
     Raises:
         UserError: if there can be no such model.
     """
+    return _shapes(_without_weights(config, base))
+
+
+def _without_weights(config: PreTrainedConfig, base: str) -> PreTrainedModel:
     with opening(base), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in base_weights(model)}
 
 
@@ -175,12 +186,15 @@ def stored_as_told(
     """The weights of a base and their shapes, of which only the headers of files are read.
 
     Raises:
-        UserError: if a weight is missing, or has another shape than its config says.
+        UserError: if a weight is missing, is one too many, or has another shape than its config
+            says.
     """
-    shapes = shapes_of(config, name)
+    model = _without_weights(config, name)
+    shapes = _shapes(model)
     weights = StoredWeights(folder, weights_file(config, name)).named_as(shapes)
     weights.refuse_other_kinds()
     _check_complete(weights, shapes, name)
+    _check_no_more(weights, {*shapes, *model.state_dict()}, model, name)
     return weights, shapes
 
 
@@ -193,6 +207,20 @@ def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
                 f"{parameter} of base {name!r} has shape {weights.shape(parameter)}, but its "
                 f"config.json says {shape}; download it again"
             )
+
+
+def _check_no_more(
+    weights: StoredWeights, known: set[str], model: PreTrainedModel, name: str
+) -> None:
+    """Every stored tensor has a place, or is one that transformers leaves out on purpose."""
+    left_out = (*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    surplus = weights.keys() - known
+    if wrong := sorted(n for n in surplus if not any(re.search(each, n) for each in left_out)):
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"base {name!r} stores {wrong[0]}{more}, for which its config.json has no place; "
+            "download it again"
+        )
 
 
 def _check_same(weights: StoredWeights, shapes: dict, name: str, named: dict) -> None:
