@@ -2,6 +2,7 @@
 nothing can be."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,12 +15,16 @@ from safetensors.torch import load_file, save_file
 from test_gated_attention import published
 from test_merge import make_run
 from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from retrofit import cli
 from retrofit.export.merge import merge
 from retrofit.export.verify import verify
 from retrofit.export.verify.reference import FILE
+from retrofit.models.fingerprint import config_values
+from retrofit.models.loading import load_model
+from retrofit.models.source import read_source
 
 NAN = float("nan")
 TEXT = "Call me Ishmael, some years ago. " * 40
@@ -117,6 +122,9 @@ SAID = {
     "layers, text": ("layers_to_transform", ["0"]),
     "base": ("base_model_name_or_path", {"a": 1}),
     "base type": ("base_model_type", 7),
+    "modules, no pattern": ("target_modules", "["),
+    "left-out modules, no pattern": ("exclude_modules", "("),
+    "layers, no pattern": ("layers_pattern", "["),
     "a field of another method": ("lora_alpha", 16),
 }
 
@@ -126,6 +134,123 @@ def test_an_adapter_config_with_a_value_of_a_wrong_kind_is_refused(work, key, va
     edited(work / "run/adapter/adapter_config.json", put(key, value))
     for told in refusals(work):
         assert re.search(f"{key}|holds a .* adapter, not gates|gates in layer", told), told
+
+
+# Each by itself is what an adapter may say, and means other modules than those that gates are for.
+ELSEWHERE = {
+    "modules that are not there": {"target_modules": ["nothing"]},
+    "no modules": {"target_modules": []},
+    "a pattern of nothing": {"target_modules": "nothing.*"},
+    "all modules left out": {"exclude_modules": ["self_attn"]},
+    "layers under another name": {"layers_pattern": "blocks", "layers_to_transform": [0]},
+    "a list that is no pattern": {"layers_pattern": ["["], "layers_to_transform": [0]},
+    "a further module": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("changes", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_an_adapter_config_that_means_other_modules_is_refused(work, changes):
+    edited(work / "run/adapter/adapter_config.json", lambda told: told | changes)
+    for told in refusals(work):
+        assert str(work / "run/adapter") in told, told
+
+
+GATE_FACTS = {
+    "another activation": put("activation", "silu"),
+    "a gentler activation": put("activation", "ns_sigmoid"),
+    "no activation": drop("activation"),
+    "another position": put("position", "G2"),
+    "constants": put("input_dependent", False),
+    "gates around a center": put("centered", True),
+}
+
+
+@pytest.mark.parametrize("change", GATE_FACTS.values(), ids=GATE_FACTS)
+def test_an_adapter_config_that_says_other_gates_than_its_run_is_refused(work, change):
+    path = work / "run/adapter/adapter_config.json"
+    gate = {"position": "G1", "input_dependent": True, "centered": False}
+    # An adapter that says nothing has sigmoids.
+    gate["activation"] = "silu" if change is GATE_FACTS["no activation"] else "sigmoid"
+    edited(work / "run/run.json", put("gate", gate))
+    edited(path, change)
+    for told in refusals(work):
+        assert f"{path} says " in told and "run.json of its run" in told
+
+
+BASE_CONFIGS = {
+    "an epsilon": ("rms_norm_eps", put("rms_norm_eps", 0.5)),
+    "a base of RoPE": ("rope_theta", put("rope_parameters", "rope_theta", 77.0)),
+    "an activation": ("hidden_act", put("hidden_act", "relu")),
+}
+
+
+def with_own_base(work: Path, tiny_base) -> Path:
+    """A run that says what its base computes with, and the base's config."""
+    base = Path(shutil.copytree(tiny_base("llama"), work / "base"))
+    shutil.rmtree(work / "run")
+    make_run(work / "run", base)
+    values = config_values(AutoConfig.from_pretrained(base))
+    edited(work / "run/run.json", put("base", "config", values))
+    return base / "config.json"
+
+
+@pytest.mark.parametrize(("key", "change"), BASE_CONFIGS.values(), ids=BASE_CONFIGS)
+def test_a_base_that_computes_something_else_than_it_did_is_refused(work, tiny_base, key, change):
+    path = with_own_base(work, tiny_base)
+    edited(path, change)
+    for told in refusals(work):
+        assert f"the config.json of {path.parent} says " in told and key in told, told
+
+
+def test_what_a_base_says_beside_what_it_computes_is_accepted(work, tiny_base):
+    path = with_own_base(work, tiny_base)
+    edited(path, lambda told: told | {"use_cache": False, "eos_token_id": 3, "_name": "x"})
+    load_model(str(work / "run"))
+    read_source(work / "run")
+
+
+def other_weights(work: Path, tiny_base) -> None:
+    path = with_own_base(work, tiny_base).with_name("model.safetensors")
+    tensors = load_file(path)
+    save_file(tensors | {"model.norm.weight": torch.ones(64)}, path, metadata={"format": "pt"})
+
+
+def as_a_link(run: Path) -> Path:
+    (run.parent / "link").symlink_to(run / "adapter")
+    return run.parent / "link"
+
+
+def as_a_checkpoint(run: Path) -> Path:
+    return Path(shutil.copytree(run / "adapter", run / "checkpoints/checkpoint-2"))
+
+
+def as_this_folder(run: Path) -> Path:
+    os.chdir(run / "adapter")
+    return Path()
+
+
+@pytest.mark.parametrize(
+    "named",
+    [as_a_link, as_a_checkpoint, as_this_folder],
+    ids=["a link", "a checkpoint", "this folder"],
+)
+@pytest.mark.parametrize("verb", ["measure", "merge"])
+def test_an_adapter_of_a_run_is_held_to_its_base_by_any_name(
+    work, tiny_base, named, verb, monkeypatch
+):
+    monkeypatch.chdir(work)
+    other_weights(work, tiny_base)
+    adapter = named(work / "run")
+    options = {
+        "measure": ["--text", work / "text.txt", "--length", "192", "--windows", "1"],
+        "merge": ["--out", work / "out"],
+    }[verb]
+    assert "sha256 differs" in refusal(verb, adapter, *options, leaves_alone=work)
+
+
+def test_a_merged_checkpoint_of_a_run_does_not_show_what_the_run_came_to(work):
+    source = read_source(as_a_checkpoint(work / "run"))
+    assert source.folder == source.adapter and set(source.facts) == {"base"}
 
 
 BASE_FACTS = {
@@ -170,6 +295,16 @@ def moved(to):
     return edited_gates(change)
 
 
+OTHER_KINDS = {"int32": "I32", "float8_e4m3fn": "F8_E4M3", "complex64": "C64"}
+
+
+def in_dtype(name):
+    def change(tensors):
+        tensors.update({key: t.to(getattr(torch, name)) for key, t in tensors.items()})
+
+    return edited_gates(change)
+
+
 GATES = {
     "cut off": (cut, "adapter_model.safetensors is missing or damaged"),
     "empty": (lambda path: path.write_bytes(b""), "missing or damaged"),
@@ -181,6 +316,10 @@ GATES = {
         edited_gates(lambda tensors: tensors.update({n: t[:1] for n, t in tensors.items()})),
         "shape|does not fit its base",
     ),
+    **{
+        f"in {dtype}": (in_dtype(dtype), f"as {told}, and weights are F16")
+        for dtype, told in OTHER_KINDS.items()
+    },
     "beside something else": (
         edited_gates(lambda tensors: tensors.update(lora_A=torch.zeros(2))),
         "lora_A",
@@ -337,6 +476,14 @@ def test_a_published_config_that_no_model_can_have_is_refused(whole, tmp_path, c
     edited(tmp_path / "model/config.json", change)
     told = refusal("unpack", tmp_path / "model", "--out", tmp_path / "apart", leaves_alone=tmp_path)
     assert re.search(message, told) and str(tmp_path / "model") in told, told
+
+
+def test_published_weights_of_another_kind_are_refused(whole, tmp_path):
+    path = Path(shutil.copytree(whole, tmp_path / "model")) / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, path)
+    told = refusal("unpack", tmp_path / "model", "--out", tmp_path / "apart", leaves_alone=tmp_path)
+    assert "stores model.norm.weight as I8" in told and str(path) in told
 
 
 @pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON)

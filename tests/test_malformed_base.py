@@ -189,6 +189,48 @@ def test_a_config_that_no_model_can_have_is_refused(work, spoil, message):
         assert_told(message, told, work / "base")
 
 
+OF_OTHER_TYPES = {
+    "a window of 0": ("mistral", {"sliding_window": 0}, "sliding_window: .*greater than 0"),
+    "a window below zero": ("mistral", {"sliding_window": -5}, "sliding_window: .*greater than 0"),
+    "a window of 0 in some layers": ("gemma3_text", {"sliding_window": 0}, "sliding_window: .*gre"),
+    "a window of 0 beside sinks": ("gpt_oss", {"sliding_window": 0}, "sliding_window: .*greater"),
+    "layers with no window": ("gemma3_text", {"sliding_window": None}, "no sliding_window"),
+    "layers with a window that is off": (
+        "qwen2",
+        {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False},
+        "layer_types has sliding_attention, and there is no sliding_window",
+    ),
+    "more experts than there are": ("qwen3_moe", {"num_experts_per_tok": 9}, "none of 1 to 4 exp"),
+    "experts below zero": ("qwen3_moe", {"num_experts_per_tok": -1}, "none of 1 to 4 experts"),
+    "more experts beside sinks": ("gpt_oss", {"num_experts_per_tok": 9}, "none of 1 to 4 experts"),
+    "no experts beside sinks": ("gpt_oss", {"num_experts_per_tok": 0}, "none of 1 to 4 experts"),
+    "a scale below zero": ("gemma3_text", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
+    "a cap of 0": ("gemma3_text", {"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
+    "all of it dropped": ("llama", {"attention_dropout": 2.0}, "attention_dropout: .*less than 1"),
+    "dropped below zero": ("llama", {"attention_dropout": -1.0}, "attention_dropout: .*greater"),
+    "tuples for results": ("llama", {"return_dict": False}, "return_dict: input should be true"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"), OF_OTHER_TYPES.values(), ids=OF_OTHER_TYPES
+)
+def test_a_value_that_would_fail_in_the_first_step_is_refused(
+    tiny_base, work, kind, changes, message
+):
+    shutil.rmtree(work / "base")
+    shutil.copytree(tiny_base(kind), work / "base")
+    config(**changes)(work / "base")
+    for told in refusals(work, "check", "train", "measure"):
+        assert_told(message, told, work / "base")
+
+
+def test_nothing_is_dropped_in_a_frozen_base(work):
+    config(attention_dropout=0.5)(work / "base")
+    model = load_base(Model(base=str(work / "base"))).train()
+    assert all(layer.self_attn.attention_dropout == 0 for layer in model.model.layers)
+
+
 def assert_told(message: str, told: str, base: Path) -> None:
     assert re.search(message, told, re.IGNORECASE), told
     assert str(base) in told, told
@@ -278,6 +320,27 @@ def outside(index, base):
     }
 
 
+def in_both(index, base):
+    """One tensor also in the shard that the index does not name, with other numbers."""
+    name = "model.norm.weight"
+    file = FIRST if index["weight_map"][name] == SECOND else SECOND
+    held = load_file(base / file)
+    save_file(held | {name: torch.ones(64)}, base / file, metadata={"format": "pt"})
+
+
+OTHER_KINDS = {
+    "int8": "I8",
+    "int64": "I64",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e5m2": "F8_E5M2",
+}
+
+
+def in_dtype(name):
+    return lambda values: values.to(getattr(torch, name))
+
+
 def renamed(to):
     return lambda base: (base / "model.safetensors").rename(base / to)
 
@@ -316,6 +379,11 @@ FILES = {
         "lacks the tensor",
     ),
     "fewer layers than told": (config(num_hidden_layers=5), r"lacks .*model.layers.3"),
+    "more layers than told": (config(num_hidden_layers=1), "stores model.layers.1.*has no place"),
+    "a tensor too many": (
+        weights(lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)})),
+        "stores model.extra.weight, for which its config.json has no place",
+    ),
     "fewer tokens than told": (config(vocab_size=400), "shape"),
     "another width": (config(hidden_size=128, head_dim=32), "shape"),
     "a pickle alone": (renamed("pytorch_model.bin"), "pytorch_model.bin is a pickle"),
@@ -350,6 +418,18 @@ FILES = {
     "half a shard": (
         sharded(lambda index, base: (base / SECOND).write_bytes(b"abc") and None),
         f"{SECOND} is missing or damaged",
+    ),
+    "a tensor in two shards": (
+        sharded(in_both),
+        f"{FIRST} and {SECOND} both hold model.norm.weight",
+    ),
+    **{
+        f"a tensor in {dtype}": (tensor(in_dtype(dtype)), f"stores {QUERY} as {told}")
+        for dtype, told in OTHER_KINDS.items()
+    },
+    "all tensors in float8": (
+        weights(lambda tensors: {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}),
+        "as F8_E4M3, and weights are F16",
     ),
     "a pipe for the config": (replaced("config.json", os.mkfifo), "config.json is no file"),
     "a pipe for the weights": (
@@ -492,6 +572,18 @@ def test_shards_are_accepted_and_read_by_what_they_hold(work, spoil):
 def test_a_single_file_is_accepted_beside_a_broken_index(work):
     content("model.safetensors.index.json", "{")(work / "base")
     load_base(Model(base=str(work / "base")))
+
+
+def test_a_pipe_for_the_card_of_the_base_is_accepted_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "README.md")
+    assert license_of(tmp_path / "README.md") == {}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.pkl", "tokenizer.bin", "vocab.bin"])
+def test_a_pickle_beside_the_tokenizer_is_accepted_and_left_behind(work, in_process, name):
+    (work / "base" / name).write_bytes(b"anything")
+    merge(work / "run", work / "out", format="remote-code")
+    assert not (work / "out" / name).exists()
 
 
 CARDS = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from malformed import files_below, refusal
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -29,6 +30,7 @@ from retrofit.utils.files import appearing_whole, temporary_folder
 from retrofit.utils.output_path import refuse_unwritable
 
 STEPS = 5
+NAN = float("nan")
 
 
 class StopAt(GradientCheck):
@@ -152,14 +154,185 @@ DAMAGES = (missing, empty, half, last_byte_off, zeros, a_folder, latin_1, anothe
 @pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.replace("_", " "))
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, name, damage):
-    if (name, damage) == ("adapter_model.safetensors", another_value):
-        pytest.skip("whether gates are those of the run is seen when they are loaded")
     newest = stopped / "checkpoints" / "checkpoint-3"
     damage(newest / name)
     whole, damaged = last_checkpoint(stopped / "checkpoints")
     assert whole == newest.with_name("checkpoint-2")
     assert list(damaged) == [newest]
     assert damaged[newest] and "\n" not in damaged[newest]
+
+
+def told(name, **changes):
+    """A JSON file of a checkpoint that says something else."""
+
+    def spoil(checkpoint):
+        path = checkpoint / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def told_alone(name, *keys):
+    def spoil(checkpoint):
+        path = checkpoint / name
+        said = json.loads(path.read_text())
+        path.write_text(json.dumps({key: said[key] for key in keys}))
+
+    return spoil
+
+
+def group(change):
+    """Another first group of the optimizer."""
+
+    def spoil(checkpoint):
+        path = checkpoint / "state.json"
+        said = json.loads(path.read_text())
+        change(said["param_groups"])
+        path.write_text(json.dumps(said))
+
+    return spoil
+
+
+def schedule(**changes):
+    def spoil(checkpoint):
+        said = json.loads((checkpoint / "state.json").read_text())
+        told("state.json", scheduler=said["scheduler"] | changes)(checkpoint)
+
+    return spoil
+
+
+def tensors(name, change):
+    """Other tensors in a file, whose metadata stays."""
+
+    def spoil(checkpoint):
+        path = checkpoint / name
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        held = load_file(path)
+        changed = change(held)
+        save_file(changed if isinstance(changed, dict) else held, path, metadata=metadata)
+
+    return spoil
+
+
+def moments(change):
+    return tensors("optimizer.safetensors", change)
+
+
+def metadata(**rest):
+    def spoil(checkpoint):
+        path = checkpoint / "rng-0.safetensors"
+        save_file(load_file(path), path, metadata=rest or None)
+
+    return spoil
+
+
+def with_nan(held):
+    held["0.exp_avg"][0] = float("nan")
+
+
+# How to spoil a checkpoint, and what is said of it.
+SPOILT = {
+    "a state with an unknown key": (told("trainer_state.json", poetry=1), "says poetry"),
+    "a batch in words": (told("trainer_state.json", train_batch_size="2"), "train_batch_size"),
+    "operations in words": (told("trainer_state.json", total_flos="many"), "total_flos"),
+    "tokens in words": (told("trainer_state.json", num_input_tokens_seen="9"), "num_input_tok"),
+    "an epoch in words": (told("trainer_state.json", epoch="first"), "epoch"),
+    "callbacks in a list": (told("trainer_state.json", stateful_callbacks=[]), "stateful_callb"),
+    "no callbacks": (told("trainer_state.json", stateful_callbacks={}), "TrainerControl"),
+    "a step and a history": (
+        told_alone("trainer_state.json", "global_step", "log_history"),
+        "epoch: field required",
+    ),
+    "an empty schedule": (told("state.json", scheduler={}), "scheduler.last_epoch"),
+    "a schedule in words": (schedule(last_epoch="3"), "scheduler.last_epoch"),
+    "a schedule of more groups": (schedule(base_lrs=[0.1] * 9), "another schedule than groups"),
+    "a schedule without shapes": (schedule(lr_lambdas=[]), "another schedule than groups"),
+    "every group twice": (group(lambda groups: groups.extend(groups[:])), "schedule than groups"),
+    "a group of nothing but parameters": (
+        group(lambda groups: groups.__setitem__(0, {"params": [0]})),
+        "param_groups.0.lr: field required",
+    ),
+    "a parameter too many": (
+        group(lambda groups: groups[0]["params"].append(99)),
+        "is not of what state.json names",
+    ),
+    "a parameter twice": (
+        group(lambda groups: groups[0]["params"].append(groups[0]["params"][0])),
+        "a parameter in two groups",
+    ),
+    "a rate in words": (group(lambda groups: groups[0].update(lr="fast")), "param_groups.0.lr"),
+    "one moment of Adam's": (group(lambda groups: groups[0].update(betas=[0.9])), "betas"),
+    "moments cut": (
+        moments(
+            lambda held: {name: each[:1] if each.ndim else each for name, each in held.items()}
+        ),
+        "exp_avg in another shape than the gates",
+    ),
+    "a moment missing": (moments(lambda held: held.pop("0.exp_avg")), "the moments of 0"),
+    "a parameter without moments": (
+        moments(lambda held: {n: t for n, t in held.items() if not n.startswith("0.")}),
+        "is not of what state.json names",
+    ),
+    "a moment of NaN": (moments(with_nan), "what is no number in 0.exp_avg"),
+    "no count of steps": (moments(lambda held: held.pop("0.step")), "the moments of 0"),
+    "names without a dot": (
+        moments(lambda held: {name.replace(".", ""): each for name, each in held.items()}),
+        "which is no moment",
+    ),
+    "gates of NaN": (
+        tensors("adapter_model.safetensors", lambda held: [t.fill_(NAN) for t in held.values()]),
+        "adapter_model.safetensors has NaN in",
+    ),
+    "generators without what is beside them": (metadata(), "lacks a generator"),
+    "junk beside the generators": (metadata(rest="junk"), "rng-0.safetensors is damaged"),
+    "nothing beside the generators": (metadata(rest="{}"), "rng-0.safetensors is damaged"),
+    **{
+        f"a short state of {name}": (
+            tensors("rng-0.safetensors", lambda held, name=name: {**held, name: held[name][:9]}),
+            "rng-0.safetensors is damaged",
+        )
+        for name in ("torch", "python", "numpy")
+    },
+    "what FSDP writes": (
+        lambda checkpoint: (checkpoint / "pytorch_model_fsdp_0").mkdir(),
+        "holds pytorch_model_fsdp_0, which FSDP alone reads",
+    ),
+    "more rows a step": (told("step.json", rows=10**9), "1000000000 rows a step, and the run tak"),
+    "other rows a step": (told("step.json", rows=4), "of 4 rows a step, and the run takes 2"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT.values(), ids=SPOILT)
+def test_a_checkpoint_that_cannot_be_gone_on_from_gives_way(stopped, spoil, message):
+    newest = stopped / "checkpoints" / "checkpoint-3"
+    spoil(newest)
+    whole, damaged = last_checkpoint(stopped / "checkpoints")
+    assert whole == newest.with_name("checkpoint-2")
+    assert message in damaged[newest] and "\n" not in damaged[newest]
+
+
+def test_groups_of_another_optimizer_are_refused(stopped):
+    def joined(said):
+        params = [index for each in said for index in each["params"]]
+        said[:] = [said[0] | {"params": params}]
+
+    checkpoint = stopped / "checkpoints" / "checkpoint-3"
+    group(joined)(checkpoint)
+    schedule(base_lrs=[0.1], lr_lambdas=[{}])(checkpoint)
+    message = refusal(
+        "train", stopped / "recipe.resolved.yaml", "--resume", leaves_alone=stopped.parent
+    )
+    assert "its groups differ" in message and "checkpoint-3" in message
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_refused(stopped):
+    shutil.rmtree(stopped / "checkpoints")
+    (stopped / "checkpoints").write_text("mine")
+    message = refusal(
+        "train", stopped / "recipe.resolved.yaml", "--resume", leaves_alone=stopped.parent
+    )
+    assert f"{stopped / 'checkpoints'} is no folder" in message
 
 
 @pytest.mark.parametrize("name", ["step.json", "optimizer.safetensors", "trainer_state.json"])
@@ -225,7 +398,9 @@ def test_a_run_without_a_whole_checkpoint_starts_from_the_beginning_and_says_so(
 
 
 def test_gates_of_another_run_in_a_checkpoint_are_refused(stopped):
-    another_value(stopped / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors")
+    tensors(
+        "adapter_model.safetensors", lambda held: {f"other.{n}": gate for n, gate in held.items()}
+    )(stopped / "checkpoints" / "checkpoint-3")
     message = refusal(
         "train", stopped / "recipe.resolved.yaml", "--resume", leaves_alone=stopped.parent
     )
@@ -257,7 +432,7 @@ def test_a_run_killed_while_it_finished_is_finished_by_resuming(runs, tmp_path, 
     shutil.rmtree(run / "whole")
     resumes(run, runs["whole"])
     assert {path.name for path in run.iterdir()} == {
-        "adapter", "checkpoints", "recipe.resolved.yaml", "run.json"
+        "adapter", "checkpoints", "recipe.resolved.yaml", "run.json", "started.json"
     }  # fmt: skip
 
 
@@ -335,6 +510,77 @@ def test_what_cannot_be_resumed_is_told(stopped, change, told):
         leaves_alone=stopped.parent,
     )
     assert told in message
+
+
+@pytest.fixture
+def moved(stopped, home, tmp_path):
+    """A stopped run whose base and data lie beside it, to be changed."""
+    shutil.copytree(home / "base", tmp_path / "base")
+    shutil.copy(home / "text.jsonl", tmp_path / "text.jsonl")
+    for name in ("recipe.resolved.yaml", "started.json"):
+        path = stopped / name
+        path.write_text(path.read_text().replace(str(home), str(tmp_path)))
+    return stopped
+
+
+def other_weights(folder: Path) -> str:
+    path = folder / "base" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, path, metadata={"format": "pt"})
+    return "the weights in"
+
+
+def other_config(folder: Path) -> str:
+    path = folder / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    return "rms_norm_eps 0.5"
+
+
+def other_data(folder: Path) -> str:
+    (folder / "text.jsonl").write_text('{"text": "something else of all that there is"}\n' * 60)
+    return f"{folder / 'text.jsonl'} is not what"
+
+
+def other_tokenizer(folder: Path) -> str:
+    path = folder / "base" / "tokenizer_config.json"
+    path.write_text(path.read_text() + " ")
+    return f"{path} is not what"
+
+
+def damaged_start(folder: Path) -> str:
+    half(folder / "moved" / "started.json")
+    return "started.json is damaged"
+
+
+CHANGES = (other_weights, other_config, other_data, other_tokenizer, damaged_start)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.replace("_", " "))
+def test_a_run_does_not_go_on_with_something_else(moved, change):
+    told = change(moved.parent)
+    message = refusal(
+        "train", moved / "recipe.resolved.yaml", "--resume", leaves_alone=moved.parent
+    )
+    assert told in message and str(moved) in message
+
+
+def test_a_run_of_before_that_does_not_say_what_it_was_started_with_goes_on(moved, runs):
+    (moved / "started.json").unlink()
+    resumes(moved, runs["whole"])
+
+
+@pytest.mark.parametrize("verb", ["measure", "merge"])
+@pytest.mark.parametrize("change", [other_weights, other_config], ids=["weights", "config"])
+def test_a_checkpoint_of_a_stopped_run_is_held_to_its_base(moved, home, change, verb):
+    change(moved.parent)
+    checkpoint = moved / "checkpoints" / "checkpoint-2"
+    options = {
+        "measure": ["--text", home / "text.jsonl", "--length", 192, "--windows", 1],
+        "merge": ["--out", moved.parent / "out"],
+    }[verb]
+    message = refusal(verb, checkpoint, *options, leaves_alone=moved.parent)
+    assert "sha256 differs" in message or "rms_norm_eps" in message
 
 
 # Output paths: how to make each, and what is said of it.

@@ -21,6 +21,7 @@ from retrofit.export.verify.verify import verify
 from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.models.loading import load_base, load_model
 from retrofit.recipe import Model, Recipe
+from retrofit.training.check import check
 from retrofit.training.run import train
 from retrofit.utils.errors import UserError
 
@@ -180,6 +181,58 @@ def test_a_config_that_names_a_pickle_as_the_weights_is_refused(base, sprung):
         load_model(str(base))
 
 
+def name_in_an_index(base: Path, file: str, told: bool) -> None:
+    """Let an index, which the config may name, say that one weight lies in a file."""
+    whole, name = base / "model.safetensors", "own.safetensors.index.json"
+    places = dict.fromkeys(load_file(whole), "whole.safetensors")
+    whole.rename(base / "whole.safetensors")
+    index = {"metadata": {}, "weight_map": places | {"model.norm.weight": file}}
+    (base / (name if told else "model.safetensors.index.json")).write_text(json.dumps(index))
+    if told:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["named by the config", "the usual one"])
+@pytest.mark.parametrize("file", ["evil.bin", "evil.data", "../evil.bin", "../o.safetensors"])
+def test_an_index_that_names_no_safetensors_beside_it_is_refused(run, base, sprung, file, told):
+    name_in_an_index(base, file, told)
+    plant(base / file, sprung)
+    (base.parent / "text.jsonl").write_text('{"text": "a sink"}\n')
+    recipe = recipe_of(base.parent / "new", base)
+    for attempt in (
+        lambda: load_model(str(base)),
+        lambda: load_model(str(run / "adapter")),
+        lambda: check(recipe),
+        lambda: train(recipe),
+        lambda: merge(run, base.parent / "out"),
+    ):
+        with pytest.raises(UserError, match=f"names '{file}', which is no saf|names other weights"):
+            attempt()
+    assert not (base.parent / "out").exists() and not (base.parent / "new").exists()
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["named by the config", "the usual one"])
+def test_an_index_on_the_hub_that_names_a_pickle_is_refused(
+    base, sprung, tmp_path, told, monkeypatch
+):
+    name_in_an_index(base, "evil.bin", told)
+    plant(base / "evil.bin", sprung)
+    repository = tmp_path / "hub" / "models--some--one"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(base, repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(UserError, match=r"names 'evil.bin', which is no safetensors"):
+        load_base(Model(base="some/one"))
+
+
+def test_an_index_of_safetensors_that_the_config_names_is_accepted(base):
+    expected = load_file(base / "model.safetensors")["model.norm.weight"]
+    name_in_an_index(base, "whole.safetensors", told=True)
+    assert torch.equal(load_base(Model(base=str(base))).model.norm.weight, expected)
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_an_adapter_in_a_pickle_is_refused_by_name(run, sprung, alone):
     plant(run / "adapter" / "adapter_model.bin", sprung)
@@ -228,4 +281,18 @@ def test_a_merged_folder_with_a_pickle_is_not_verified(run, sprung, in_process):
     report = merge(run, out, format="adapter")
     plant(out / "adapter_model.bin", sprung)
     with pytest.raises(UserError, match="adapter_model.bin is a pickle"):
+        verify(report, out)
+
+
+@pytest.mark.parametrize("format", ["remote-code", "adapter"])
+@pytest.mark.parametrize("told", [True, False], ids=["named by the config", "the usual one"])
+def test_a_merge_whose_index_names_a_pickle_is_not_verified(
+    run, base, sprung, in_process, format, told
+):
+    out = run.parent / "out"
+    report = merge(run, out, format=format)
+    spoilt = base if format == "adapter" else out
+    name_in_an_index(spoilt, "../evil.data", told)
+    plant(spoilt / "../evil.data", sprung)
+    with pytest.raises(UserError, match="evil.data', which is no saf|names other weights"):
         verify(report, out)

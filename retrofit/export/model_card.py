@@ -93,6 +93,8 @@ def _data(report: dict, base: Path) -> ModelCardData:
 def license_of(card: Path) -> dict[str, Any]:
     """License and language as the base's card has them, or nothing if it cannot be read: a merge
     that is verified does not end at somebody's README."""
+    if not card.is_file():  # a pipe would be read for ever
+        return {}
     try:
         block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
         # Read as text, for in YAML the language `no` is false.

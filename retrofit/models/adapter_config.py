@@ -1,5 +1,6 @@
 """What `adapter_config.json` of gates may say. PEFT warns of what it does not know, and goes on."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +41,16 @@ class _Told(BaseModel):
     base_model_name_or_path: str | None = None
     base_model_type: str | None = None
     revision: str | None = None
+
+    @field_validator("target_modules", "exclude_modules", "layers_pattern")
+    @classmethod
+    def _is_a_pattern(cls, value: list[str] | str | None) -> list[str] | str | None:
+        """A text is one to PEFT, and a list holds names."""
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"no pattern ({error})") from None
+        return value
 
     @field_validator("task_type")
     @classmethod
@@ -87,4 +98,4 @@ def check_adapter_files(adapter: Path) -> None:
     refuse_pickles([adapter / "adapter_model.bin"])
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter} has no adapter_model.safetensors; train again")
-    StoredWeights(adapter, "adapter_model.safetensors")
+    StoredWeights(adapter, "adapter_model.safetensors").refuse_other_kinds()

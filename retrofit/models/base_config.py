@@ -7,7 +7,7 @@ unknown RoPE or a billion layers would fail in its depths, or be built for hours
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -93,6 +93,14 @@ class _Values(_Part):
     max_position_embeddings: Annotated[int, Field(gt=0)] | None = None
     pad_token_id: int | None = None
     rms_norm_eps: _Positive | None = None
+    sliding_window: Annotated[int, Field(gt=0)] | None = None
+    layer_types: list[str] | None = None
+    num_experts_per_tok: int | None = None
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    query_pre_attn_scalar: _Positive | None = None
+    final_logit_softcapping: _Positive | None = None
+    attn_logit_softcapping: _Positive | None = None
+    return_dict: Literal[True] = True
     quantization_config: _Quantization | None = None
     dtype: torch.dtype | None = None
 
@@ -108,6 +116,20 @@ class _Values(_Part):
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
             raise ValueError(f"{heads} heads are no multiple of {groups} key-value heads")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_are_there(self):
+        experts, chosen = self.num_experts or self.num_local_experts, self.num_experts_per_tok
+        if experts and chosen is not None and not 0 < chosen <= experts:
+            raise ValueError(f"num_experts_per_tok {chosen} is none of 1 to {experts} experts")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_have_a_width(self):
+        has_none = self.sliding_window is None and "sliding_window" in self.model_fields_set
+        if has_none and "sliding_attention" in (self.layer_types or ()):
+            raise ValueError("layer_types has sliding_attention, and there is no sliding_window")
         return self
 
     @model_validator(mode="after")

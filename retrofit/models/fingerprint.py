@@ -1,18 +1,52 @@
-"""A hash of the base weights: written before and after training, checked when gates meet a base."""
+"""A hash of the base weights, and the values of its config: written before and after training,
+checked when gates meet a base."""
 
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from retrofit.utils.sharded import whole
 
 _THREADS = min(8, os.cpu_count() or 1)
 _WAITING_BYTES = 2 * 2**30  # of tensors whose turn is yet to come
+# What a config says beside what its model computes: names, versions, forms of storing and showing.
+_BESIDE = frozenset(
+    ("architectures", "attention_dropout", "auto_map", "chunk_size_feed_forward", "dtype",
+     "id2label", "initializer_range", "label2id", "model_type", "output_attentions",
+     "output_hidden_states", "problem_type", "quantization_config", "return_dict", "torch_dtype",
+     "transformers_version", "transformers_weights", "use_cache")
+)  # fmt: skip
+
+
+def file_sha256(path: Path) -> str:
+    """Of the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def config_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of a base's config that its model computes with, by key; one of a part has the
+    part's name before its own, with a dot."""
+    return dict(_flat(json.loads(config.to_json_string(use_diff=False))))
+
+
+def _flat(told: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in told.items():
+        if name in _BESIDE or name.startswith("_") or name.endswith("_token_id"):
+            continue
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def weights_sha256(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

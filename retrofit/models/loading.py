@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from retrofit.data.vocabulary import check_vocabulary, embedded_tokens
 from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
@@ -24,8 +25,14 @@ from retrofit.models.foreign_code import with_consent
 from retrofit.models.opening import DAMAGES, check_complete, finite, one_line, opening
 from retrofit.models.pickles import refuse_pickled_weights
 from retrofit.models.published import unpack
-from retrofit.models.run_folder import adapter_in, check_base, run_of
-from retrofit.models.safetensors_io import StoredWeights
+from retrofit.models.run_folder import (
+    check_base,
+    check_config,
+    check_gates,
+    facts_of,
+    run_and_adapter,
+)
+from retrofit.models.safetensors_io import StoredWeights, read_index, weights_file
 from retrofit.models.source import check_ungated, has_published_gates
 from retrofit.models.tokenizer_file import check_tokenizer
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
@@ -44,6 +51,8 @@ def load_base(spec: Model) -> PreTrainedModel:
     config = load_config(spec)
     check_ungated(config, spec.base)
     check_files(spec, config)
+    if hasattr(config, "attention_dropout"):
+        config.attention_dropout = 0.0  # of its own training, in which it is not any more
     kwargs: dict[str, Any] = {}
     if spec.quantization:
         kwargs["quantization_config"] = _quantization(spec, config)
@@ -105,21 +114,35 @@ def check_files(spec: Model, config: PreTrainedConfig) -> None:
     Raises:
         UserError: if the base's files are pickles, missing, damaged, or those of an adapter.
     """
-    folder = Path(spec.location)
+    folder, file = Path(spec.location), weights_file(config, spec.base)
     refuse_pickled_weights(folder)
-    weights = getattr(config, "transformers_weights", None)
-    if weights and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
-        raise UserError(f"the config.json of {spec.base} names {weights}, which is no safetensors")
-    if weights and Path(str(weights)).name != str(weights):
-        raise UserError(f"the config.json of {spec.base} names {weights}, outside of its folder")
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{spec.base} holds an adapter, which transformers would put on it; name a folder "
             "without adapter_config.json as the base"
         )
-    if folder.is_dir() and not weights:
+    if folder.is_dir():
         # A file that is missing or damaged is told of before any is loaded.
-        _check_packed(StoredWeights(folder), config, spec.base)
+        stored = StoredWeights(folder, file)
+        _check_packed(stored, config, spec.base)
+        if not getattr(config, "quantization_config", None):
+            stored.refuse_other_kinds()
+    else:
+        _check_index(spec, file)
+
+
+def _check_index(spec: Model, file: str) -> None:
+    """What an index on the hub names is safetensors as well, before it is downloaded."""
+    with opening(spec.base):
+        index = cached_file(
+            spec.location,
+            file if file.endswith(".json") else SAFE_WEIGHTS_INDEX_NAME,
+            revision=spec.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if index:
+        read_index(Path(index))
 
 
 def _check_packed(stored: StoredWeights, config: PreTrainedConfig, base: str) -> None:
@@ -150,8 +173,7 @@ def load_model(
     Raises:
         UserError: if there is nothing there, or the adapter does not fit its base.
     """
-    folder = run_of(expanded(source))
-    adapter = adapter_in(folder)
+    folder, adapter = run_and_adapter(expanded(source))
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
             raise UserError(f"{source} is an unfinished run; finish it with --resume")
@@ -167,19 +189,28 @@ def load_model(
     check_adapter_files(adapter)
     told = read_adapter_config(adapter)
     spec = _base_of(folder, adapter, trust_remote_code)
-    check_gateable(load_config(spec), spec.base, told.get("layers_to_transform"))
+    config, facts = load_config(spec), facts_of(folder)
+    check_gateable(config, spec.base, told.get("layers_to_transform"))
+    check_config(config, spec.base, folder, facts)
+    check_gates(told, adapter, facts)
     if dtype != "auto":
         spec = spec.model_copy(update={"dtype": dtype})
     if quantization:
         spec = spec.model_copy(update={"quantization": quantization})
     base = load_base(spec)
     asked = dtype != "auto" or quantization is not None
-    check_base(base, folder, spec.quantization, _folder_of(spec) if asked else None)
+    stored = (
+        StoredWeights(_folder_of(spec), weights_file(base.config, spec.base)) if asked else None
+    )
+    check_base(base, folder, spec.quantization, stored)
     return load_adapter(base, adapter).eval(), load_tokenizer(spec)
 
 
-def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
+def load_adapter(base: PreTrainedModel, adapter: Path, **options: Any) -> PeftModel:
     """Put trained gates on their base.
+
+    Args:
+        options: for PEFT besides.
 
     Raises:
         UserError: if they were trained on another family or shape, or the file is damaged or a
@@ -188,7 +219,7 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     check_adapter_files(adapter)
     read_adapter_config(adapter)
     try:
-        model = PeftModel.from_pretrained(base, str(adapter))
+        model = PeftModel.from_pretrained(base, str(adapter), **options)
         # PEFT only warns of a missing weight, and the gate would stay the identity.
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
             wrong = set(file.keys()) ^ set(get_peft_model_state_dict(model))

@@ -1,6 +1,7 @@
 """The door to what others have written: a base, a tokenizer, an adapter. What the libraries raise
 at a damaged one becomes one line."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -25,6 +26,7 @@ DAMAGES = (
     StrictDataclassError,
     TypeError,
     ValueError,
+    re.error,
 )
 
 

@@ -4,13 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from retrofit.utils.errors import UserError
-
-_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+from retrofit.utils.files import PICKLES
 
 
 def pickles_in(folder: Path) -> list[Path]:
     """Every file below a folder that has the name of a pickle."""
-    return sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if path.suffix in PICKLES)
 
 
 def refuse_pickles(files: Iterable[Path]) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from retrofit.gates import GateConfig, GateProjection
 from retrofit.models.base_config import check_config, check_gateable
 from retrofit.models.opening import finite, opening
-from retrofit.models.safetensors_io import StoredWeights, write_shards
+from retrofit.models.safetensors_io import StoredWeights, refuse_other_weights, write_shards
 from retrofit.models.source import shapes_of
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import appearing_whole, copy, copy_tokenizer, read_json, write_json
@@ -91,6 +91,8 @@ def unpack(checkpoint: Path, out: Path) -> None:
         UserError: if the folder holds no such model.
     """
     config, weights = _published_config(checkpoint), StoredWeights(checkpoint)
+    refuse_other_weights(checkpoint)
+    weights.refuse_other_kinds()
     check_published(config, weights, str(checkpoint))
     _check_base(_base_config(config), weights, str(checkpoint))
     gates = GateConfig(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field
@@ -16,22 +16,28 @@ from retrofit.utils.files import read_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
     """The tensors of a checkpoint folder by name; each is read when it is asked for.
+
+    Args:
+        single: the file that holds them where it is there, or an index of the files that do.
 
     Raises:
         UserError: if the folder has no safetensors, or a file of it is missing or damaged.
     """
 
     def __init__(self, folder: Path, single: str = _SINGLE):
-        index = folder / _INDEX
+        path, index = folder / single, folder / _INDEX
         self._bare: dict[str, str] = {}  # how a tensor is stored, where it has another name
-        if (folder / single).is_file():
-            self._files = dict.fromkeys(_names_in(folder / single), folder / single)
-        elif index.is_file():
-            self._files = _indexed(index)
+        if single == _SINGLE and not path.is_file() and index.is_file():
+            path = index
+        if path.is_file() and path.suffix == ".json":
+            self._files = _indexed(path)
+        elif path.is_file():
+            self._files = dict.fromkeys(_names_in(path), path)
         elif any(folder.glob("*-of-*.safetensors")):
             raise UserError(f"{folder} has shards but no {_INDEX}; download it again")
         else:
@@ -52,6 +58,21 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         with _opened(self._files[name]) as file:
             return tuple(file.get_slice(self._bare.get(name, name)).get_shape())
 
+    def refuse_other_kinds(self) -> None:
+        """Weights are floating-point numbers; transformers makes some of whatever is stored.
+
+        Raises:
+            UserError: if a tensor is stored in something else, as the headers have it.
+        """
+        for path in sorted(set(self._files.values())):
+            with _opened(path) as file:
+                stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            if wrong := sorted(name for name in stored if stored[name] not in _FLOATS):
+                raise UserError(
+                    f"{path} stores {wrong[0]} as {stored[wrong[0]]}, and weights are "
+                    f"{', '.join(_FLOATS)}; download it again, or take one that is stored so"
+                )
+
     def named_as(self, names: Iterable[str]) -> "StoredWeights":
         """The same, with the names of a whole model where a base was stored without the part that
         predicts: `layers.0...` for `model.layers.0...`. transformers reads it so, too."""
@@ -67,21 +88,76 @@ class _Index(BaseModel):
     weight_map: Annotated[dict[str, str], Field(min_length=1)]
 
 
-def _indexed(index: Path) -> dict[str, Path]:
-    """By tensor, the shard that holds it.
+def read_index(index: Path) -> dict[str, str]:
+    """By tensor, the name of the shard that an index says it is in.
 
     Raises:
-        UserError: if the index is none, names a file elsewhere, or a shard lacks what it says.
+        UserError: if the index is none, or names a file that is elsewhere or no safetensors.
     """
     try:
         files = _Index.model_validate(read_json(index)).weight_map
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{index} is damaged; download it again ({one_line(error)})") from None
-    found: dict[str, Path] = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(f"{index} names {file!r}, which is no safetensors file beside it")
-        found |= dict.fromkeys(_names_in(index.with_name(file)), index.with_name(file))
+    return files
+
+
+def weights_file(config: Any, base: str) -> str:
+    """The file of weights, or the index of such files, that transformers opens in a base's folder.
+
+    Args:
+        config: of the base, which may name another one than the usual.
+        base: as the user named it.
+
+    Raises:
+        UserError: if the config names what is no safetensors, or lies elsewhere.
+    """
+    named = getattr(config, "transformers_weights", None)
+    if named is None:
+        return _SINGLE
+    if not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(f"the config.json of {base} names {named}, which is no safetensors")
+    if Path(str(named)).name != named:
+        raise UserError(f"the config.json of {base} names {named}, outside of its folder")
+    return named
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """What transformers would load of a model's folder is safetensors in it.
+
+    Raises:
+        UserError: if its config or its index names something else.
+    """
+    path, index = folder / "config.json", folder / _INDEX
+    try:
+        told = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
+    if isinstance(told, dict) and told.get("transformers_weights") is not None:
+        raise UserError(
+            f"{path} names other weights than {_SINGLE} (transformers_weights); take that out of it"
+        )
+    if index.is_file() and not (folder / _SINGLE).is_file():
+        read_index(index)
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """By tensor, the shard that holds it.
+
+    Raises:
+        UserError: if the index cannot be followed, or a shard lacks what it says.
+    """
+    files = read_index(index)
+    found: dict[str, Path] = {}
+    for file in sorted(set(files.values())):
+        held = dict.fromkeys(_names_in(index.with_name(file)), index.with_name(file))
+        if both := found.keys() & held:
+            raise UserError(
+                f"{found[min(both)]} and {file} both hold {min(both)}; download it again"
+            )
+        found |= held
     for name, file in files.items():
         if name not in found:
             raise UserError(f"{index.with_name(file)} lacks the tensor {name}; download it again")

@@ -1,5 +1,6 @@
 """What is merged: a run folder, its base and its gates, found and checked before any work."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,21 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
 from retrofit.models.base_config import check_gateable, read_config
 from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.models.opening import finite, opening
 from retrofit.models.pickles import refuse_pickled_weights
-from retrofit.models.run_folder import adapter_in, facts_of, run_of
-from retrofit.models.safetensors_io import StoredWeights
+from retrofit.models.run_folder import check_config, check_gates, facts_of, run_and_adapter
+from retrofit.models.safetensors_io import StoredWeights, weights_file
 from retrofit.models.stored_gates import Gates, read_gates
 from retrofit.utils.errors import UserError
 from retrofit.utils.paths import expanded
+
+# What old checkpoints store and transformers computes now.
+_COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Source:
     """Everything that a merge reads.
 
     Attributes:
-        folder: the run, or the bare adapter.
+        folder: the run, or the bare adapter, or the checkpoint of a run.
         facts: its `run.json`, empty for a bare adapter.
         adapter: folder of the PEFT adapter.
         gates: what it holds.
@@ -62,21 +66,24 @@ def read_source(run: Path, base: str | None = None) -> Source:
     Raises:
         UserError: if anything is missing, damaged, or does not belong together.
     """
-    run = run_of(run)
-    adapter = adapter_in(run)
+    run, adapter = run_and_adapter(run)
     trained = _adapter_config(adapter, run)
     check_adapter_files(adapter)
     facts = facts_of(run)
+    check_gates(trained, adapter, facts)
     named = facts.get("base", {})
     name = base or named.get("name_or_path") or trained.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{run} does not say which base it was trained on; name it with --base")
     folder = _base_folder(name, None if base else named.get("revision") or trained.get("revision"))
     config = _base_config(folder, name, trained)
+    check_config(config, name, run, facts)
     refuse_pickled_weights(folder)
     weights, shapes = stored_as_told(folder, config, name)
     gates = read_gates(adapter, config, trained)
     _check_same(weights, shapes, name, named)
+    if adapter not in (run, run / "adapter"):  # a checkpoint, of whose steps run.json does not tell
+        run, facts = adapter, {"base": named}
     return Source(run, facts, adapter, gates, name, folder, config, weights, shapes)
 
 
@@ -162,8 +169,15 @@ def shapes_of(config: PreTrainedConfig, base: str) -> dict[str, tuple[int, ...]]
     Raises:
         UserError: if there can be no such model.
     """
+    return _shapes(_without_weights(config, base))
+
+
+def _without_weights(config: PreTrainedConfig, base: str) -> PreTrainedModel:
     with opening(base), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in base_weights(model)}
 
 
@@ -173,11 +187,15 @@ def stored_as_told(
     """The weights of a base and their shapes, of which only the headers of files are read.
 
     Raises:
-        UserError: if a weight is missing, or has another shape than its config says.
+        UserError: if a weight is missing, is one too many, or has another shape than its config
+            says.
     """
-    shapes = shapes_of(config, name)
-    weights = StoredWeights(folder).named_as(shapes)
+    model = _without_weights(config, name)
+    shapes = _shapes(model)
+    weights = StoredWeights(folder, weights_file(config, name)).named_as(shapes)
+    weights.refuse_other_kinds()
     _check_complete(weights, shapes, name)
+    _check_no_more(weights, {*shapes, *model.state_dict()}, model, name)
     return weights, shapes
 
 
@@ -190,6 +208,20 @@ def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
                 f"{parameter} of base {name!r} has shape {weights.shape(parameter)}, but its "
                 f"config.json says {shape}; download it again"
             )
+
+
+def _check_no_more(
+    weights: StoredWeights, known: set[str], model: PreTrainedModel, name: str
+) -> None:
+    """Every stored tensor has a place, or is one that transformers leaves out on purpose."""
+    left_out = (*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    surplus = weights.keys() - known
+    if wrong := sorted(n for n in surplus if not any(re.search(each, n) for each in left_out)):
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"base {name!r} stores {wrong[0]}{more}, for which its config.json has no place; "
+            "download it again"
+        )
 
 
 def _check_same(weights: StoredWeights, shapes: dict, name: str, named: dict) -> None:

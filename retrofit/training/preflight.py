@@ -57,8 +57,8 @@ def _check_base(recipe: Recipe, config: PreTrainedConfig) -> None:
     check_gateable(config, recipe.model.base, recipe.gate.layers)
     check_stored_whole(config, recipe.model.base)
     check_files(recipe.model, config)
-    folder, elsewhere = Path(recipe.model.location), ("transformers_weights", "quantization_config")
-    if folder.is_dir() and not any(getattr(config, name, None) for name in elsewhere):
+    folder = Path(recipe.model.location)
+    if folder.is_dir() and not getattr(config, "quantization_config", None):
         stored_as_told(folder, config, recipe.model.base)
 
 

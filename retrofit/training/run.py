@@ -1,8 +1,9 @@
 """`retrofit train`: a recipe in, a run folder out.
 
-A run folder holds `recipe.resolved.yaml` (written first), `checkpoints/` (to resume from), and when
-training is done `adapter/` (PEFT), `run.json` (what was trained on what, and proof that the base
-stayed frozen) and, if the recipe asks for it, `measure.json` and `measure.png`.
+A run folder holds `recipe.resolved.yaml` (written first), `started.json` (the base and the files
+that a resumed run must find again), `checkpoints/` (to resume from), and when training is done
+`adapter/` (PEFT), `run.json` (what was trained on what, and proof that the base stayed frozen) and,
+if the recipe asks for it, `measure.json` and `measure.png`.
 """
 
 import os
@@ -27,21 +28,32 @@ from trl import SFTConfig
 
 from retrofit.data.sources import LoadedSource, load_sources
 from retrofit.gates.recipe import gate_config
-from retrofit.models.fingerprint import base_weights, weights_sha256
+from retrofit.models.fingerprint import base_weights, config_values, file_sha256, weights_sha256
 from retrofit.models.loading import load_base, load_tokenizer
+from retrofit.models.run_folder import STARTED, check_config, facts_of
 from retrofit.recipe import RESOLVED, Recipe, load_recipe
 from retrofit.training.arguments import training_arguments
 from retrofit.training.callbacks import GradientCheck, Interrupt, ProgressBar
 from retrofit.training.divergence import check_trained
 from retrofit.training.preflight import preflight, read_texts
 from retrofit.training.trainer import GateTrainer
-from retrofit.training.trainer_state import last_checkpoint, set_aside, whole_adapter
+from retrofit.training.trainer_state import last_checkpoint, rows_per_step, set_aside, whole_adapter
 from retrofit.utils.console import say
 from retrofit.utils.errors import CheckError, UserError
-from retrofit.utils.files import missing_above, remove, to_json, write_text, writing, written_whole
+from retrofit.utils.files import (
+    missing_above,
+    remove,
+    to_json,
+    write_json,
+    write_text,
+    writing,
+    written_whole,
+)
 from retrofit.utils.output_path import refuse_unwritable
 from retrofit.utils.paths import expanded
 from retrofit.utils.process import return_large_blocks
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class BaseChangedError(CheckError):
@@ -108,8 +120,13 @@ def _train(
     if args.gradient_checkpointing:
         return_large_blocks()
     tokenizer, sources = read_texts(recipe, config)  # before weights, which take longer
+    files = _files(recipe)
+    if checkpoint:
+        _check_unchanged(run, recipe, config, files)
     base = load_base(recipe.model)
     frozen = _fingerprint(base, recipe)
+    if checkpoint:
+        _check_weights(run, frozen)
     interrupt, bar = Interrupt(console), ProgressBar(console)
     callbacks = [GradientCheck(), interrupt, bar]
     trainer = gate_trainer(recipe, args, base, tokenizer, sources, callbacks)
@@ -119,6 +136,8 @@ def _train(
         with writing(run):
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / RESOLVED, recipe.to_yaml())
+            rows = {"rows_per_step": rows_per_step(args)}
+            write_json(run / STARTED, {"base": frozen, "files": files} | rows)
             for damaged in last_checkpoint(run / "checkpoints")[1]:
                 set_aside(damaged)
     ranks.wait_for_everyone()
@@ -227,6 +246,37 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> 
     return checkpoint
 
 
+def _files(recipe: Recipe) -> dict[str, str]:
+    """The sha256 of each file on this machine that makes tokens: of data, and of the tokenizer."""
+    base = Path(recipe.model.location)
+    tokenizer = (base / name for name in _TOKENIZER)
+    data = (expanded(source.path) for source in recipe.data.sources)
+    return {str(path): file_sha256(path) for path in (*data, *tokenizer) if path.is_file()}
+
+
+def _check_unchanged(
+    run: Path, recipe: Recipe, config: PreTrainedConfig, files: dict[str, str]
+) -> None:
+    """A run goes on with what it was started with, as far as that is seen without weights. One of
+    before has no `started.json`."""
+    facts = facts_of(run)
+    if changed := facts.get("files", files).items() ^ files.items():
+        raise UserError(
+            f"{min(changed)[0]} is not what {run} was started with (its sha256 differs); put the "
+            "original back, or start another run"
+        )
+    check_config(config, recipe.model.base, run, facts)
+
+
+def _check_weights(run: Path, frozen: dict) -> None:
+    started = facts_of(run).get("base", frozen)
+    if started["weights_sha256"] != frozen["weights_sha256"]:
+        raise UserError(
+            f"the weights in {frozen['name_or_path']} are not those that {run} was started with "
+            "(their sha256 differs); put the original back, or start another run"
+        )
+
+
 def _holds_nothing(run: Path) -> bool:
     """Whether it is there, and no file in it: a run that was killed before it wrote anything."""
     return run.is_dir() and not any(path.is_file() for path in run.rglob("*"))
@@ -241,6 +291,7 @@ def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantization": recipe.model.quantization,
         "weights_sha256": weights_sha256(base_weights(model)),
+        "config": config_values(base.config),
     }
 
 

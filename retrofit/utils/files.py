@@ -15,6 +15,9 @@ from typing import Any
 from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.output_path import refuse_unwritable
 
+# A pickle runs code when it is opened: known by these, and never copied.
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
 # Taken over verbatim: saving a loaded tokenizer again would rewrite its class and drop files.
 _TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
               "special_tokens_map.json", "chat_template*")  # fmt: skip
@@ -77,10 +80,11 @@ def _refuse_constant(name: str) -> None:
 
 
 def copy(folder: Path, to: Path, *patterns: str) -> None:
-    """The files of a folder that match one of the patterns."""
+    """The files of a folder that match one of the patterns, pickles left out."""
     for pattern in patterns:
         for path in filter(Path.is_file, folder.glob(pattern)):
-            shutil.copyfile(path, to / path.name)
+            if path.suffix not in PICKLES:
+                shutil.copyfile(path, to / path.name)
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:

@@ -11,15 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import AutoTokenizer
 
 from retrofit.export.checkpoint_format import CheckpointFormat, MergeMismatchError
 from retrofit.export.registry import format_of
 from retrofit.export.verify import streamed
 from retrofit.export.verify.reference import FILE, STEPS, kl_divergence, observe, refer, windows
+from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
+from retrofit.models.loading import load_adapter
 from retrofit.models.opening import check_complete
 from retrofit.models.pickles import pickles_in, refuse_pickles
+from retrofit.models.safetensors_io import refuse_other_weights
 from retrofit.models.tokenizer_file import check_tokenizer
 from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.files import temporary_folder
@@ -79,16 +81,16 @@ def trained_reference(
         everything rounded to `kind` that the engine rounds: the price of `kind` by itself.
 
     Raises:
-        UserError: if `text` is too short to be compared on, or the base's files hold too much.
+        UserError: if `text` is too short to be compared on, the base's files hold too much, or the
+            adapter does not fit.
     """
-    refuse_pickles([adapter / "adapter_model.bin"])
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     check_tokenizer(tokenizer, str(base))
     input_ids = _windows(tokenizer, text)
     untrained, wrong = streamed.load(base)
     check_complete({f"{kind}_keys": names for kind, names in wrong.items()}, str(base))
     on_disk = next(untrained.parameters()).is_meta
-    model = PeftModel.from_pretrained(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
+    model = load_adapter(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
     weights = _Rounded(streamed.StoredFloats(base))
     streams = streamed.stream(untrained, weights)
     seen = observe(model, input_ids, streamed.STEPS if streams else STEPS)
@@ -161,6 +163,8 @@ def verify(
     engine = engine or form.engines[0]
     _check_engine(engine, form, python)
     refuse_pickles(pickles_in(folder))
+    for model in _models_of(folder):
+        refuse_other_weights(model)
     form.check_code(folder, report["base"]["model_type"])
     with form.loadable(folder, checkpoint.get("file")) as model:
         figures = _run(_ENGINES[engine], [model, folder / FILE], form.options, python)
@@ -168,6 +172,14 @@ def verify(
     if wrong := list(_differences(figures, kl + 2 * rounding_kl, max_logprob_difference)):
         raise MergeMismatchError(f"the checkpoint differs from the trained model: {_said(wrong)}")
     return figures
+
+
+def _models_of(folder: Path) -> Iterator[Path]:
+    """The folders that an engine loads weights from: a checkpoint, or an adapter and its base."""
+    yield folder
+    if (folder / "adapter_config.json").is_file():
+        check_adapter_files(folder)
+        yield Path(read_adapter_config(folder).get("base_model_name_or_path") or folder)
 
 
 def _differences(figures: dict, kl: float, max_logprob_difference: float) -> Iterator[str]:
