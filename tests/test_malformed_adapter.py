@@ -272,6 +272,22 @@ def test_facts_of_a_wrong_kind_are_refused(work, key, value):
         assert f"run.json is damaged: base.{key}" in told
 
 
+@pytest.mark.parametrize("key", ["steps", "tokens"])
+def test_counts_of_a_run_that_are_text_are_refused(work, key):
+    edited(work / "run/run.json", put(key, "x"))
+    for told in refusals(work):
+        assert f"run.json is damaged: {key}: input should be a valid integer" in told
+
+
+@pytest.mark.parametrize("name", ["  ", "$NOT_SET/base"])
+def test_an_adapter_names_its_base(work, name):
+    adapter = Path(shutil.copytree(work / "run/adapter", work / "bare"))
+    edited(adapter / "adapter_config.json", put("base_model_name_or_path", name))
+    text = ("--text", work / "text.txt", "--length", "192", "--windows", "1")
+    told = refusal("measure", adapter, *text, leaves_alone=work)
+    assert f"{name!r} names no model" in told
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
+from pydantic import ValidationError
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -177,11 +178,8 @@ def load_model(
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
             raise UserError(f"{source} is an unfinished run; finish it with --resume")
-        spec = Model(
-            base=source,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            quantization=quantization,
+        spec = _named(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, quantization=quantization
         )
         if has_published_gates(load_config(spec)):
             return _load_published(spec)
@@ -270,7 +268,21 @@ def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:
     told = read_adapter_config(adapter)
     if not (base := told.get("base_model_name_or_path")):
         raise UserError(f"{adapter} does not say which base its gates were trained on")
-    return Model(base=base, revision=told.get("revision"), trust_remote_code=trusted)
+    return _named(base, revision=told.get("revision"), trust_remote_code=trusted)
+
+
+def _named(base: str, **settings: Any) -> Model:
+    """
+    Raises:
+        UserError: if that is no name of a model, such as one with a variable that is not set.
+    """
+    try:
+        return Model(base=base, **settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{base!r} names no model: its {key} {reason}") from None
 
 
 def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:

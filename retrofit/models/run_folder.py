@@ -56,6 +56,8 @@ class _Facts(BaseModel):
     gate: dict[str, Any] = {}
     files: dict[str, str] = {}
     rows_per_step: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
 
 
 def run_and_adapter(folder: Path) -> tuple[Path, Path]:
