@@ -216,7 +216,7 @@ def test_a_container_has_less_than_its_machine(monkeypatch):
 
 
 def test_no_number_is_no_memory():
-    with pytest.raises(UserError, match="inf is no number of GB"):
+    with pytest.raises(UserError, match="no device has inf GB"):
         this_device(float("inf"))
 
 
