@@ -21,9 +21,10 @@ from retrofit.measure.evaluator import KeptFigures
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.report import plot
 from retrofit.training.callbacks import GradientCheck
+from retrofit.training.checkpoints import last_checkpoint
 from retrofit.training.divergence import DivergedError
 from retrofit.training.run import Interrupted, train
-from retrofit.training.trainer_state import SafetensorsCheckpoints, last_checkpoint
+from retrofit.training.trainer_state import SafetensorsCheckpoints
 from retrofit.utils.console import PlainConsole
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import appearing_whole, temporary_folder

@@ -34,10 +34,11 @@ from retrofit.models.run_folder import STARTED, check_config, facts_of
 from retrofit.recipe import RESOLVED, Recipe, load_recipe
 from retrofit.training.arguments import training_arguments
 from retrofit.training.callbacks import GradientCheck, Interrupt, ProgressBar
+from retrofit.training.checkpoints import last_checkpoint, set_aside
 from retrofit.training.divergence import check_trained
 from retrofit.training.preflight import preflight, read_texts
 from retrofit.training.trainer import GateTrainer
-from retrofit.training.trainer_state import last_checkpoint, rows_per_step, set_aside, whole_adapter
+from retrofit.training.trainer_state import rows_per_step, whole_adapter
 from retrofit.utils.console import say
 from retrofit.utils.errors import CheckError, UserError
 from retrofit.utils.files import (
