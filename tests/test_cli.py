@@ -201,7 +201,7 @@ def test_an_interrupted_measurement_says_how_to_go_on(tmp_path, tiny_base, capsy
         (["check", "{recipe}", "data.sources=[{{path: gone.jsonl}}]"], "no file gone.jsonl"),
         (["merge", "{tmp}/gone", "--out", "{tmp}/merged"], "{tmp}/gone"),
         (["measure", "{tmp}/a\nb", "--text", "{tmp}/text.jsonl"], "{tmp}/a\\nb"),
-        (["measure", "$NOT_SET/base", "--text", "{tmp}/text.jsonl"], "names no model: its base"),
+        (["measure", "$NOT_SET/base", "--text", "{tmp}/text.jsonl"], "names no model: base: "),
         (["measure", " ", "--text", "{tmp}/text.jsonl"], "the name of a model is empty"),
         (["measure", "{base}", "--text", "{tmp}/text.jsonl", "--windows", "0"], "at least 1"),
         (["check", "{recipe}", "--device-memory", "1e300"], "no device has 1e+300 GB"),

@@ -9,7 +9,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from retrofit.export.registry import format_of
-from retrofit.utils.errors import UserError
+from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import read_json
 
 _PAPER = "[arXiv:2505.06708](https://arxiv.org/abs/2505.06708)"
@@ -43,9 +43,7 @@ def check_shown(run: Path) -> None:
         if measured.is_file():
             _Measured.model_validate(read_json(measured))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the whole"
-        raise UserError(f"{measured}: {key}: {first['msg'].lower()}; remove it") from None
+        raise UserError(f"{measured}: {validation_problem(error)}; remove it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{measured} is damaged ({error}); remove it") from None
     try:

@@ -16,7 +16,7 @@ from retrofit.measure.heads import Heads
 from retrofit.measure.long_context import LongContext
 from retrofit.measure.quantization import Quantization
 from retrofit.measure.streaming import Streaming
-from retrofit.utils.errors import UserError
+from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.strict_yaml import parse_value
 
 EVALUATIONS: dict[str, Any] = {
@@ -77,6 +77,4 @@ def _evaluation(name: str, values: dict[str, Any]) -> Evaluation:
         told = json.dumps(values, default=str)
         return TypeAdapter(EVALUATIONS[name]).validate_json(told, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join([name, *(str(place) for place in first["loc"])])
-        raise UserError(f"--set {where}: {first['msg'].lower()}") from None
+        raise UserError(f"--set {name}.{validation_problem(error)}") from None

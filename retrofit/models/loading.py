@@ -37,7 +37,7 @@ from retrofit.models.safetensors_io import StoredWeights, read_index, weights_fi
 from retrofit.models.source import check_ungated, has_published_gates
 from retrofit.models.tokenizer_file import check_tokenizer
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
-from retrofit.utils.errors import UserError
+from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import temporary_folder
 from retrofit.utils.paths import expanded
 
@@ -279,10 +279,7 @@ def _named(base: str, **settings: Any) -> Model:
     try:
         return Model(base=base, **settings)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{base!r} names no model: its {key} {reason}") from None
+        raise UserError(f"{base!r} names no model: {validation_problem(error)}") from None
 
 
 def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:

@@ -17,7 +17,7 @@ from retrofit.models.base_config import check_config, check_gateable
 from retrofit.models.opening import finite, opening
 from retrofit.models.safetensors_io import StoredWeights, refuse_other_weights, write_shards
 from retrofit.models.source import shapes_of
-from retrofit.utils.errors import UserError
+from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import appearing_whole, copy, copy_tokenizer, read_json, write_json
 
 _SHARD = 5 * 10**9  # bytes
@@ -59,10 +59,8 @@ def check_published(config: dict[str, Any], weights: StoredWeights, name: str) -
     try:
         told = _Config.model_validate(config)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = "".join(f"{part}: " for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ").lower()
-        raise UserError(f"{name} has a damaged config.json: {key}{reason}") from None
+        problem = validation_problem(error)
+        raise UserError(f"{name} has a damaged config.json: {problem}") from None
     head_dim = told.head_dim or told.hidden_size // told.num_attention_heads
     width = 1 if told.headwise_attn_output_gate else head_dim
     rows = {

@@ -17,7 +17,7 @@ from retrofit.gates import GateConfig
 from retrofit.models.fingerprint import base_weights, config_values, weights_sha256
 from retrofit.models.safetensors_io import StoredWeights
 from retrofit.recipe import Quantization
-from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.errors import UserError, one_line, validation_problem
 from retrofit.utils.files import read_json
 
 STARTED = "started.json"
@@ -111,9 +111,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
         facts = read_json(path)
         _Facts.model_validate(facts)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the whole"
-        raise UserError(f"{path} is damaged: {key}: {first['msg'].lower()}{mend}") from None
+        raise UserError(f"{path} is damaged: {validation_problem(error)}{mend}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}{mend}") from None
     return facts

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from retrofit.report.schema import Result, TaskResult
-from retrofit.utils.errors import UserError
+from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import read_json
 
 # What must be equal for two figures to be of the same thing.
@@ -50,7 +50,9 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
     try:
         Result.model_validate(joined)
     except ValidationError as error:
-        raise UserError(f"the files do not belong together ({_told(error)})") from error
+        raise UserError(
+            f"the files do not belong together ({validation_problem(error)})"
+        ) from error
     return joined
 
 
@@ -119,18 +121,11 @@ def read_result(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         raise UserError(
             f"{path} is not what this version of `retrofit measure --json` writes "
-            f"({_told(error)}); measure again"
+            f"({validation_problem(error)}); measure again"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON, or not all of it: {error}") from error
     return result
-
-
-def _told(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(place) for place in first["loc"]) or "the whole"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower()}{message[1:]}"
 
 
 def _check_text(first: Path, settings: dict, path: Path, others: dict) -> None:

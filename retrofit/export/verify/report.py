@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from retrofit.export.registry import MODULES, FormatName, format_of
 from retrofit.export.verify.reference import FILE, Reference
-from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.errors import UserError, one_line, validation_problem
 from retrofit.utils.files import read_json
 
 REPORT = "retrofit-merge.json"
@@ -56,11 +56,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         checkpoint = _Report.model_validate(report).checkpoint
         config = _config(folder)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{folder / REPORT} is damaged: {key}: {first['msg'].lower()}; merge again"
-        ) from None
+        problem = validation_problem(error)
+        raise UserError(f"{folder / REPORT} is damaged: {problem}; merge again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
     _check_reference(folder / FILE)
