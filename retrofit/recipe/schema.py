@@ -1,15 +1,9 @@
-"""A recipe: everything a run needs, in one YAML file that says no to anything it does not know.
+"""Every key of a recipe, documented once, here; `retrofit recipes show NAME` prints examples."""
 
-`load_recipe` reads a file or the name of a bundled recipe, applies `key.subkey=value` overrides and
-validates. Each field below is documented once, here; `retrofit recipes show NAME` prints examples.
-"""
-
-import difflib
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
-from importlib import resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,15 +13,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
 from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict
-from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.paths import expanded
-from retrofit.utils.strict_yaml import parse, parse_value
-from retrofit.utils.text_files import read_text
 
 RESOLVED = "recipe.resolved.yaml"  # in a run folder
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -48,7 +38,7 @@ def _writable(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
     if "\0" in text or text != text.encode(errors="ignore").decode():  # or half a surrogate pair
-        raise ValueError(f"{_short(text)} holds what is no character")
+        raise ValueError(f"{shown(text)} holds what is no character")
     return text
 
 
@@ -66,7 +56,7 @@ def _expanded(text: str) -> str:
     return expanded
 
 
-def _short(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as Python writes it, but no longer than a line."""
     return _REPR.repr(value)
 
@@ -77,12 +67,12 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     # Strict: a truth value is no number, and text neither.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Model(_Section):
+class Model(Section):
     base: Location  # a folder, or a hub id
     revision: Text | None = None
     dtype: Dtype = "auto"  # auto: as stored
@@ -101,7 +91,7 @@ class Model(_Section):
         return "flash" in (self.attn_implementation or "")
 
 
-class Gate(_Section):
+class Gate(Section):
     sinks: Sinks = "none"  # a logit that joins each head's softmax
     key_bias: bool = False  # added to the keys on slow RoPE pairs, so that sinks follow the query
     granularity: Granularity = "headwise"  # scores from X
@@ -119,7 +109,7 @@ class Gate(_Section):
         return self
 
 
-class Source(_Section):
+class Source(Section):
     path: Location  # a .jsonl, .json, .parquet or .txt file, or a hub id
     name: Text | None = None  # the hub dataset's configuration
     split: Text = "train"
@@ -127,7 +117,7 @@ class Source(_Section):
     weight: Annotated[float, Field(gt=0)] | None = None  # its share of the training tokens
 
 
-class Data(_Section):
+class Data(Section):
     sources: Annotated[list[Source], Field(min_length=1)]
     sequence_length: Annotated[int, Field(ge=16)] = 1024
     packing: bool = True  # several documents a row, none of which sees another
@@ -157,7 +147,7 @@ class Data(_Section):
         return self
 
 
-class Objective(_Section):
+class Objective(Section):
     lm: Weight = 1.0  # next-token cross-entropy
     kl: Weight = 0.0  # KL(base || gated) of the next-token distribution
     cache_teacher: bool = False  # what kl asks of the base stays on disk; pays from epoch 2 on
@@ -215,7 +205,7 @@ def _held(progress: float, release: float) -> float:
     return min(1.0, (1 - progress) / release) if release else 1.0
 
 
-class Train(_Section):
+class Train(Section):
     max_steps: Count | None = None  # else `epochs` over the data
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     batch_size: Count = 1  # rows of sequence_length a step and device
@@ -235,13 +225,13 @@ class Train(_Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
 
 
-class Measure(_Section):
+class Measure(Section):
     text: Location  # .txt or .jsonl that no source contains
     length: Annotated[int, Field(ge=192, lt=2**31)] = 512
     windows: Count = 16
 
 
-class Recipe(_Section):
+class Recipe(Section):
     output_dir: Location  # the run folder; must not exist
     model: Model
     gate: Gate = Gate()
@@ -322,123 +312,3 @@ def _anchored(path: str) -> str:
 
 def _name(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
-
-
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and validate a recipe.
-
-    Args:
-        name: a YAML file, or the name of a bundled recipe (`llama/smollm2-135m-cpu`, or its last
-            part alone). The recipe in a run folder is of that run, wherever it was moved to.
-        overrides: `section.key=value`, the value in YAML.
-
-    Raises:
-        UserError: one line that names the file, the key and what it should be.
-    """
-    file = recipe_file(name)
-    text = read_text(file)
-    try:
-        settings = parse(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name} is not YAML: {one_line(error)}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{name} is not a recipe: expected keys such as model and data")
-    if file.name == RESOLVED:
-        settings["output_dir"] = str(file.parent)
-    for override in overrides:
-        _apply(settings, override)
-    try:
-        return Recipe.model_validate(settings)
-    except ValidationError as error:
-        raise UserError(f"{name}: {_explain(error)}") from None
-
-
-def recipe_file(name: str) -> Path:
-    """The file of a recipe given by path or by bundled name.
-
-    Raises:
-        UserError: if there is none; the message names the nearest bundled recipe.
-    """
-    if (path := expanded(name)).is_file():
-        return path
-    bundled = dict(bundled_recipes())
-    wanted = name.removesuffix(".yaml")
-    matches = [full for full in bundled if wanted in (full, full.split("/")[-1])]
-    if len(matches) == 1:
-        return bundled[matches[0]]
-    near = _nearest(wanted.split("/")[-1], [full.split("/")[-1] for full in bundled])
-    raise UserError(
-        f"no recipe {name!r}: neither a file nor a bundled recipe{near}; `retrofit recipes` "
-        "lists those"
-    )
-
-
-def bundled_recipes() -> Iterator[tuple[str, Path]]:
-    """Name and file of each recipe that comes with the package, sorted by name."""
-    root = Path(str(resources.files("retrofit.recipes")))
-    for path in sorted(root.rglob("*.yaml")):
-        yield path.relative_to(root).with_suffix("").as_posix(), path
-
-
-def _apply(settings: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(
-            f"{_short(override)} is not an override: write key=value, as in train.seed=1"
-        )
-    *parents, last = key.split(".")
-    for parent in parents:
-        settings = settings.setdefault(parent, {})
-        if not isinstance(settings, dict):
-            raise UserError(f"{key}: {parent} holds a value, not a section")
-    try:
-        settings[last] = parse_value(value)
-    except yaml.YAMLError:
-        none = "" if value.strip() else "; for none write null"
-        raise UserError(f"{key}: {_short(value)} is not a YAML value{none}") from None
-
-
-def _explain(error: ValidationError) -> str:
-    first, *others = error.errors(include_url=False)
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return (
-            f"unknown key {key!r}{_nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
-        )
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if others and first["type"] == "literal_error" and _is_same_field(first, others[0]):
-        key = key.rpartition(".")[0]
-        message += f" or {others[0]['msg'].removeprefix('Input should be ')}"
-    given = "" if first["type"] == "value_error" else f", not {_short(first['input'])}"
-    return f"{key}: {message}{given}" if key else message
-
-
-def _is_same_field(first: Any, second: Any) -> bool:
-    """Of a field that takes a word or a number pydantic tells of each, as a part of the key."""
-    return first["loc"][:-1] == second["loc"][:-1] and first["input"] is second["input"]
-
-
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    section: Any = Recipe
-    for part in path:
-        if isinstance(part, int):  # a list: its items share one section
-            continue
-        annotation = section.model_fields[part].annotation
-        section = next(kind for kind in _classes(annotation) if issubclass(kind, _Section))
-    return list(section.model_fields)
-
-
-def _classes(annotation: Any) -> Iterator[type]:
-    arguments = getattr(annotation, "__args__", ())
-    if isinstance(annotation, type) and not arguments:
-        yield annotation
-    for argument in arguments:
-        yield from _classes(argument)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
