@@ -46,7 +46,6 @@ def merge(
     base: str | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
-    text: str = PASSAGE,
     repo_id: str | None = None,
 ) -> dict:
     """Write base + gates as one checkpoint, verified against the trained model.
@@ -60,7 +59,6 @@ def merge(
         base: the base model where it is not the one that the run names.
         dtype: of the stored weights, as the base's by default; for GGUF also `q8_0`.
         max_shard_size: bytes, or a string such as "5GB".
-        text: what trained and merged model are compared on.
         repo_id: the name that it will have on the hub, for the card.
 
     Returns:
@@ -87,7 +85,7 @@ def merge(
     with appearing_whole(out) as folder:
         with _timed(seconds, "reference"):
             rounding_kl = trained_reference(
-                source.base, source.adapter, text, stored, folder / FILE, form.rounds_inputs
+                source.base, source.adapter, PASSAGE, stored, folder / FILE, form.rounds_inputs
             )
         about = {"format": format, "dtype": stored, "untied": False}
         with _timed(seconds, "write"):
