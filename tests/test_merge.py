@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import retrofit.export.merge
@@ -762,8 +763,14 @@ def bad_dtype(run, base, tmp_path):
     return {"dtype": "int8"}
 
 
-def short_text(run, base, tmp_path):
-    return {"text": "too short"}
+def one_token(run, base, tmp_path):
+    """The base's tokenizer takes any text for the letter a."""
+    folder = tmp_path / "base"
+    shutil.copytree(base("llama"), folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "a")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return {"base": str(folder)}
 
 
 @pytest.mark.parametrize(
@@ -819,7 +826,7 @@ def short_text(run, base, tmp_path):
         (damaged_run, "run.json is damaged"),
         (bad_size, "'five' is not a size; write one like 5GB"),
         (bad_dtype, "cannot store weights as int8; dtype must be bfloat16, float32, float16"),
-        (short_text, "the text to verify on gives .* tokens; it needs 64 or more"),
+        (one_token, "makes fewer than 64 tokens of the passage .*; download the tokenizer again"),
     ],
 )
 def test_bad_input_is_named_in_one_line(run, tmp_path, tiny_base, prepare, message):

@@ -237,7 +237,8 @@ def _windows(tokenizer, text: str) -> torch.Tensor:
     input_ids = windows(tokenizer, text)
     if input_ids.shape[1] < 2 * STEPS:
         raise UserError(
-            f"the text to verify on gives {input_ids.numel()} tokens; it needs {4 * STEPS} or more"
+            f"the base's tokenizer makes fewer than {4 * STEPS} tokens of the passage on which "
+            "checkpoints are verified; download the tokenizer again"
         )
     return input_ids
 
