@@ -31,8 +31,9 @@ check: lint
 
 # Every family, what PEFT promises, training, measuring and merging, with the oldest versions that
 # pyproject.toml allows. `make test-oldest OLDEST=tests` runs the whole fast suite.
-OLDEST ?= $(addprefix tests/test_, families.py packed_attention.py travelling_code.py \
-	peft_promises.py bundled_recipes.py measure.py training.py merge.py)
+OLDEST ?= $(addprefix tests/, adapters models/test_document_attention.py gates/test_peft_promises.py \
+	export/test_travelling_code.py export/test_merge.py recipe/test_bundled_recipes.py \
+	measure/test_evaluator.py training/test_run.py)
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile \

@@ -1,7 +1,7 @@
 """The model families that can be gated, one file each.
 
 A family file holds the gated attention class and says what its export needs. Adding a family is
-adding a file and its name here; the tests of `tests/test_families.py` then run on it.
+adding a file and its name here; the tests of `tests/adapters/test_families.py` then run on it.
 """
 
 from importlib import import_module

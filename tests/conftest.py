@@ -1,16 +1,11 @@
 """Fixtures: tiny random models of every family, and small local text."""
 
 import os
-import sys
-from pathlib import Path
 
 # Two spinning thread pools on two cores collapse; one thread is fastest for tiny models.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-# The scripts that prove a checkpoint run without this package, and so find each other here.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "retrofit/export/verify"))
 
 import pytest
 from tiny import FAMILIES, tiny_model, tiny_tokenizer

@@ -1,17 +1,14 @@
 """Real models in real engines: `make engines`, which builds what vLLM needs first."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from retrofit.recipe import load_recipe
-from retrofit.training.run import train
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import assets
 import engines
+from retrofit.recipe import load_recipe
+from retrofit.training.run import train
 
 pytestmark = pytest.mark.engines
 

@@ -1,7 +1,6 @@
 """The whole road on real weights: SmolLM2-135M (Llama) and Qwen2.5-Coder-0.5B (Qwen2)."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,12 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import assets
 from retrofit import GateConfig
 from retrofit.export.merge import merge
 from retrofit.measure import measure
 from retrofit.recipe import load_recipe
 from retrofit.training.run import train
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import assets
 
 pytestmark = pytest.mark.slow
 TEXT = (

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_runs import MIXED, SINKS, WINDOWED, make_run
+from native_checkpoints import LINEAR, YARN
 from test_granite_swa import DYNAMIC, WINDOWED_QWEN
-from test_merge import MIXED, SINKS, WINDOWED, make_run
-from test_qwen3_5 import LINEAR, YARN
 from tiny import DENSE, LLAMA3, tiny_model, write_tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast

@@ -10,26 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from made_runs import SINKS, make_run
 from safetensors.torch import save_file
-from test_merge import SINKS, make_run
 from tiny import DENSE, tiny_model, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import levers
+import packing
+import paired
+import serving
+import serving_engines
+import serving_shapes
+import startup
+import training
+from base_gguf import write_base_gguf
 from retrofit.export.granite_swa import granite_config
 from retrofit.export.qwen3_5 import native_config
 from retrofit.utils.files import read_json
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path[:0] = [str(SCRIPTS / "bench"), str(SCRIPTS)]
-import levers  # noqa: E402
-import packing  # noqa: E402
-import paired  # noqa: E402
-import serving  # noqa: E402
-import serving_engines  # noqa: E402
-import serving_shapes  # noqa: E402
-import startup  # noqa: E402
-import training  # noqa: E402
-from base_gguf import write_base_gguf  # noqa: E402
 
 
 def test_arms_take_turns_and_the_first_turn_is_left_out():

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_runs import make_run
 from malformed import refusal
+from published_layout import published
 from results import synthetic_result
 from safetensors.torch import load_file, save_file
-from test_gated_attention import published
-from test_merge import make_run
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 from typer.testing import CliRunner

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from native_checkpoints import as_native, trained
 from peft import get_peft_model
-from test_qwen3_5 import as_native, trained
 from test_ruler import DOCUMENTS
 from tiny import LLAMA3, SHAPE, tiny_model, tiny_tokenizer
 from transformers import DynamicCache

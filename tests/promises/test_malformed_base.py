@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from made_runs import make_run
 from malformed import refusal
 from safetensors.torch import load_file, save_file
-from test_merge import make_run
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner

@@ -5,7 +5,6 @@ The real ones come from the cache and are fetched into it on the first run.
 
 import gzip
 import json
-import sys
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import assets
 import registry
 

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import stock_transformers
 import streamed
 import torch
 from huggingface_hub import ModelCard
+from made_runs import MIXED, SINKS, WINDOWED, make_run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, normalizers
@@ -33,39 +33,6 @@ from retrofit.measure.attention_hooks import probe
 from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.models.loading import load_model
 from retrofit.utils.errors import UserError
-
-WINDOWED = {"sliding_window": 16}
-
-
-SINKS = {"granularity": "none", "sinks": "constant", "key_bias": True}
-MIXED = {"sinks": "input", "key_bias": True}
-
-
-def make_run(
-    run: Path, base: Path, granularity: Any = "headwise", centered: bool = False, **gates: Any
-) -> Path:
-    """What `retrofit train` leaves behind, with random gates."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    facts = {
-        "name_or_path": str(base),
-        "revision": None,
-        "model_type": model.config.model_type,
-        "dtype": "float32",
-        "quantization": None,
-        "weights_sha256": weights_sha256(base_weights(model)),
-    }
-    gates = {"granularity": granularity, "centered": centered} | gates
-    config = GateConfig(init_weights=False, task_type="CAUSAL_LM", **gates)
-    get_peft_model(model, config).save_pretrained(str(run / "adapter"))
-    (run / "run.json").write_text(json.dumps({"base": facts, "steps": 3, "tokens": 3000}))
-    recipe = {"output_dir": str(run), "model": {"base": str(base)}}
-    recipe["data"] = {"sources": [{"path": "gone.jsonl"}]}
-    (run / "recipe.resolved.yaml").write_text(json.dumps(recipe))
-    metrics = {"perplexity": 20.5, "peak_column_share": 0.33, "kl_to_base": None}
-    models = [{"name": "base", "metrics": metrics}, {"name": "gated", "metrics": metrics}]
-    settings = {"text": "wiki.jsonl", "length": 512, "tokens": 8192}
-    (run / "measure.json").write_text(json.dumps({"models": models, "settings": settings}))
-    return run
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_layout import GROUPS, HEAD_DIM, HEADS, INPUT_IDS, KV_HEADS, published
 from safetensors.torch import load_file
-from test_gated_attention import GROUPS, HEAD_DIM, HEADS, INPUT_IDS, KV_HEADS, published
 from tiny import SHAPE, tiny_model, tiny_tokenizer
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen3_5Config
 

@@ -19,13 +19,11 @@ from tiny import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
+import assets
+import tasks
 from retrofit import GateConfig, harness
 from retrofit.harness import RetrofitLM, choice_task
 from retrofit.models.loading import load_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import assets
-import tasks
 
 TEXT = "the sink draws every token of a text to itself, whatever it says"
 

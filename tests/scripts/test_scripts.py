@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_with_trl
 import yaml
 
+from oracle import fit
 from retrofit.models.loading import load_model
 from retrofit.recipe import load_recipe
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-import train_with_trl  # noqa: E402
-
-from oracle import fit  # noqa: E402
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_merge import make_run
+from made_runs import make_run
 from tiny import tiny_model, tiny_tokenizer
 
 from retrofit.export.merge import merge

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from native_checkpoints import LINEAR, YARN, assert_same
 from safetensors.torch import save_file
-from test_qwen3_5 import LINEAR, YARN, assert_same
 from tiny import LLAMA3, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM

@@ -18,7 +18,7 @@ from retrofit import GateConfig
 from retrofit.export.merge import merge
 from retrofit.vllm_plugin.configs import CONFIGS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SERVED = [name for name, (family, _) in family_table.FAMILIES.items() if family != "gpt_oss"]
 # A vLLM that remembers what it is told, in an environment that has transformers and nothing else.
 REGISTER = """

@@ -1,14 +1,11 @@
 """The tables in docs/performance.md are those that the benchmarks' file gives."""
 
-import sys
 from pathlib import Path
 
+from ratios import tables
 from retrofit.utils.files import read_json
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts/bench"))
-
-from ratios import tables  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_tables_are_made_from_the_file():

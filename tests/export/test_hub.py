@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
-from test_merge import make_run
+from made_runs import make_run
 from typer.testing import CliRunner
 
 from retrofit.cli import app

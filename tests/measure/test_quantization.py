@@ -1,0 +1,77 @@
+"""Rounding to few bits, against naive references."""
+
+import math
+
+import pytest
+import torch
+from evaluated import LENGTH, gated, loss, measured, windows
+from torch import nn
+from torch.nn import functional as F
+
+from retrofit.measure.quantization import Quantization, quantized, rounded, rounded_in_groups
+
+
+def test_int8_is_the_nearest_of_255_steps():
+    torch.manual_seed(0)
+    values = torch.randn(3, 5, 16)
+    for dims, whole in (((-2, -1), values.flatten(1)), ((-1,), values)):
+        found = rounded(values, dims).view_as(whole)
+        for row, original in zip(found.view(-1, whole.shape[-1]), whole.view(-1, whole.shape[-1]),
+                                 strict=True):  # fmt: skip
+            grid = torch.arange(-127, 128) * original.abs().max() / 127
+            nearest = grid[(original[:, None] - grid).abs().argmin(-1)]
+            torch.testing.assert_close(row, nearest)
+    assert not rounded(torch.zeros(2, 3, 4), (-1,)).any()
+
+
+def test_four_bits_are_sixteen_even_steps_a_group():
+    torch.manual_seed(0)
+    weight = torch.randn(6, 96)  # groups of 32 where 64 does not divide
+    found = rounded_in_groups(weight, 64)
+    for row, original in zip(found.view(-1, 32), weight.view(-1, 32), strict=True):
+        step = (original.max() - original.min()) / 15
+        assert len(row.unique()) <= 16
+        assert (row - original).abs().max() <= step / 2 * 1.001 + step / 2
+        assert (row / step - (row / step).round()).abs().max() < 1e-4, "0 is one of the steps"
+    assert rounded_in_groups(torch.zeros(2, 32), 64).eq(0).all()
+
+
+def test_quantized_layers_compute_with_rounded_inputs_and_weights(text):
+    part = Quantization(length=LENGTH, windows=2, batch_size=1)
+    model = gated()
+    found = measured(model, text, part)["schemes"]
+    input_ids = windows(text, 2)
+    as_it_is = loss(model, input_ids)
+    for scheme, dims in (("w8a8_per_tensor", (-2, -1)), ("w8a8_per_token", (-1,))):
+        reference = gated()
+        for module in reference.get_base_model().model.layers.modules():
+            if isinstance(module, nn.Linear):
+                weight = rounded(module.weight, dims)
+                module.forward = lambda x, w=weight, d=dims, b=module.bias: F.linear(
+                    rounded(x, d), w, b
+                )
+        expected = loss(reference, input_ids)
+        assert found[scheme]["perplexity"] == pytest.approx(expected.mean().exp().item(), rel=1e-5)
+        difference = expected - as_it_is
+        assert found[scheme]["log_ratio"] == pytest.approx(difference.mean().item(), abs=1e-6)
+        assert found[scheme]["log_ratio_stderr"] == pytest.approx(
+            difference.std().item() / math.sqrt(2), abs=1e-6
+        )
+        assert found[scheme]["kl"] > 0
+    assert found["none"]["kl"] == 0 and found["none"]["log_ratio"] == 0
+    assert found["w4"]["kl"] > found["w8a8_per_token"]["kl"]
+
+
+def test_nothing_is_left_of_it_in_the_model(text):
+    model = gated()
+    before = loss(model, windows(text, 1))
+    with quantized(model.get_base_model(), lambda x, w: (x * 0, w)):
+        assert not torch.equal(loss(model, windows(text, 1)), before)
+    assert torch.equal(loss(model, windows(text, 1)), before)
+
+
+def test_an_outlier_ruins_one_scale_a_tensor_and_not_one_a_token():
+    values = torch.ones(1, 8, 16)
+    values[0, 0, 3] = 1000.0
+    assert rounded(values, (-2, -1))[0, 1:].eq(0).all()
+    torch.testing.assert_close(rounded(values, (-1,))[0, 1:], values[0, 1:])
