@@ -18,18 +18,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from retrofit.recipe import load_recipe
+from retrofit.report.metrics import METRICS
 from retrofit.utils.strict_yaml import parse
 
 RETROFIT = [sys.executable, "-c", "from retrofit.cli import main; main()"]
-COLUMNS = {
-    "tokens": "{:,.0f}",
-    "peak_column_share": "{:.4f}",
-    "peak_share_per_head": "{:.3f}",
-    "f_attn": "{:.3f}",
-    "max_activation": "{:,.0f}",
-    "perplexity": "{:.2f}",
-    "kl_to_base": "{:.3f}",
-}
+COLUMNS = (
+    "peak_column_share",
+    "peak_share_per_head",
+    "f_attn",
+    "max_activation",
+    "perplexity",
+    "kl_to_base",
+    "copied_nats",
+)
 
 
 def main() -> int:
@@ -78,7 +79,7 @@ def read(run: Path) -> dict | None:
 
 
 def table(grid: dict, results: dict[str, dict]) -> str:
-    header = ["run", "overrides", *COLUMNS]
+    header = ["run", "overrides", "tokens", *(METRICS[name].full_label for name in COLUMNS)]
     rows = [header, ["---"] * len(header)]
     if results:
         base = next(iter(results.values()))["base"]
@@ -89,7 +90,8 @@ def table(grid: dict, results: dict[str, dict]) -> str:
 
 
 def cells(metrics: dict) -> list[str]:
-    return [style.format(metrics[name]) for name, style in COLUMNS.items()]
+    figures = [METRICS[name].style.format(metrics[name]) for name in COLUMNS]
+    return [f"{metrics['tokens']:,}", *figures]
 
 
 def plot(results: dict[str, dict], path: Path) -> None:

@@ -20,23 +20,24 @@ from matplotlib.figure import Figure
 import assets
 from ablate import RETROFIT, train
 from retrofit.recipe import load_recipe
+from retrofit.report.metrics import METRICS
 
 TEXTS = {"wiki": "Wikipedia", "c4-heldout": "held-out C4", "moby-dick": "Moby-Dick"}
-ROWS = {
-    "peak_column_share": ("peak column share", "{:.4f}"),
-    "peak_share_per_head": ("the same, each head and text by itself", "{:.3f}"),
-    "f_attn": ("attention to the first token", "{:.3f}"),
-    "max_activation": ("largest activation, mean over layers", "{:,.0f}"),
-    "max_activation_any_window": ("the same, worst window", "{:,.0f}"),
-    "perplexity": ("perplexity", "{:.2f}"),
-    "perplexity_far": ("perplexity past the first 64 tokens", "{:.2f}"),
-    "kl_to_base": ("KL to the base, nats", "{:.3f}"),
-    "copied_nats": ("copied text, nats a token", "{:.3f}"),
-}
+ROWS = (
+    "peak_column_share",
+    "peak_share_per_head",
+    "f_attn",
+    "max_activation",
+    "max_activation_any_window",
+    "perplexity",
+    "perplexity_far",
+    "kl_to_base",
+    "copied_nats",
+)
 PANELS = {
     "column_share": ("Attention to the first key positions", "key position", "mean share"),
-    "peak_column_share": ("Peak column share", "layer", "share of the most attended key"),
-    "max_activation": ("Largest activation", "layer", "largest |hidden state|"),
+    "peak_column_share": ("Peak column share", "layer", METRICS["peak_column_share"].axis),
+    "max_activation": ("Largest activation", "layer", METRICS["max_activation"].axis),
 }
 
 
@@ -78,8 +79,8 @@ def table(results: dict[str, list[dict]]) -> str:
     """Base -> mean over seeds (lowest to highest), by metric and text."""
     header = [f"mean of {len(next(iter(results.values()))) - 1} seeds (range)", *TEXTS.values()]
     rows = [header, ["---"] * len(header)]
-    for metric, (label, style) in ROWS.items():
-        cells = []
+    for metric in ROWS:
+        label, style, cells = METRICS[metric].full_label, METRICS[metric].style, []
         for base, *seeds in results.values():
             values = [seed["metrics"][metric] for seed in seeds]
             before = base["metrics"][metric]
@@ -88,7 +89,7 @@ def table(results: dict[str, list[dict]]) -> str:
         rows.append([label, *cells])
     for metric in ("perplexity", "perplexity_far"):
         changes = [change(metric, *models) for models in results.values()]
-        rows.append([f"change of {ROWS[metric][0]}", *changes])
+        rows.append([f"change of {METRICS[metric].full_label}", *changes])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from retrofit.export.verify.reference import CACHE
 from retrofit.measure.evaluation import Count, MeasuredModel, Track, unwrapped
 from retrofit.measure.texts import cut_windows
+from retrofit.report.sections.cost import CostFigures, Ratio
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Cost:
     repeats: Annotated[int, Field(gt=1)] = 5
     name = "cost"
 
-    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> CostFigures:
         """This model's seconds over the base's, by pairs of runs one after the other: median and
         the quarter on either side, with both models in memory. Bytes of all weights, and those
         that a token takes in the cache.
@@ -46,16 +47,16 @@ class Cost:
             for model, runs in zip(models, seconds, strict=True):
                 runs.append(prefill_and_decode(model, input_ids, self.new_tokens))
         prefill, decode = zip(*seconds[0], strict=True)
-        figures = {
-            "prefill_tokens_per_second": self.prompt / statistics.median(prefill),
-            "decode_tokens_per_second": self.new_tokens / statistics.median(decode),
-            "weight_bytes": sum(p.numel() * p.element_size() for p in measured.inner.parameters()),
-            "cache_bytes_per_token": _cache_bytes(measured.inner, input_ids),
-        }
+        figures = CostFigures(
+            prefill_tokens_per_second=self.prompt / statistics.median(prefill),
+            decode_tokens_per_second=self.new_tokens / statistics.median(decode),
+            weight_bytes=sum(p.numel() * p.element_size() for p in measured.inner.parameters()),
+            cache_bytes_per_token=_cache_bytes(measured.inner, input_ids),
+        )
         if len(models) == 2:
             pairs = list(zip(*seconds, strict=True))
-            figures["prefill_ratio"] = _spread([own[0] / base[0] for own, base in pairs])
-            figures["decode_ratio"] = _spread([own[1] / base[1] for own, base in pairs])
+            figures.prefill_ratio = _spread([own[0] / base[0] for own, base in pairs])
+            figures.decode_ratio = _spread([own[1] / base[1] for own, base in pairs])
         del models
         gc.collect()
         return figures
@@ -108,6 +109,6 @@ def _cache_bytes(model: Any, input_ids: torch.Tensor) -> int:
     return (sizes[1] - sizes[0]) // 64
 
 
-def _spread(ratios: list[float]) -> dict[str, float]:
+def _spread(ratios: list[float]) -> Ratio:
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"value": middle, "low": low, "high": high}
+    return Ratio(value=middle, low=low, high=high)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 from peft import PeftModel
-from pydantic import Field
+from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
@@ -64,8 +64,8 @@ class Evaluation(Protocol):
 
     name: str
 
-    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
-        """The figures of one model, ready for JSON."""
+    def measure(self, measured: MeasuredModel, track: Track) -> BaseModel:
+        """The figures of one model, of the type that is their part's in `retrofit.report`."""
         ...
 
 

@@ -4,7 +4,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 from rich.progress import Progress
 
@@ -22,7 +23,7 @@ from retrofit.measure.sinks import measure_sinks
 from retrofit.measure.texts import cut_windows, prepended_token, read_documents
 from retrofit.models.loading import load_model
 from retrofit.utils.console import PlainConsole
-from retrofit.utils.errors import UserError
+from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import read_json, write_json, writing
 from retrofit.utils.paths import expanded
 
@@ -106,17 +107,34 @@ def measure(
                 plan.settings = _settings(asked, measured, input_ids)
             track = _track(bar, name)
             if _SINKS in todo:
-                found, predictions = measure_sinks(measured, input_ids, batch_size, base, track)
-                plan.put(name, _SINKS, found)
+                with _numbers_expected(_SINKS, name):
+                    found, predictions = measure_sinks(measured, input_ids, batch_size, base, track)
+                plan.put(name, _SINKS, _ready_for_json(found))
                 base = base or predictions
                 del predictions
             for evaluation in evaluations:
                 if evaluation.name in todo:
-                    figures = evaluation.measure(measured, track)
-                    plan.put(name, evaluation.name, {evaluation.name: figures})
+                    with _numbers_expected(evaluation.name, name):
+                        figures = evaluation.measure(measured, track)
+                    plan.put(name, evaluation.name, {evaluation.name: _ready_for_json(figures)})
             del model, measured  # before the next one is loaded
             gc.collect()
     return plan.result()
+
+
+@contextmanager
+def _numbers_expected(evaluation: str, name: str) -> Iterator[None]:
+    """A model that breaks, such as one in int8, may give infinities."""
+    try:
+        yield
+    except ValidationError as error:
+        problem = validation_problem(error)
+        raise UserError(f"{evaluation} of {name} gives what is no figure ({problem})") from error
+
+
+def _ready_for_json(figures: BaseModel) -> dict[str, Any]:
+    """What was measured, and not what might have been."""
+    return figures.model_dump(exclude_unset=True)
 
 
 def names(sources: Sequence[str]) -> list[str]:

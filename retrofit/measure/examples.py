@@ -10,6 +10,7 @@ from retrofit.measure.attention_hooks import attention_watched
 from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.metrics import left_by_slot
 from retrofit.measure.texts import cut_windows
+from retrofit.report.sections.examples import ExamplesFigures, Generation, Maps
 
 _LAYERS_SHOWN = 4
 
@@ -30,7 +31,7 @@ class Examples:
     new_tokens: Count = 64
     name = "examples"
 
-    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> ExamplesFigures:
         """Attention of four layers over the first tokens, mean over heads, `[queries, keys]`, as
         arXiv:2505.06708 shows it, and greedy text."""
         model, tokenizer = measured.inner, measured.tokenizer
@@ -48,16 +49,16 @@ class Examples:
                     pad_token_id=tokenizer.pad_token_id,
                 )
             text = tokenizer.decode(output[0, self.prompt :], skip_special_tokens=True)
-            generations.append({"prompt": tokenizer.decode(row), "text": text})
-        return {
-            "maps": attention_maps(model, shown),
-            "tokens": [tokenizer.decode([token]) for token in shown],
-            "generations": generations,
-        }
+            generations.append(Generation(prompt=tokenizer.decode(row), text=text))
+        return ExamplesFigures(
+            maps=attention_maps(model, shown),
+            tokens=[tokenizer.decode([token]) for token in shown],
+            generations=generations,
+        )
 
 
 @torch.inference_mode()
-def attention_maps(model: Any, input_ids: torch.Tensor) -> dict[str, list]:
+def attention_maps(model: Any, input_ids: torch.Tensor) -> Maps:
     """What each query pays to each key, mean over heads, of four layers evenly apart among those
     with softmax attention: `layers` and their `shares`, `[T, T]` each."""
     seen: dict[int, torch.Tensor] = {}
@@ -76,7 +77,7 @@ def attention_maps(model: Any, input_ids: torch.Tensor) -> dict[str, list]:
     with attention_watched(model, watch):
         model.get_decoder()(input_ids[None].to(model.device), use_cache=False)
     layers = _spread(sorted(seen))
-    return {"layers": layers, "shares": [seen[layer].tolist() for layer in layers]}
+    return Maps(layers=layers, shares=[seen[layer].tolist() for layer in layers])
 
 
 def _spread(layers: Sequence[int]) -> list[int]:

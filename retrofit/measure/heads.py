@@ -24,6 +24,7 @@ from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
 from retrofit.measure.sinks import read_model
 from retrofit.measure.texts import cut_windows
+from retrofit.report.sections.heads import HeadsFigures, Zeroed
 
 Head = tuple[int, int]  # its layer, and its number there
 
@@ -52,7 +53,7 @@ class Heads:
     seed: int = 0
     name = "heads"
 
-    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> HeadsFigures:
         """Perplexity, and KL from the whole model, by share of the heads that are zeroed; of
         random ones the means over the draws, and the range of the KL."""
         model = measured.inner
@@ -67,21 +68,20 @@ class Heads:
         drawn = [lost(order, "random") for order in shuffled]
         kl = [[each[1] for each in by_share] for by_share in zip(*drawn, strict=True)]
         least = lost(by_load, "least used")
-        return {
-            "shares": list(self.shares),
-            "perplexity": whole.perplexity,
-            "least_used": {
-                "perplexity": [each[0] for each in least],
-                "kl": [each[1] for each in least],
-            },
-            "random": {
-                "perplexity": [
+        return HeadsFigures(
+            shares=list(self.shares),
+            perplexity=whole.perplexity,
+            least_used=Zeroed(
+                perplexity=[each[0] for each in least], kl=[each[1] for each in least]
+            ),
+            random=Zeroed(
+                perplexity=[
                     fmean(each[0] for each in by_share) for by_share in zip(*drawn, strict=True)
                 ],
-                "kl": [fmean(each) for each in kl],
-                "kl_range": [[min(each), max(each)] for each in kl],
-            },
-        }
+                kl=[fmean(each) for each in kl],
+                kl_range=[[min(each), max(each)] for each in kl],
+            ),
+        )
 
     def _lost(
         self,

@@ -33,6 +33,7 @@ from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.predictions import predict, predictions_of
 from retrofit.measure.ruler import TASKS, Ruler, Sample, recall
 from retrofit.measure.texts import cut_windows
+from retrofit.report.sections.long_context import ByPosition, LongContextFigures, Scores
 from retrofit.utils.errors import UserError
 
 Scaling = Literal["yarn", "linear"]
@@ -70,7 +71,7 @@ class LongContext:
             if len(set(several)) < len(several):
                 raise UserError(f"long context: {', '.join(map(str, several))} must all differ")
 
-    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> LongContextFigures:
         """For each length: what RoPE it was read with; of each task the mean recall with its
         standard error (`None` for one sample) and the mean negative log-likelihood of the answers
         in nats a token, both by sample too; and the perplexity in 16 equal ranges of positions,
@@ -87,14 +88,14 @@ class LongContext:
             for length in self.lengths
         }
         with without_matrices(measured.inner):
-            return {
-                "lengths": list(self.lengths),
-                "rope": rope,
-                "tasks": self._tasks(measured, track),
-                "perplexity": self._perplexity(measured.inner, windows, track),
-            }
+            return LongContextFigures(
+                lengths=list(self.lengths),
+                rope=rope,
+                tasks=self._tasks(measured, track),
+                perplexity=self._perplexity(measured.inner, windows, track),
+            )
 
-    def _tasks(self, measured: MeasuredModel, track: Track) -> dict[str, dict[str, Any]]:
+    def _tasks(self, measured: MeasuredModel, track: Track) -> dict[str, dict[str, Scores]]:
         ruler = Ruler(measured.tokenizer, measured.documents, self.seed)
         wanted = [
             (length, task, index)
@@ -119,7 +120,7 @@ class LongContext:
 
     def _perplexity(
         self, model: Any, windows: dict[int, torch.Tensor], track: Track
-    ) -> dict[str, Any]:
+    ) -> dict[str, ByPosition]:
         wanted = [(length, row) for length, rows in windows.items() for row in rows]
         nll: dict[int, list[torch.Tensor]] = {}
         for length, row in track(wanted, "long context, perplexity"):
@@ -305,27 +306,27 @@ def _rewind(cache: DynamicCache, length: int) -> bool:
     return True
 
 
-def _figures(found: list[_Scored]) -> dict[str, Any]:
+def _figures(found: list[_Scored]) -> Scores:
     scores, nats = [each.recall for each in found], [each.nats for each in found]
     stderr = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
     asked = json.dumps([[each.sample.prompt, each.sample.continuation] for each in found])
-    return {
-        "score": statistics.fmean(scores),
-        "stderr": stderr,
-        "nats": statistics.fmean(nats),
-        "samples": len(scores),
-        "score_by_sample": scores,
-        "nats_by_sample": nats,
-        "prompts_sha256": hashlib.sha256(asked.encode()).hexdigest(),
-    }
+    return Scores(
+        score=statistics.fmean(scores),
+        stderr=stderr,
+        nats=statistics.fmean(nats),
+        samples=len(scores),
+        score_by_sample=scores,
+        nats_by_sample=nats,
+        prompts_sha256=hashlib.sha256(asked.encode()).hexdigest(),
+    )
 
 
-def _by_position(nll: torch.Tensor) -> dict[str, Any]:
+def _by_position(nll: torch.Tensor) -> ByPosition:
     """Of `[windows, T - 1]`, where the first column is of the token at position 1."""
     positions = torch.arange(1, nll.shape[1] + 1, dtype=torch.float64).tensor_split(_BINS)
     bins = nll.mean(0).tensor_split(_BINS)
-    return {
-        "windows": len(nll),
-        "positions": [each.mean().item() for each in positions],
-        "perplexity": [each.mean().exp().item() for each in bins],
-    }
+    return ByPosition(
+        windows=len(nll),
+        positions=[each.mean().item() for each in positions],
+        perplexity=[each.mean().exp().item() for each in bins],
+    )

@@ -20,6 +20,7 @@ from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
 from retrofit.measure.texts import cut_windows
+from retrofit.report.sections.quantization import QuantizationFigures, Scheme
 
 _INT8, _INT4 = 127, 15
 _BITSANDBYTES = ("int8", "nf4")
@@ -41,7 +42,7 @@ class Quantization:
     batch_size: Count = 4
     name = "quantization"
 
-    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> QuantizationFigures:
         """Perplexity of each scheme, its KL from the same model as it is, and the mean difference
         of the log-likelihood with the standard error over windows.
 
@@ -66,7 +67,7 @@ class Quantization:
             model, _ = measured.reload(quantization=scheme)
             found = predict(model, track(batches, f"bitsandbytes {scheme}"), as_it_is)
             figures[scheme] = _figures(found, as_it_is)
-        return {"schemes": figures}
+        return QuantizationFigures(schemes=figures)
 
     def _simulated(self) -> dict[str, "Linear"]:
         return {
@@ -124,11 +125,11 @@ def _replaced(module: nn.Linear, linear: Linear) -> Iterator[None]:
         del module.forward
 
 
-def _figures(found: PredictionStatistics, base: PredictionStatistics) -> dict[str, float | None]:
+def _figures(found: PredictionStatistics, base: PredictionStatistics) -> Scheme:
     difference = (found.nll - base.nll).mean(-1)
-    return {
-        "perplexity": found.perplexity,
-        "kl": found.kl_to_base,
-        "log_ratio": difference.mean().item(),
-        "log_ratio_stderr": (difference.std() / len(difference) ** 0.5).item(),
-    }
+    return Scheme(
+        perplexity=found.perplexity,
+        kl=found.kl_to_base,
+        log_ratio=difference.mean().item(),
+        log_ratio_stderr=(difference.std() / len(difference) ** 0.5).item(),
+    )

@@ -14,6 +14,7 @@ from retrofit.measure.copied import copied_nats
 from retrofit.measure.evaluation import MeasuredModel, Track, unwrapped
 from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
+from retrofit.report.sections.sinks import Metrics, PerLayer, SinksFigures
 from retrofit.utils.errors import UserError
 
 _COLUMNS_SHOWN = 32
@@ -25,7 +26,7 @@ def measure_sinks(
     batch_size: int,
     base: PredictionStatistics | None,
     track: Track,
-) -> tuple[dict[str, Any], PredictionStatistics]:
+) -> tuple[SinksFigures, PredictionStatistics]:
     """The `metrics` and `per_layer` of one model over windows `[windows, T]`, what it needs to copy
     their text, and what it predicts.
 
@@ -37,12 +38,14 @@ def measure_sinks(
     if not math.isfinite(predictions.perplexity):
         raise UserError(f"the predictions of {measured.name} are not finite in {measured.dtype}")
     copied = copied_nats(measured, input_ids, batch_size, track)
-    return {
-        "metrics": summarize(layers, predictions) | {"copied_nats": fmean(copied)},
-        "per_layer": by_layer(layers),
-        "nll_by_window": predictions.nll_by_window,
-        "copied_nats_by_window": copied,
-    }, predictions
+    metrics: dict[str, Any] = summarize(layers, predictions) | {"copied_nats": fmean(copied)}
+    figures = SinksFigures(
+        metrics=Metrics(**metrics),
+        per_layer=PerLayer(**by_layer(layers)),
+        nll_by_window=predictions.nll_by_window,
+        copied_nats_by_window=copied,
+    )
+    return figures, predictions
 
 
 def read_model(

@@ -25,6 +25,7 @@ from retrofit.measure.long_context import has_rope_by_layer
 from retrofit.measure.predictions import predict
 from retrofit.measure.sink_attention import beside_slots, slots
 from retrofit.measure.texts import cut_windows
+from retrofit.report.sections.streaming import ByCache, Curves, NllByCache, StreamingFigures
 from retrofit.utils.errors import UserError
 
 _QUERY_BLOCK = 128
@@ -54,7 +55,7 @@ class Streaming:
                 f"{self.length} must grow in this order"
             )
 
-    def measure(self, measured: MeasuredModel, track: Track) -> dict[str, Any]:
+    def measure(self, measured: MeasuredModel, track: Track) -> StreamingFigures:
         """Perplexity from position `cache` on, where tokens have gone, with the whole text in the
         cache (`full`), the last tokens alone, and with the first ones kept.
 
@@ -70,14 +71,16 @@ class Streaming:
             with _cached(model, self.cache, sinks):
                 nll[kind] = predict(model, track(windows, f"streaming, {kind}")).nll
         evicted = {kind: each[:, self.cache - 1 :] for kind, each in nll.items()}
-        return {
-            "cache": self.cache,
-            "sinks": self.sinks,
-            "from_position": self.cache,
-            "perplexity": {kind: _perplexity(each) for kind, each in evicted.items()},
-            "nll_by_window": {kind: each.mean(-1).tolist() for kind, each in evicted.items()},
-            "by_position": _by_position(nll),
-        }
+        return StreamingFigures(
+            cache=self.cache,
+            sinks=self.sinks,
+            from_position=self.cache,
+            perplexity=ByCache(**{kind: _perplexity(each) for kind, each in evicted.items()}),
+            nll_by_window=NllByCache(
+                **{kind: each.mean(-1).tolist() for kind, each in evicted.items()}
+            ),
+            by_position=Curves(**_by_position(nll)),
+        )
 
     def _check(self, measured: MeasuredModel) -> None:
         config = measured.inner.config

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from retrofit.report.schema import Result, TaskResult
+from retrofit.report.result import TaskResult, typed_result
+from retrofit.report.sections import PARTS
 from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import read_json
 
@@ -48,7 +49,7 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
     for path, result in answers.items():
         _add_tasks(joined, path, result)
     try:
-        Result.model_validate(joined)
+        typed_result(joined)
     except ValidationError as error:
         raise UserError(
             f"the files do not belong together ({validation_problem(error)})"
@@ -114,7 +115,8 @@ def read_result(path: Path) -> dict[str, Any]:
         result = read_json(path)
         settings = result.get("settings") if isinstance(result, dict) else None
         is_of_tasks = isinstance(settings, dict) and "documents" in settings
-        (TaskResult if is_of_tasks else Result).model_validate(result)
+        check = TaskResult.model_validate if is_of_tasks else typed_result
+        check(result)
         json.dumps(result, ensure_ascii=False).encode()  # half a character cannot be shown
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -173,9 +175,9 @@ def _close(before: float | None, after: float | None) -> bool:
 def _without_base(model: dict[str, Any]) -> dict[str, Any]:
     """Without what was measured against a base that is not this comparison's."""
     model = model | {"metrics": model["metrics"] | {"kl_to_base": None}}
-    for part, endings in (("cost", "_ratio"), ("tasks", "_difference")):
-        if part in model:
-            model[part] = _pruned(model[part], endings)
+    for part in PARTS:
+        if part.against_base and part.name in model:
+            model[part.name] = _pruned(model[part.name], part.against_base)
     return model
 
 

@@ -1,16 +1,20 @@
 """What `measure` found, as one HTML file that needs nothing besides."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from retrofit.report.layers import layer_sections
+from retrofit.report.findings import CRITERIA, OUTCOMES
 from retrofit.report.metric_rows import rows
-from retrofit.report.section import key
-from retrofit.report.sections import part_sections
+from retrofit.report.part import Measured
+from retrofit.report.result import ModelResult, measured, typed_result
+from retrofit.report.section import Section, key
+from retrofit.report.sections import PARTS
+from retrofit.report.sections.sinks import SinksFigures, sinks_sections
 from retrofit.report.svg import SERIES
-from retrofit.report.verdict import CRITERIA, OUTCOMES, verdict
+from retrofit.report.verdict import verdict
 from retrofit.report.wording import title
 from retrofit.utils.files import write_text
 
@@ -38,7 +42,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         result: from `measure`, or joined from several.
         path: where the page appears, whole or not at all.
     """
-    models = result["models"]
+    models = typed_result(result).models
     environment = Environment(
         loader=PackageLoader("retrofit.report", "."),
         autoescape=True,
@@ -49,29 +53,42 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     page = environment.get_template("page.html.jinja").render(
         heading=_heading(models),
         title=title(result["settings"]),
-        keys=[key(each) for each in enumerate(models)],
-        verdicts=[_verdict(models[0], each) for each in list(enumerate(models))[1:]],
+        keys=[key(number, model.name) for number, model in enumerate(models)],
+        verdicts=[
+            _verdict(models[0], number, model) for number, model in enumerate(models) if number
+        ],
         criteria=CRITERIA,
         settings=_settings(result["settings"]),
         metrics=[[label, *cells] for label, cells in rows(models)],
-        sections=[*layer_sections(models), *part_sections(models)],
+        sections=_sections(models),
         series=range(SERIES),
     )
     write_text(path, page)
 
 
-def _heading(models: list[dict[str, Any]]) -> str:
-    base, *others = (model["name"] for model in models)
+def _heading(models: Sequence[ModelResult]) -> str:
+    base, *others = (model.name for model in models)
     if not others:
         return base
-    models_told = others[0] if len(others) == 1 else f"{len(others)} models"
-    return f"{models_told} against {base}"
+    against = others[0] if len(others) == 1 else f"{len(others)} models"
+    return f"{against} against {base}"
 
 
-def _verdict(base: dict[str, Any], model: tuple[int, dict[str, Any]]) -> dict[str, Any]:
-    findings = verdict(base, model[1])
+def _sections(models: Sequence[ModelResult]) -> list[Section]:
+    always: list[Measured[SinksFigures]] = [
+        Measured(number, model.name, model) for number, model in enumerate(models)
+    ]
+    sections = sinks_sections(always)
+    for part in PARTS:
+        if shown := measured(models, part):
+            sections += part.sections(shown)
+    return sections
+
+
+def _verdict(base: ModelResult, number: int, model: ModelResult) -> dict[str, Any]:
+    findings = verdict(base, model)
     return {
-        "key": key(model),
+        "key": key(number, model.name),
         "groups": [
             (outcome, _HEADINGS[outcome], [each for each in findings if each.outcome == outcome])
             for outcome in OUTCOMES

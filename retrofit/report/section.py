@@ -1,12 +1,10 @@
 """What a section of a report is made of."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from retrofit.report.charts import Plot
 from retrofit.report.svg import SERIES
-
-Model = tuple[int, dict[str, Any]]  # its place in the result, which is its color, and what it is
 
 
 class Table(NamedTuple):
@@ -33,11 +31,17 @@ class Exchange(NamedTuple):
 
 
 class Section(NamedTuple):
-    """
+    """A heading with what stands below it.
+
     Attributes:
         name: its anchor on the page.
+        title: the heading.
         lead: how it is to be read.
-        small: more of its plots stand in a row.
+        legend: which color is which model.
+        plots: side by side.
+        table: below the plots.
+        exchanges: below the table.
+        small: whether more of its plots stand in a row.
     """
 
     name: str
@@ -50,11 +54,6 @@ class Section(NamedTuple):
     small: bool = False
 
 
-def key(model: Model) -> Key:
-    number, figures = model
-    return Key(figures["name"], number if number < SERIES else 1 + (number - 1) % (SERIES - 1))
-
-
-def having(models: Sequence[dict[str, Any]], part: str) -> list[Model]:
-    """The models that were measured in this part, with their places among all."""
-    return [(number, model) for number, model in enumerate(models) if model.get(part)]
+def key(number: int, name: str) -> Key:
+    """The entry of the model at this place in a result. Colors come again after all of them."""
+    return Key(name, number if number < SERIES else 1 + (number - 1) % (SERIES - 1))

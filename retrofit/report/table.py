@@ -7,8 +7,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from retrofit.report.findings import CRITERIA
 from retrofit.report.metric_rows import rows
-from retrofit.report.verdict import CRITERIA, HEADLINE, verdict
+from retrofit.report.result import ModelResult, typed_result
+from retrofit.report.sections.sinks import HEADLINE
+from retrofit.report.verdict import verdict
 from retrofit.report.wording import title
 
 _ITEMS_SHOWN = 3  # of those that came out alike in one part; the report and the JSON have all
@@ -22,7 +25,8 @@ def table(result: dict[str, Any]) -> Table:
     Args:
         result: from `measure`.
     """
-    base, *others = result["models"]
+    models = typed_result(result).models
+    base, *others = models
     lines = [line for model in others for line in _verdict(base, model)]
     if lines:
         lines.append(CRITERIA)
@@ -33,18 +37,18 @@ def table(result: dict[str, Any]) -> Table:
         box=box.SIMPLE_HEAD,
     )
     grid.add_column("metric", no_wrap=True)
-    for model in result["models"]:
-        grid.add_column(Text(model["name"]), justify="right", overflow="fold")
-    for label, cells in rows(result["models"]):
+    for model in models:
+        grid.add_column(Text(model.name), justify="right", overflow="fold")
+    for label, cells in rows(models):
         grid.add_row(label, *cells)
     return grid
 
 
-def _verdict(base: dict, model: dict) -> list[str]:
+def _verdict(base: ModelResult, model: ModelResult) -> list[str]:
     """`NAME: sink 0.332 -> 0.331 (unchanged); ...`, and below it what the other parts found."""
     findings = verdict(base, model)
     headline = [each for each in findings if each.subject in HEADLINE]
-    lines = [f"{model['name']}: {'; '.join(f'{each.subject} {each.text}' for each in headline)}"]
+    lines = [f"{model.name}: {'; '.join(f'{each.subject} {each.text}' for each in headline)}"]
     return lines + [
         f"  {each.outcome}: {each.subject}: {_shortened(each.items)}"
         for each in findings

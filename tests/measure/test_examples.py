@@ -29,4 +29,4 @@ def test_examples_are_greedy_text_and_true_attention(text):
 
 def test_four_layers_are_shown_of_many():
     model = tiny_model("llama", num_hidden_layers=9)
-    assert attention_maps(model, torch.arange(8))["layers"] == [0, 3, 5, 8]
+    assert attention_maps(model, torch.arange(8)).layers == [0, 3, 5, 8]

@@ -180,7 +180,7 @@ def test_what_cannot_be_stretched_is_refused_beyond_what_it_reads(family, overri
 def only_perplexity(model, monkeypatch, **settings) -> dict[str, Any]:
     monkeypatch.setattr(model, "generate", lambda input_ids, **_: input_ids)
     part = LongContext(samples=1, tasks=("niah_single",), **settings)
-    return part.measure(opened(model), untracked)
+    return part.measure(opened(model), untracked).model_dump()
 
 
 def test_perplexity_by_position_equals_that_of_full_logits(monkeypatch):
@@ -245,7 +245,7 @@ TASKS = ("niah_multiquery", "variable_tracking", "frequent_words")
 
 def asked_of(model, track=untracked) -> dict[str, Any]:
     part = LongContext(lengths=(2500, 3000), samples=3, tasks=TASKS, documents=1)
-    return part.measure(opened(model), track)
+    return part.measure(opened(model), track).model_dump()
 
 
 @pytest.mark.parametrize(
@@ -367,10 +367,10 @@ def test_two_models_see_the_same_prompts_and_another_seed_others(monkeypatch):
         part = LongContext(
             lengths=(900,), samples=2, tasks=("niah_multikey",), documents=1, **settings
         )
-        return part.measure(opened(model), untracked)["tasks"]["niah_multikey"]["900"]
+        return part.measure(opened(model), untracked).tasks["niah_multikey"]["900"]
 
     assert prompts() == prompts()
-    assert prompts()["prompts_sha256"] != prompts(seed=1)["prompts_sha256"]
+    assert prompts().prompts_sha256 != prompts(seed=1).prompts_sha256
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_every_metric_equals_its_formula_on_the_models_own_attention(model_type)
         )
         maps = attention_maps(model, tokens()[0])
         torch.testing.assert_close(
-            torch.tensor(maps["shares"]), attention[:, 0].mean(1).float(), rtol=1e-4, atol=1e-6
+            torch.tensor(maps.shares), attention[:, 0].mean(1).float(), rtol=1e-4, atol=1e-6
         )
     log_p = output.logits.double().log_softmax(-1)[:, :-1]
     nll = -log_p.gather(-1, tokens()[:, 1:, None])

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from retrofit import cli
 from retrofit.report.join import join
+from retrofit.report.result import typed_model
 from retrofit.report.verdict import verdict
 from retrofit.utils.errors import UserError
 
@@ -56,7 +57,8 @@ def test_files_of_an_older_version_lack_what_is_new_and_no_more(write):
         base, *others = result["models"]
         assert base == first["models"][0], "the base has what either file has"
         told = {
-            model["name"]: {finding.subject for finding in verdict(base, model)} for model in others
+            model["name"]: {each.subject for each in verdict(*map(typed_model, (base, model)))}
+            for model in others
         }
         assert "copied text" in told["a"] and "copied text" not in told["b"]
         assert told["a"] - told["b"] == {"copied text", "inputs of down_proj"}
@@ -122,7 +124,8 @@ def test_tasks_are_added_to_the_models_that_they_are_of(write, answers):
     assert names(result) == ["base", "gates"]
     assert result["models"][1]["tasks"] == answers["models"][1]["tasks"]
     assert result["settings"]["tasks"] == answers["settings"]
-    told = {f.outcome: f.items for f in verdict(*result["models"]) if f.subject == "accuracy"}
+    findings = verdict(*map(typed_model, result["models"]))
+    told = {each.outcome: each.items for each in findings if each.subject == "accuracy"}
     assert told == {
         "worse": (
             "lambada -0.100 ± 0.010",

@@ -1,0 +1,40 @@
+"""What the typed figures of an evaluation are made of, as they stand in JSON.
+
+Text is no number, and no number is NaN or infinite.
+"""
+
+from collections.abc import Iterable, Sized
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Log = Annotated[FiniteFloat, Field(ge=-300, le=300)]  # exp() of it is a number.
+Numbers = Annotated[list[FiniteFloat], Field(min_length=1)]
+Length = Annotated[str, Field(pattern=r"^\d{1,9}$")]  # A number of tokens, as a key.
+
+
+class Figures(BaseModel):
+    """The figures of one evaluation, or a group of them."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Estimate(Figures):
+    """A figure with its standard error."""
+
+    value: Log
+    stderr: FiniteFloat
+
+
+def check_same_length(what: str, lists: Iterable[Sized | None]) -> None:
+    """
+    Args:
+        what: is said to be of different lengths.
+        lists: those that are `None` are not there.
+
+    Raises:
+        ValueError: if they are.
+    """
+    if len({len(values) for values in lists if values is not None}) > 1:
+        raise ValueError(f"{what} are not of the same length")

@@ -1,0 +1,132 @@
+"""What `retrofit measure --json` and `scripts/tasks.py --out` write, as far as anything reads it.
+
+Parts that were not measured are not there.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field, create_model, model_validator
+
+from retrofit.report.figures import Figures, check_same_length
+from retrofit.report.part import Measured, Part
+from retrofit.report.sections import PARTS
+from retrofit.report.sections.sinks import SinksFigures
+from retrofit.report.sections.tasks import TasksFigures
+
+F = TypeVar("F", bound=BaseModel)
+
+
+class ModelResult(SinksFigures):
+    """One model: what is always measured of it, and by name what else was."""
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_there_or_not(cls, value: Any) -> Any:
+        """`null` is not how a part that was not measured is written."""
+        for name, figures in value.items() if isinstance(value, dict) else ():
+            if figures is None:
+                raise ValueError(f"{name} is null")
+        return value
+
+    def figures_of(self, part: Part[F]) -> F | None:
+        """`None` where that was not measured."""
+        return getattr(self, part.name)
+
+
+class Settings(Figures):
+    """What was measured, and how. Each evaluation adds its own settings under its name."""
+
+    text: str
+    text_sha256: str
+    tokens_sha256: str
+    length: int
+    windows: int
+    first_token: str | None
+    dtype: str
+    sources: list[str] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Result(Figures):
+    """What `retrofit measure --json` writes. The first model is the base."""
+
+    models: Annotated[list[ModelResult], Field(min_length=1)]
+    settings: Settings
+
+    @model_validator(mode="after")
+    def _models_have_a_name_each(self):
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{max(names, key=names.count)} is there twice")
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_same_windows(self):
+        for model in self.models:
+            windows = len(model.nll_by_window)
+            if windows != self.settings.windows:
+                raise ValueError(
+                    f"{model.name} has {windows} windows, and the settings say "
+                    f"{self.settings.windows}"
+                )
+        copied = (model.copied_nats_by_window for model in self.models)
+        check_same_length("the windows of copied text", copied)
+        for part in PARTS:
+            if part.by_window:
+                shown = measured(self.models, part)
+                by_window = [part.by_window(each.figures) for each in shown]
+                check_same_length(f"the windows of {part.subject}", by_window)
+        return self
+
+
+class _TaskModel(Figures):
+    name: str
+    tasks: TasksFigures
+
+
+class _TaskSettings(Figures):
+    documents: dict[str, Any]
+    seed: int
+    dtype: str
+
+
+class TaskResult(Figures):
+    """What `scripts/tasks.py --out` writes."""
+
+    models: Annotated[list[_TaskModel], Field(min_length=1)]
+    settings: _TaskSettings
+
+
+_ModelWithParts: Any = create_model(
+    "ModelResult",
+    __base__=ModelResult,
+    **{part.name: (part.figures | None, None) for part in PARTS},  # type: ignore[call-overload]
+)
+_ResultWithParts: Any = create_model(
+    "Result", __base__=Result, models=(Annotated[list[_ModelWithParts], Field(min_length=1)], ...)
+)
+
+
+def typed_result(result: dict[str, Any]) -> Result:
+    """
+    Raises:
+        ValidationError: if this is not what `retrofit measure --json` writes.
+    """
+    return _ResultWithParts.model_validate(result)
+
+
+def typed_model(model: dict[str, Any]) -> ModelResult:
+    """One of the `models` of a result; raises as `typed_result` does."""
+    return _ModelWithParts.model_validate(model)
+
+
+def measured(models: Sequence[ModelResult], part: Part[F]) -> list[Measured[F]]:
+    """The models that were measured in this part, with their places among all."""
+    return [
+        Measured(number, model.name, figures)
+        for number, model in enumerate(models)
+        if (figures := model.figures_of(part)) is not None
+    ]

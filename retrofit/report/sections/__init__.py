@@ -1,0 +1,29 @@
+"""An evaluation a file: the type of its figures, its sections of a page, and what is said of them.
+
+A new one is its file here and a line in `PARTS`, beside its file in `retrofit.measure` and a line
+in `retrofit.measure.registry`.
+"""
+
+from typing import Any
+
+from retrofit.report.part import Part
+from retrofit.report.sections import (
+    cost,
+    examples,
+    heads,
+    long_context,
+    quantization,
+    streaming,
+    tasks,
+)
+
+PARTS: tuple[Part[Any], ...] = (
+    streaming.PART,
+    quantization.PART,
+    long_context.PART,
+    heads.PART,
+    tasks.PART,
+    cost.PART,
+    examples.PART,
+)
+"""In the order of the page."""

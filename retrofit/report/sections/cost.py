@@ -1,0 +1,95 @@
+"""Cost: time and memory of a model beside its base (`measure/cost.py`)."""
+
+from collections.abc import Iterator, Sequence
+
+from pydantic import FiniteFloat
+
+from retrofit.report.charts import Span, span_chart
+from retrofit.report.figures import Figures
+from retrofit.report.findings import COST_UNCHANGED, Difference, Item, item
+from retrofit.report.part import Measured, Part
+from retrofit.report.section import Section, Table
+from retrofit.report.wording import figure, size
+
+_RATIOS = {"prefill_ratio": "prefill", "decode_ratio": "decode"}
+_ROWS = {
+    "prefill_tokens_per_second": ("prefill, tokens a second", figure),
+    "decode_tokens_per_second": ("decoding, tokens a second", figure),
+    "weight_bytes": ("weights", size),
+    "cache_bytes_per_token": ("cache a token", size),
+}
+
+
+class Ratio(Figures):
+    """A median, and the quarter of the repeats on either side of it."""
+
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+class CostFigures(Figures):
+    """What `retrofit.measure.cost.Cost` finds; a base has no ratios.
+
+    Attributes:
+        prefill_ratio: seconds of a prompt over the base's.
+        decode_ratio: seconds of what is decoded after it, over the base's.
+        prefill_tokens_per_second: of the prompt, on this machine.
+        decode_tokens_per_second: of what is decoded.
+        weight_bytes: of all weights.
+        cache_bytes_per_token: that a token adds to the keys and values of all layers.
+    """
+
+    prefill_ratio: Ratio | None = None
+    decode_ratio: Ratio | None = None
+    prefill_tokens_per_second: FiniteFloat | None = None
+    decode_tokens_per_second: FiniteFloat | None = None
+    weight_bytes: FiniteFloat | None = None
+    cache_bytes_per_token: FiniteFloat | None = None
+
+
+def _sections(shown: Sequence[Measured[CostFigures]]) -> list[Section]:
+    spans = [
+        Span(f"{phase}, {name}", number, ratio.value, ratio.low, ratio.high)
+        for field, phase in _RATIOS.items()
+        for number, name, figures in shown
+        if (ratio := getattr(figures, field)) and number
+    ]
+    rows = [
+        [label, *(_cell(getattr(figures, field), words) for _, _, figures in shown)]
+        for field, (label, words) in _ROWS.items()
+    ]
+    section = Section(
+        "cost",
+        "Cost",
+        "Time over the base's, measured in turns in one run: the median, and the middle half "
+        "of the repeats. More than 1 is slower.",
+        legend=[each.key for each in shown],
+        plots=[span_chart("cost", "Time", spans, x="times the base's", at=1)] if spans else [],
+        table=Table("On this machine", ["", *(name for _, name, _ in shown)], rows),
+    )
+    return [section]
+
+
+def _cell(value: float | None, words) -> str:
+    return "-" if value is None else words(value)
+
+
+def _findings(base: CostFigures | None, model: CostFigures) -> Iterator[Item]:
+    for field, phase in _RATIOS.items():
+        if ratio := getattr(model, field):
+            slower, faster = ratio.low > 1, ratio.high < 1
+            text = f"{phase} takes {ratio.value:.2f} times as long"
+            text = f"{text} ({ratio.low:.2f} to {ratio.high:.2f})"
+            yield Item("worse" if slower else "better" if faster else "same", text)
+    for field in ("weight_bytes", "cache_bytes_per_token"):
+        before, after = (getattr(figures, field, None) for figures in (base, model))
+        if before and after is not None:
+            ratio = after / before
+            words = (size(before), size(after))
+            yield item(_ROWS[field][0], *words, Difference(ratio - 1), ratio, COST_UNCHANGED)
+
+
+PART = Part(
+    "cost", CostFigures, _sections, subject="cost", findings=_findings, against_base="_ratio"
+)

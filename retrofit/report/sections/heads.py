@@ -1,0 +1,121 @@
+"""Zeroed heads: how many heads a model could do without (`measure/heads.py`)."""
+
+from collections.abc import Iterator, Sequence
+
+from pydantic import FiniteFloat, model_validator
+
+from retrofit.report.charts import Line, line_chart
+from retrofit.report.figures import Figures, Numbers, check_same_length
+from retrofit.report.findings import HEADS_UNCHANGED, Item, Outcome
+from retrofit.report.part import Measured, Part
+from retrofit.report.section import Section
+from retrofit.report.wording import figure
+
+_LEAST_KL = 1e-9  # Nats: less is rounding.
+_ORDERS = {"least_used": "least used", "random": "random"}
+
+
+class Zeroed(Figures):
+    """By share of the heads that are zeroed, what the others predict.
+
+    Attributes:
+        kl: nats from the whole model.
+        perplexity: without them.
+        kl_range: of random heads, the least and the largest `kl` of the draws.
+    """
+
+    kl: Numbers
+    perplexity: Numbers
+    kl_range: list[Numbers] | None = None
+
+
+class HeadsFigures(Figures):
+    """What `retrofit.measure.heads.Heads` finds.
+
+    Attributes:
+        shares: of all heads that are zeroed.
+        perplexity: of the whole model.
+        least_used: without the heads of the least load.
+        random: without as many drawn at random, means over the draws.
+    """
+
+    shares: Numbers
+    perplexity: FiniteFloat
+    least_used: Zeroed
+    random: Zeroed
+
+    @model_validator(mode="after")
+    def _has_one_for_each_share(self):
+        zeroed = (self.least_used, self.random)
+        lists = [values for each in zeroed for values in (each.kl, each.perplexity)]
+        check_same_length("the shares", (self.shares, *lists))
+        return self
+
+
+def _sections(shown: Sequence[Measured[HeadsFigures]]) -> list[Section]:
+    plots = [
+        line_chart(
+            f"heads-{what}",
+            title,
+            [
+                Line(
+                    f"{name}, {label}",
+                    number,
+                    [100 * share for share in figures.shares],
+                    getattr(getattr(figures, order), what),
+                    dashed=order == "random",
+                )
+                for number, name, figures in shown
+                for order, label in _ORDERS.items()
+            ],
+            x="heads zeroed (%)",
+            y=y,
+            log=True,
+        )
+        for what, title, y in (
+            ("kl", "Distance", "KL from the model as it is (nats)"),
+            ("perplexity", "Perplexity", "perplexity"),
+        )
+    ]
+    section = Section(
+        "heads",
+        "Zeroed heads",
+        "What it costs to switch off a share of all heads: those with the least load, or as many "
+        "at random. Where the least used ones are hardly missed, few heads do the work "
+        "(arXiv:2602.01203).",
+        legend=[
+            each.key._replace(name=f"{each.name}, {label}", dashed=order == "random")
+            for each in shown
+            for order, label in _ORDERS.items()
+        ],
+        plots=plots,
+    )
+    return [section]
+
+
+def _findings(base: HeadsFigures | None, model: HeadsFigures) -> Iterator[Item]:
+    """How much less the least used heads are missed than others: the less, the more of the work is
+    left to few (arXiv:2602.01203). The random heads are a few draws, and their noise is large: only
+    a large change that all shares agree on counts."""
+    assert base is not None
+    if base.shares != model.shares:
+        return
+    before, after = _missed(base), _missed(model)
+    ratios = [own / other for own, other in zip(after, before, strict=True)]
+    outcome: Outcome = "same"
+    if min(ratios) > HEADS_UNCHANGED:
+        outcome = "better"
+    elif max(ratios) < 1 / HEADS_UNCHANGED:
+        outcome = "worse"
+    shares = ", ".join(f"{share:.0%}" for share in model.shares)
+    costs = (", ".join(map(figure, missed)) for missed in (before, after))
+    what = f"KL without the least used {shares}, over that without random ones,"
+    yield Item(outcome, f"{what} {' -> '.join(costs)}")
+
+
+def _missed(figures: HeadsFigures) -> list[float]:
+    pairs = zip(figures.least_used.kl, figures.random.kl, strict=True)
+    return [max(least, _LEAST_KL) / max(others, _LEAST_KL) for least, others in pairs]
+
+
+PART = Part("heads", HeadsFigures, _sections, subject="zeroed heads", findings=_findings)

@@ -1,0 +1,117 @@
+"""Quantization: what rounding to few bits costs a model (`measure/quantization.py`)."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from pydantic import FiniteFloat, model_validator
+
+from retrofit.report.charts import Line, bar_chart
+from retrofit.report.figures import Figures, Log
+from retrofit.report.findings import Item, costs, independent
+from retrofit.report.part import Measured, Part
+from retrofit.report.section import Section, Table
+from retrofit.report.wording import change, figure
+
+
+class Scheme(Figures):
+    """One way to round.
+
+    Attributes:
+        perplexity: of the rounded model.
+        kl: nats from the same model as it is.
+        log_ratio: mean nats a token that rounding adds; `None` only of the model as it is.
+        log_ratio_stderr: its standard error over windows.
+    """
+
+    perplexity: FiniteFloat
+    kl: FiniteFloat | None = None
+    log_ratio: Log | None = None
+    log_ratio_stderr: FiniteFloat | None = None
+
+
+class QuantizationFigures(Figures):
+    """What `retrofit.measure.quantization.Quantization` finds, by the name of the scheme; `none` is
+    the model as it is."""
+
+    schemes: dict[str, Scheme]
+
+    @model_validator(mode="after")
+    def _compares_with_none(self):
+        for name, scheme in self.schemes.items():
+            if name != "none" and scheme.log_ratio is None:
+                raise ValueError(f"schemes.{name} has no log_ratio")
+        return self
+
+
+def _sections(shown: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
+    # A dict is an ordered set.
+    every = {scheme: None for _, _, figures in shown for scheme in figures.schemes}
+    schemes = [scheme for scheme in every if scheme != "none"]
+    added, distance = (_lines(shown, schemes, what) for what in ("log_ratio", "kl"))
+    rows = [
+        [scheme, *(_cell(figures.schemes.get(scheme), scheme) for _, _, figures in shown)]
+        for scheme in ("none", *schemes)
+    ]
+    section = Section(
+        "quantization",
+        "Quantization",
+        "What rounding weights, and in w8a8 activations too, to few bits costs each model over "
+        "itself as it is. One scale for a whole tensor is what large activations spoil; one for "
+        "each token forgives them. Bars have standard errors.",
+        legend=[each.key for each in shown],
+        plots=[
+            bar_chart("log-ratio", "Loss", schemes, added, y="log perplexity added (nats)"),
+            bar_chart("kl", "Distance", schemes, distance, y="KL from the model as it is (nats)"),
+        ],
+        table=Table(
+            "Perplexity, its change from that of the same model as it is, and KL in nats",
+            ["scheme", *(name for _, name, _ in shown)],
+            rows,
+        ),
+    )
+    return [section]
+
+
+def _lines(
+    shown: Sequence[Measured[QuantizationFigures]], schemes: Sequence[str], what: str
+) -> list[Line]:
+    lines = []
+    for number, name, figures in shown:
+        own = [scheme for scheme in schemes if scheme in figures.schemes]
+        lines.append(
+            Line(
+                name,
+                number,
+                [schemes.index(scheme) for scheme in own],
+                [getattr(figures.schemes[scheme], what) for scheme in own],
+                [getattr(figures.schemes[scheme], f"{what}_stderr", None) or 0 for scheme in own],
+            )
+        )
+    return lines
+
+
+def _cell(scheme: Scheme | None, name: str) -> str:
+    if scheme is None:
+        return "-"
+    if name == "none":
+        return figure(scheme.perplexity)
+    moved = change(math.exp(scheme.log_ratio or 0.0))
+    return f"{figure(scheme.perplexity)} ({moved}), KL {figure(scheme.kl)}"
+
+
+def _findings(base: QuantizationFigures | None, model: QuantizationFigures) -> Iterator[Item]:
+    """What rounding costs each of them over itself as it is."""
+    assert base is not None
+    for name, after in model.schemes.items():
+        before = base.schemes.get(name)
+        if before is None or before.log_ratio is None or after.log_ratio is None or name == "none":
+            continue
+        difference = independent(
+            after.log_ratio - before.log_ratio, before.log_ratio_stderr, after.log_ratio_stderr
+        )
+        yield costs(name, math.exp(before.log_ratio), math.exp(after.log_ratio), difference)
+
+
+PART = Part(
+    "quantization", QuantizationFigures, _sections, subject="quantization", findings=_findings
+)

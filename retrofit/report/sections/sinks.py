@@ -1,0 +1,247 @@
+"""What is always measured: attention, activations and gates by layer, predictions and copied text
+(`measure/sinks.py`)."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, FiniteFloat, model_validator
+
+from retrofit.report.charts import Line, Plot, heat_map, line_chart
+from retrofit.report.figures import Figures, Numbers, Positive, check_same_length
+from retrofit.report.findings import (
+    PERPLEXITY_UNCHANGED,
+    Finding,
+    Item,
+    item,
+    lower,
+    nats,
+    paired,
+)
+from retrofit.report.metrics import METRICS
+from retrofit.report.part import Measured
+from retrofit.report.section import Section
+from retrofit.report.wording import figure
+
+HEADLINE = ("sink", "largest activation", "perplexity", "copied text")
+_LEAST_SHARE = 1e-3  # Where the colors of attention begin.
+
+
+class Metrics(Figures):
+    """The figures of one model: `retrofit.report.metrics` has all of them. Those of another version
+    may be here as well, and some may be missing."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, FiniteFloat | None] = Field(init=False)
+
+    peak_column_share: Annotated[FiniteFloat, Field(ge=0)]  # 0 where a narrow window slides.
+    peak_column_position: int
+    max_activation: Positive
+    perplexity: Positive
+
+    def get(self, name: str) -> float | None:
+        return getattr(self, name, None)
+
+    def has(self, name: str) -> bool:
+        """Whether it was measured, be it with `None` for a result."""
+        return name in self.model_fields_set
+
+
+class PerLayer(Figures):
+    """The same by decoder layer, `None` where a layer has no such part.
+
+    Attributes:
+        column_share: by layer, the mean share of each of the first key positions.
+        gate_histogram: by layer, of gate scores from 0 to 1.
+        head_load: by layer and head.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, list[FiniteFloat | None]] = Field(init=False)
+
+    max_activation: list[FiniteFloat | None]
+    column_share: list[Numbers | None] | None = None
+    gate_histogram: list[Numbers | None] | None = None
+    head_load: list[Numbers | None] | None = None
+
+    @model_validator(mode="after")
+    def _has_one_for_each_layer(self):
+        check_same_length("the lists", (value for _, value in self))
+        for rows in (self.column_share, self.gate_histogram, self.head_load):
+            check_same_length("the rows", rows or ())
+        return self
+
+    def get(self, name: str) -> list[Any]:
+        """Empty where it was not measured."""
+        return getattr(self, name, None) or []
+
+
+class SinksFigures(Figures):
+    """What `retrofit.measure.sinks.measure_sinks` finds.
+
+    Attributes:
+        metrics: one figure each.
+        per_layer: one a layer each.
+        nll_by_window: mean negative log-likelihood of each window, in nats a token.
+        copied_nats_by_window: the same of the second half of a passage that comes twice.
+    """
+
+    metrics: Metrics
+    per_layer: PerLayer
+    nll_by_window: Numbers
+    copied_nats_by_window: Numbers | None = None
+
+
+_Shown = Sequence[Measured[SinksFigures]]
+
+
+def sinks_findings(base: SinksFigures, model: SinksFigures) -> Iterator[Finding]:
+    """Those of `HEADLINE` in this order, then the rest."""
+    yield _finding("sink", _sink(base.metrics, model.metrics))
+    largest = lower("", base.metrics.max_activation, model.metrics.max_activation)
+    yield _finding("largest activation", largest)
+    yield _finding("perplexity", _perplexity(base, model))
+    if base.copied_nats_by_window and model.copied_nats_by_window:
+        copied = nats("", base.copied_nats_by_window, model.copied_nats_by_window)
+        yield _finding("copied text", copied)
+    before, after = (each.metrics.get("down_proj_max_activation") for each in (base, model))
+    if before and after:
+        yield _finding("inputs of down_proj", lower("largest", before, after))
+
+
+def _finding(subject: str, told: Item) -> Finding:
+    return Finding(subject, told.outcome, (told.text,))
+
+
+def _sink(base: Metrics, model: Metrics) -> Item:
+    share = lower("", base.peak_column_share, model.peak_column_share)
+    before, after = base.peak_column_position, model.peak_column_position
+    moved = f", now at position {after}" if before != after else ""
+    return Item(share.outcome, share.text + moved)
+
+
+def _perplexity(base: SinksFigures, model: SinksFigures) -> Item:
+    difference = paired(base.nll_by_window, model.nll_by_window)
+    before, after = base.metrics.perplexity, model.metrics.perplexity
+    words = (figure(before), figure(after))
+    moved = item("", *words, difference, after / before, PERPLEXITY_UNCHANGED)
+    return Item(moved.outcome, f"{moved.text}, log {difference.told(4)}")
+
+
+def sinks_sections(models: _Shown) -> list[Section]:
+    """Those that the models have figures for, in the order of the page."""
+    makers = (_first_positions, _sinks, _activations, _gates, _head_loads)
+    return [section for section in (make(models) for make in makers) if section]
+
+
+def _first_positions(models: _Shown) -> Section | None:
+    shown = _with_layers(models, "column_share")
+    if not shown:
+        return None
+    largest = max(max(row) for _, _, rows in shown for row in rows if row)
+    plots = [
+        heat_map(
+            f"positions-{number}", name, rows, x="key position", y="layer",
+            color="mean share (log)", limits=(_LEAST_SHARE, max(largest, 0.1)), log=True,
+        )
+        for number, name, rows in shown
+    ]  # fmt: skip
+    return Section(
+        "attention",
+        "Attention to the first positions",
+        "How much of the attention of later queries, at least 64 tokens on, each of a text's first "
+        "positions gets in each layer; mean over heads and windows. A sink is a column that stands "
+        "out. All maps have the same colors.",
+        plots=plots,
+    )
+
+
+def _sinks(models: _Shown) -> Section | None:
+    plot = _by_layer(models, "sink_share", "Taken by sink logits")
+    if plot is None:
+        return None
+    return Section(
+        "sinks",
+        "Sink logits",
+        "How much of the attention each layer's sink logits take from the keys: a sink logit joins "
+        "the softmax of a head without being a key, as in gpt-oss, so that a head may find "
+        "nothing. No share of any position counts it.",
+        legend=[each.key for each in models if each.figures.per_layer.get("sink_share")],
+        plots=[plot],
+    )
+
+
+def _activations(models: _Shown) -> Section:
+    plots = [
+        _by_layer(models, "max_activation", "Largest activation"),
+        _by_layer(models, "kurtosis", "Kurtosis of activations"),
+        _by_layer(models, "down_proj_max_activation", "Largest input of down_proj"),
+        _by_layer(models, "down_proj_kurtosis", "Kurtosis of inputs of down_proj"),
+    ]
+    return Section(
+        "activations",
+        "Activations",
+        "The largest hidden state of any token after each layer, and the kurtosis of the hidden "
+        "states, which is 3 where they are normally distributed; means over windows. Both are what "
+        "quantization suffers from. The inputs of each layer's down_proj are where outliers may go "
+        "that are held off the hidden states.",
+        legend=[each.key for each in models],
+        plots=[plot for plot in plots if plot],
+    )
+
+
+def _gates(models: _Shown) -> Section | None:
+    shown = _with_layers(models, "gate_histogram")
+    if not shown:
+        return None
+    largest = max(max(row) for _, _, rows in shown for row in rows if row)
+    plots = [
+        heat_map(
+            f"gates-{number}", name, rows, x="gate score", y="layer",
+            color="share of gates", limits=(0, largest), extent=(0, 1),
+        )
+        for number, name, rows in shown
+    ]  # fmt: skip
+    return Section(
+        "gates",
+        "Gates",
+        "How the gate scores, sigmoid(X W), of each layer are distributed over tokens, heads and "
+        "channels. A retrofit starts at 0.5, which changes nothing; 0 is shut.",
+        plots=plots,
+    )
+
+
+def _head_loads(models: _Shown) -> Section | None:
+    shown = _with_layers(models, "head_load")
+    if not shown:
+        return None
+    largest = max(max(row) for _, _, rows in shown for row in rows if row)
+    plots = [
+        heat_map(
+            f"loads-{number}", name, rows, x="head", y="layer",
+            color="mean load", limits=(0, largest),
+        )
+        for number, name, rows in shown
+    ]  # fmt: skip
+    return Section(
+        "loads",
+        "Head loads",
+        "How much each head works: the attention that it pays to keys but the first, times "
+        "its gate, mean over tokens (arXiv:2602.01203). All maps have the same colors; a gate at "
+        "its start halves a load.",
+        plots=plots,
+    )
+
+
+def _by_layer(models: _Shown, metric: str, title: str) -> Plot | None:
+    lines = [
+        Line(name, number, range(len(rows)), rows)
+        for number, name, rows in _with_layers(models, metric)
+    ]
+    name, y = metric.replace("_", "-"), METRICS[metric].axis
+    return line_chart(name, title, lines, x="layer", y=y, log=True) if lines else None
+
+
+def _with_layers(models: _Shown, metric: str) -> list[tuple[int, str, list]]:
+    """The models of which any layer has the metric."""
+    by_model = [(each.number, each.name, each.figures.per_layer.get(metric)) for each in models]
+    return [each for each in by_model if any(value is not None for value in each[2])]
