@@ -1,6 +1,6 @@
 """The table of docs/metrics.md: what `retrofit measure` always measures.
 
-    python scripts/metrics.py
+python scripts/metrics.py
 """
 
 from retrofit.report.metrics import METRICS
