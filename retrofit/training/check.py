@@ -47,7 +47,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
             step takes more memory than there is.
     """
     refuse_unwritable(expanded(recipe.output_dir))
-    config, cached = preflight(recipe), recipe.objective.cache_teacher
+    config = preflight(recipe)
     base, gates = _count_weights(config, recipe)
     tokenizer, sources = read_texts(recipe, config)
     return [
@@ -58,7 +58,6 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
             for source, loaded in zip(recipe.data.sources, sources, strict=True)
         ),
         Check("step", _describe_step(recipe)),
-        *([Check("cache", _describe_cache(config, recipe))] if cached else ()),
         Check("memory", _describe_memory(config, recipe, this_device(gpu_gigabytes))),
         Check("merge", _describe_merge(config, recipe)),
     ]
@@ -76,14 +75,6 @@ def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
 def _dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
     return recipe.model.dtype if recipe.model.dtype != "auto" else stored
-
-
-def _describe_cache(config: PreTrainedConfig, recipe: Recipe) -> str:
-    size = config.hidden_size * _BYTES[_dtype(config, recipe)]
-    return (
-        f"{size / 1e3:.1f} GB a million labelled tokens in {recipe.output_dir}/teacher, until "
-        "training ends"
-    )
 
 
 def _describe_base(config: PreTrainedConfig, recipe: Recipe, weights: int) -> str:

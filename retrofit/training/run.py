@@ -160,7 +160,6 @@ def _train(
     if ranks.is_main_process:
         with writing(run):
             _finish(trainer, gates, run, _summary(trainer, recipe, frozen, after))
-        shutil.rmtree(run / "teacher", ignore_errors=True)
     return run
 
 

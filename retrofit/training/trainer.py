@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -21,7 +20,6 @@ from retrofit.data.vocabulary import check_rows_of_tokens, embedded_tokens
 from retrofit.gates import GateConfig, GateLayer, gate_layers
 from retrofit.losses.distillation import add_objectives
 from retrofit.losses.layer_losses import add_layer_losses
-from retrofit.losses.teacher_cache import TeacherCache
 from retrofit.models.document_attention import attend_by_document
 from retrofit.recipe import Objective
 from retrofit.training.calibration import Calibration, calibrate
@@ -78,7 +76,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             peft_config=gates,
             callbacks=callbacks,
         )
-        self._check_engine(objective)
+        self._check_engine()
         if args.packing:
             self.data_collator = PackedRows(
                 processing_class.pad_token_id, _takes_lengths(self.model), first_tokens
@@ -86,10 +84,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             attend_by_document(self.model.get_base_model())
         for layer in gate_layers(self.model).values():
             layer.float()  # TRL casts trainable weights to bf16 on a quantized base
-        # Beside the checkpoints, for `train` to remove when it is done.
-        cache = TeacherCache(Path(args.output_dir).parent / "teacher")
-        kept = cache if objective.cache_teacher else None
-        add_objectives(self.model.get_base_model(), objective, kept)
+        add_objectives(self.model.get_base_model(), objective)
         self.objective = objective
         needed = objective.reads_layers
         self.layer_losses = add_layer_losses(self.model, objective) if needed else None
@@ -98,15 +93,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         self._compiled = False
         self._clock: tuple[float, int] | None = None
 
-    def _check_engine(self, objective: Objective) -> None:
+    def _check_engine(self) -> None:
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is not None and plugin.zero_stage == 3:
             raise UserError("DeepSpeed's ZeRO-3 is not supported; to shard the base, use FSDP2")
-        if objective.cache_teacher and self._sharded():
-            # One that found its rows would leave the others waiting for its part of the base.
-            raise UserError(
-                "objective.cache_teacher: ranks that share a base must all run it; set it to false"
-            )
 
     def compile_layers(self) -> None:
         """Each layer by itself: one graph serves all of a kind, where that of a whole model takes

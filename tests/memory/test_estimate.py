@@ -227,15 +227,6 @@ def test_check_says_it(make_recipe):
         check(make_recipe(batch_size=4096), gpu_gigabytes=1)
 
 
-def test_check_says_what_a_cached_teacher_takes_on_disk(make_recipe):
-    recipe = make_recipe()
-    assert "cache" not in {line.name for line in check(recipe)}
-    objective = {"kl": 1.0, "cache_teacher": True}
-    recipe = Recipe.model_validate(recipe.model_dump() | {"objective": objective})
-    lines = {line.name: line.finding for line in check(recipe)}
-    assert lines["cache"].startswith("0.3 GB a million labelled tokens")  # 64 numbers of 4 bytes
-
-
 def test_the_command_plans_for_a_device(make_recipe, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_recipe(batch_size=4096).to_yaml())
