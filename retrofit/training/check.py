@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from retrofit.export import native
 from retrofit.gates.recipe import gate_config
 from retrofit.memory.estimate import Device, NotTracedError, estimate, remedy, this_device
+from retrofit.models.gated_model import gated_model
 from retrofit.models.opening import opening
 from retrofit.recipe import Recipe
 from retrofit.training.preflight import preflight, read_texts
@@ -68,7 +68,7 @@ def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
         model = AutoModelForCausalLM.from_config(config)
     with torch.device("meta"):
         base = model.num_parameters()
-        gated = get_peft_model(model, gate_config(recipe))
+        gated = gated_model(model, recipe)
     return base, sum(p.numel() for p in gated.parameters() if p.requires_grad)
 
 

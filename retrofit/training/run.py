@@ -27,8 +27,8 @@ from transformers import (
 from trl import SFTConfig
 
 from retrofit.data.sources import LoadedSource, load_sources
-from retrofit.gates.recipe import gate_config
 from retrofit.models.fingerprint import base_weights, config_values, file_sha256, weights_sha256
+from retrofit.models.gated_model import gated_model
 from retrofit.models.loading import load_base, load_tokenizer
 from retrofit.models.run_folder import STARTED, check_config, facts_of
 from retrofit.recipe import RESOLVED, Recipe, load_recipe
@@ -181,11 +181,10 @@ def gate_trainer(
     """
     tokenizer = tokenizer or load_tokenizer(recipe.model)
     return GateTrainer(
-        model=base or load_base(recipe.model),
+        model=gated_model(base or load_base(recipe.model), recipe),
         args=args or training_arguments(recipe, Path(recipe.output_dir)),
         sources=sources or load_sources(recipe.data, tokenizer),
         processing_class=tokenizer,
-        gates=gate_config(recipe),
         objective=recipe.objective,
         callbacks=callbacks,
         first_tokens=recipe.data.first_tokens,

@@ -8,6 +8,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -17,7 +18,7 @@ from retrofit.data.collator import PackedRows
 from retrofit.data.mixture import check_any_left, mix
 from retrofit.data.sources import LoadedSource
 from retrofit.data.vocabulary import check_rows_of_tokens, embedded_tokens
-from retrofit.gates import GateConfig, GateLayer, gate_layers
+from retrofit.gates import GateLayer, gate_layers
 from retrofit.losses.distillation import add_objectives
 from retrofit.losses.layer_losses import add_layer_losses
 from retrofit.models.document_attention import attend_by_document
@@ -35,17 +36,16 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
     """Trains gates on a frozen base.
 
     Args:
-        model: the base; gates are inserted here.
+        model: a base with gates, from `gated_model`.
         args: TRL's settings; `max_length` is the row length.
         sources: what to train on; each is tokenized and packed alone, then rows are mixed.
         processing_class: the tokenizer.
-        gates: the gates to insert.
         objective: weights of the losses.
         callbacks: added to the Trainer's own.
         first_tokens: how many tokens of a packed row become documents of their own.
 
     Raises:
-        UserError: if the data gives less than one optimizer step, or the model cannot be gated.
+        UserError: if the data gives less than one optimizer step, or under DeepSpeed's ZeRO-3.
     """
 
     _tag_names = ["retrofit", "gated-attention"]  # noqa: RUF012 - as in TRL
@@ -54,26 +54,20 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PeftModel,
         args: SFTConfig,
         sources: list[LoadedSource],
         processing_class: PreTrainedTokenizerBase,
-        gates: GateConfig,
         objective: Objective,
         callbacks: list[TrainerCallback] | None = None,
         first_tokens: int = 0,
     ):
         self.sources, self._embedded = sources, embedded_tokens(model.config)
-        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            # PEFT, TRL and transformers each let gradients flow to the embeddings, through layers
-            # without gates; the reentrant kind of checkpointing alone needs that.
-            model.enable_input_require_grads = lambda: None
         super().__init__(
             model=model,
             args=args,
             train_dataset=sources[0].rows,
             processing_class=processing_class,
-            peft_config=gates,
             callbacks=callbacks,
         )
         self._check_engine()
