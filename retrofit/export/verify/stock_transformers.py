@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from reference import STEPS, Reference, compare, observe, summarize, windows
 from streamed import STEPS as FEW_STEPS
-from streamed import StoredFloats, load, stream
+from streamed import load, stored_floats, stream
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +36,7 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) ->
     """
     trained = Reference.load(reference)
     model, wrong = _load(checkpoint, trust_remote_code)
-    streams = stream(model, StoredFloats(checkpoint))
+    streams = stream(model, stored_floats(checkpoint))
     input_ids = torch.tensor(trained.input_ids)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     seen = observe(model, input_ids, FEW_STEPS if streams else STEPS)

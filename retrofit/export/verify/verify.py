@@ -91,7 +91,7 @@ def trained_reference(
     check_complete({f"{kind}_keys": names for kind, names in wrong.items()}, str(base))
     on_disk = next(untrained.parameters()).is_meta
     model = load_adapter(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
-    weights = _Rounded(streamed.StoredFloats(base))
+    weights = _Rounded(streamed.stored_floats(base))
     streams = streamed.stream(untrained, weights)
     seen = observe(model, input_ids, streamed.STEPS if streams else STEPS)
     trained = refer(tokenizer, text, input_ids, seen)
