@@ -15,7 +15,7 @@ aten = torch.ops.aten
 _ANY_NUMBER = 10**6  # more than any size it is compared with
 
 
-class LiveBytes(TorchDispatchMode):
+class PeakTensorMemory(TorchDispatchMode):
     """Counts the storages of all tensors that operations inside return, until they are freed. What
     a kernel takes for itself while it runs is not seen.
 

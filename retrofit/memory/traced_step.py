@@ -26,7 +26,7 @@ from retrofit.gates import gate_layers
 from retrofit.losses.distillation import BLOCK_BYTES, CHUNK_BYTES, add_objectives
 from retrofit.losses.layer_losses import add_layer_losses
 from retrofit.memory.packed_linear import pack_linears
-from retrofit.memory.tensor_memory import EveryTokenCounts, LiveBytes
+from retrofit.memory.tensor_memory import EveryTokenCounts, PeakTensorMemory
 from retrofit.models.document_attention import attend_to_documents
 from retrofit.models.gated_model import gated_model
 from retrofit.recipe import Recipe
@@ -74,7 +74,7 @@ def trace_step(
         inputs = _inputs(recipe)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, foreach=False)
-        with LiveBytes() as live:
+        with PeakTensorMemory() as live:
             weights = _hold_base(model, live)
             gates = _hold_gates(trained, optimizer, live) - weights
             if recipe.train.gradient_accumulation_steps == 1:
@@ -136,14 +136,14 @@ def _inputs(recipe: Recipe) -> dict[str, torch.Tensor]:
     return {name: torch.empty(rows, length, dtype=torch.long) for name in names}
 
 
-def _hold_base(model: PeftModel, live: LiveBytes) -> int:
+def _hold_base(model: PeftModel, live: PeakTensorMemory) -> int:
     gates = {id(tensor) for layer in gate_layers(model).values() for tensor in layer.parameters()}
     tensors = (*model.parameters(), *model.buffers())
     live.hold(tensor for tensor in tensors if id(tensor) not in gates)
     return live.now
 
 
-def _hold_gates(trained: list, optimizer: torch.optim.Optimizer, live: LiveBytes) -> int:
+def _hold_gates(trained: list, optimizer: torch.optim.Optimizer, live: PeakTensorMemory) -> int:
     """With the moments that every step but the first begins with, and with gradients, which those
     of more than one micro-batch begin with."""
     live.hold(trained)

@@ -19,7 +19,7 @@ from retrofit.memory.estimate import (
     remedy,
     this_device,
 )
-from retrofit.memory.tensor_memory import LiveBytes
+from retrofit.memory.tensor_memory import PeakTensorMemory
 from retrofit.memory.traced_step import trace_step
 from retrofit.models.loading import load_base, load_config
 from retrofit.recipe import Recipe
@@ -80,7 +80,7 @@ def real_step(recipe: Recipe, checkpointing: str) -> tuple[int, int]:
         trainer.optimizer.zero_grad()
 
     step()  # from here on AdamW has its moments
-    with LiveBytes() as live:
+    with PeakTensorMemory() as live:
         live.hold((*model.parameters(), *model.buffers()))
         held = live.now
         live.hold(
@@ -263,7 +263,7 @@ def test_this_machine_is_the_device():
 
 
 def test_tensors_are_counted_until_they_are_freed():
-    with LiveBytes() as live:
+    with PeakTensorMemory() as live:
         first = torch.ones(1000)
         view = first[:500]
         second = first + 1
