@@ -10,11 +10,11 @@ It imports xllamacpp, which is llama.cpp in a wheel, and nothing of this package
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
 import xllamacpp
+from command_line import parse_arguments
 from reference import Reference, compare, summarize
 
 POSITIONS = 16  # of each window, spread over it: each is a prompt of its own
@@ -83,8 +83,9 @@ def greedy_until(server: xllamacpp.Server, trained: Reference) -> int | None:
 
 
 def main() -> None:
-    path, reference, result = map(Path, sys.argv[1:])
-    result.write_text(json.dumps(check(path, reference)))
+    arguments = parse_arguments()
+    figures = check(arguments.checkpoint, arguments.reference)
+    arguments.result.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

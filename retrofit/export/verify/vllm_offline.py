@@ -8,7 +8,6 @@ It imports vLLM and nothing of this package. But if that Python has `retrofit.vl
 loads it, and its own classes run what otherwise the code in the checkpoint does.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -18,6 +17,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import torch
+from command_line import parse_arguments
 from reference import CANDIDATES, STEPS, Reference, compare, summarize, windows
 from transformers import CONFIG_MAPPING
 from vllm import LLM, SamplingParams
@@ -71,12 +71,7 @@ def greedy_until(ours: list[list[int]], theirs: list[list[int]]) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("reference", type=Path)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--trust-remote-code", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parse_arguments("--trust-remote-code")
     figures = check(arguments.checkpoint, arguments.reference, arguments.trust_remote_code)
     arguments.result.write_text(json.dumps(figures))
 
