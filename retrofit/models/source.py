@@ -26,7 +26,7 @@ _COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 @dataclass(frozen=True)
-class Source:
+class MergeSource:
     """Everything that a merge reads.
 
     Attributes:
@@ -57,7 +57,7 @@ class Source:
         return expanded(self.base_name).is_dir()
 
 
-def read_source(run: Path, base: str | None = None) -> Source:
+def read_source(run: Path, base: str | None = None) -> MergeSource:
     """Read and check what `run` (a run folder or a bare PEFT adapter) and its base hold.
 
     Args:
@@ -84,7 +84,7 @@ def read_source(run: Path, base: str | None = None) -> Source:
     _check_same(weights, shapes, name, named)
     if adapter not in (run, run / "adapter"):  # a checkpoint, of whose steps run.json does not tell
         run, facts = adapter, {"base": named}
-    return Source(run, facts, adapter, gates, name, folder, config, weights, shapes)
+    return MergeSource(run, facts, adapter, gates, name, folder, config, weights, shapes)
 
 
 def _adapter_config(adapter: Path, run: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from retrofit.export.registry import MODULES, FormatName, format_of
+from retrofit.export.registry import FORMATS, FormatName, format_of
 from retrofit.export.verify.reference import FILE, Reference
 from retrofit.utils.errors import UserError, one_line, validation_problem
 from retrofit.utils.files import read_json
@@ -100,5 +100,5 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _format(folder: Path, config: dict[str, Any], checkpoint: _Checkpoint) -> str | None:
     """What lies in the folder."""
-    found = (name for name in MODULES if format_of(name).lies_in(folder, config, checkpoint.file))
+    found = (name for name in FORMATS if format_of(name).lies_in(folder, config, checkpoint.file))
     return next(found, None)
