@@ -19,7 +19,7 @@ from retrofit.gates import gates_off
 from retrofit.losses.shared_layers import SharedLayers
 from retrofit.recipe import Objective
 from retrofit.utils.errors import UserError
-from retrofit.utils.sharded import whole
+from retrofit.utils.fsdp import full_tensor
 
 CHUNK_BYTES = 64 * 2**20  # logits of one product with the head, in float32
 BLOCK_BYTES = 3 * 2**20  # of them what a CPU works on at a time, so that it stays in its cache
@@ -122,8 +122,8 @@ def chunked_objectives(
     loss, nll, kl = _ChunkedObjectives.apply(
         hidden,
         teacher,
-        whole(lm_head.weight),
-        None if lm_head.bias is None else whole(lm_head.bias),
+        full_tensor(lm_head.weight),
+        None if lm_head.bias is None else full_tensor(lm_head.bias),
         targets,
         objective.lm,
         objective.kl,

@@ -66,7 +66,7 @@ class EveryTokenCounts(TorchDispatchMode):
             return tokens.new_empty(len(tokens), experts.shape[-1])
         if operation is aten.index.Tensor:
             tensor, indices = args
-            args = (tensor, [index for each in indices for index in _as_numbers(each)])
+            args = (tensor, [number for index in indices for number in _as_numbers(index)])
         return operation(*args, **(kwargs or {}))
 
 

@@ -20,5 +20,5 @@ def gated_model(base: PreTrainedModel, recipe: Recipe) -> PeftModel:
     if recipe.train.gradient_checkpointing != "reentrant":
         # PEFT, TRL and transformers each let gradients flow to the embeddings, through layers
         # without gates. Only the reentrant kind of checkpointing needs that.
-        base.enable_input_require_grads = lambda: None  # type: ignore[method-assign]
+        base.enable_input_require_grads = lambda: None
     return get_peft_model(base, gate_config(recipe))

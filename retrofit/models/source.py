@@ -216,7 +216,9 @@ def _check_no_more(
     """Every stored tensor has a place, or is one that transformers leaves out on purpose."""
     left_out = (*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
     surplus = weights.keys() - known
-    if wrong := sorted(n for n in surplus if not any(re.search(each, n) for each in left_out)):
+    if wrong := sorted(
+        n for n in surplus if not any(re.search(pattern, n) for pattern in left_out)
+    ):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(
             f"base {name!r} stores {wrong[0]}{more}, for which its config.json has no place; "
@@ -231,11 +233,11 @@ def _check_same(weights: StoredWeights, shapes: dict, name: str, named: dict) ->
     A quantized run hashed its packed weights, which cannot be compared.
     """
     dtype = getattr(torch, named.get("dtype", "float32"))
-    read = finite(((each, weights[each]) for each in shapes), name)
-    found = weights_sha256((each, tensor.to(dtype)) for each, tensor in read)
+    read = finite(((parameter, weights[parameter]) for parameter in shapes), name)
+    sha256 = weights_sha256((parameter, tensor.to(dtype)) for parameter, tensor in read)
     if not named.get("weights_sha256") or named.get("quantization"):
         return
-    if found != named["weights_sha256"]:
+    if sha256 != named["weights_sha256"]:
         raise UserError(
             f"base {name!r} has other weights than the gates were trained on: its sha256 differs "
             "from the one in run.json; name the right base with --base"

@@ -187,11 +187,11 @@ class Objective(Section):
 
     def pressure_at(self, progress: float) -> float:
         """The weight of the pressure when `progress` (0 to 1) of the steps are done."""
-        return self.pressure * _held(progress, self.pressure_release)
+        return self.pressure * _decay(progress, self.pressure_release)
 
     def hidden_at(self, progress: float) -> float:
         """The weight of `hidden` when `progress` (0 to 1) of the steps are done."""
-        return self.hidden * _held(progress, self.hidden_release)
+        return self.hidden * _decay(progress, self.hidden_release)
 
     @property
     def reads_attention(self) -> bool:
@@ -202,9 +202,9 @@ class Objective(Section):
         return bool(self.reads_attention or self.hidden or self.activation)
 
 
-def _held(progress: float, release: float) -> float:
-    """1, then falling in a straight line to 0 over the last `release` of the steps."""
-    return min(1.0, (1 - progress) / release) if release else 1.0
+def _decay(progress: float, last_part: float) -> float:
+    """A factor that is 1, and falls in a straight line to 0 over the last part of the steps."""
+    return min(1.0, (1 - progress) / last_part) if last_part else 1.0
 
 
 class Train(Section):

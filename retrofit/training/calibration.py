@@ -229,12 +229,12 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
     finally:
         for reader in readers.values():
             reader.close()
-    told = {index: reader for index, reader in readers.items() if reader.shares}
+    with_shares = {index: reader for index, reader in readers.items() if reader.shares}
     return Calibration(
         values={index: reader.mean_value() for index, reader in readers.items()},
-        sink_logits={index: reader.sink_logits() for index, reader in told.items()},
-        mean_queries={index: reader.mean_query() for index, reader in told.items()},
-        first_keys={index: reader.first_key() for index, reader in told.items()},
-        first_shares={index: reader.first_share() for index, reader in told.items()},
+        sink_logits={index: reader.sink_logits() for index, reader in with_shares.items()},
+        mean_queries={index: reader.mean_query() for index, reader in with_shares.items()},
+        first_keys={index: reader.first_key() for index, reader in with_shares.items()},
+        first_shares={index: reader.first_share() for index, reader in with_shares.items()},
         input_sizes={index: reader.mean_size() for index, reader in readers.items()},
     )

@@ -98,16 +98,18 @@ def _describe_gates(config: PreTrainedConfig, recipe: Recipe, gates: int, base: 
 
 def _describe_memory(config: PreTrainedConfig, recipe: Recipe, device: Device) -> str:
     try:
-        found = estimate(recipe, config, device)
+        needed = estimate(recipe, config, device)
     except NotTracedError as error:
         if recipe.train.gradient_checkpointing == "auto":
             raise
         return f"not known; {error}"
-    if not found.fits(device):
+    if not needed.fits(device):
         mended = remedy(recipe, config, device)
         mend = f"it would fit with {mended}" if mended else "no shorter or smaller recipe would fit"
-        raise UserError(f"memory: this needs {found}, more than {device.name} has room for; {mend}")
-    return f"{found} on {device.name}; gradient checkpointing {found.checkpointing}"
+        raise UserError(
+            f"memory: this needs {needed}, more than {device.name} has room for; {mend}"
+        )
+    return f"{needed} on {device.name}; gradient checkpointing {needed.checkpointing}"
 
 
 def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:

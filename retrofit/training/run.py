@@ -137,8 +137,8 @@ def _train(
         with writing(run):
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / RESOLVED, recipe.to_yaml())
-            rows = {"rows_per_step": rows_per_step(args)}
-            write_json(run / STARTED, {"base": frozen, "files": files} | rows)
+            started = {"base": frozen, "files": files, "rows_per_step": rows_per_step(args)}
+            write_json(run / STARTED, started)
             for damaged in last_checkpoint(run / "checkpoints")[1]:
                 set_aside(damaged)
     ranks.wait_for_everyone()

@@ -102,14 +102,13 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
     def calibrate(self, documents: int = 64) -> Calibration:
         """What the base shows of the first `documents` of the data. The main rank reads it and
         tells the others, so that it does not depend on how many there are."""
-        found: list[Calibration | None] = [None]
+        calibrations: list[Calibration | None] = [None]
         if self.accelerator.is_main_process:
             # On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights into a
             # form that has no backward.
             self.model.train()
-            seen = calibrate(self.model, self._first_batches(documents))
-            found = [seen.cpu()]
-        (calibration,) = broadcast_object_list(found)
+            calibrations = [calibrate(self.model, self._first_batches(documents)).cpu()]
+        (calibration,) = broadcast_object_list(calibrations)
         return calibration
 
     def _first_batches(self, documents: int) -> Iterator[dict[str, torch.Tensor]]:

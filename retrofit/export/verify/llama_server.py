@@ -49,8 +49,8 @@ def ask(
     logprobs = answer["choices"][0]["logprobs"]
     listed = logprobs["content"][0]["top_logprobs"] if logprobs else []
     # JSON has no NaN: what is not finite comes as null.
-    told = {e["id"]: math.nan if e["logprob"] is None else e["logprob"] for e in listed}
-    return answer["usage"]["prompt_tokens"], told
+    likely = {e["id"]: math.nan if e["logprob"] is None else e["logprob"] for e in listed}
+    return answer["usage"]["prompt_tokens"], likely
 
 
 def check(path: Path, reference: Path) -> dict:

@@ -213,12 +213,12 @@ def _check_engine(engine: str, form: CheckpointFormat, python: str) -> None:
     module, how = _NEEDS[engine]
     code = f"import importlib.util; print(importlib.util.find_spec({module!r}) is not None)"
     try:
-        told = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+        answer = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
     except (OSError, ValueError) as error:
         raise UserError(f"no Python at {python}: {one_line(error)}") from error
-    if told not in ("True", "False"):
+    if answer not in ("True", "False"):
         raise UserError(f"{python} is no Python; name the one that has {engine}")
-    if told == "False":
+    if answer == "False":
         raise UserError(f"{engine} is not installed for {python}: {how}")
 
 

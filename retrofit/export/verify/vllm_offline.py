@@ -47,8 +47,8 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool) -> dict:
     positions, continued = [], []
     for tokens, ours, answer in zip(trained.tokens, trained.logprobs, answers, strict=True):
         # What is told of a token is how likely it was where the one before it stood.
-        for candidates, mine, told in zip(tokens, ours, answer.prompt_logprobs[1:], strict=False):
-            theirs = {token: listed.logprob for token, listed in told.items()}
+        for candidates, mine, listed in zip(tokens, ours, answer.prompt_logprobs[1:], strict=False):
+            theirs = {token: logprob.logprob for token, logprob in listed.items()}
             positions.append(compare(candidates, mine, theirs))
         continued.append(list(answer.outputs[0].token_ids))
     return {
