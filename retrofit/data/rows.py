@@ -27,7 +27,7 @@ class RowCheck:
     Args:
         columns: that hold text, or chats.
         chat: whether they hold chats.
-        assistant_only: whether the turns of the assistant alone are trained on.
+        assistant_only: whether only the turns of the assistant are trained on.
     """
 
     def __init__(self, columns: Collection[str], chat: bool = False, assistant_only: bool = False):

@@ -61,7 +61,7 @@ class EveryTokenCounts(TorchDispatchMode):
             (tensor,) = args
             return tensor.new_empty(tensor.numel(), tensor.dim(), dtype=torch.long)
         if operation is aten._grouped_mm.default and args[0].dim() < args[1].dim():
-            # Of experts; without data it is defined for bfloat16 alone.
+            # The product of experts is only defined for bfloat16 where there is no data.
             tokens, experts, *_ = args
             return tokens.new_empty(len(tokens), experts.shape[-1])
         if operation is aten.index.Tensor:

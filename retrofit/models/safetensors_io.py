@@ -195,7 +195,7 @@ def write_shards(
     size = parameters = 0
     for number, shard in enumerate(_shards(tensors, max_shard_size)):
         save_file(shard, folder / f"shard-{number}", metadata={"format": "pt"})
-        (folder / f"shard-{number}").chmod(0o644)  # safetensors writes for its owner alone
+        (folder / f"shard-{number}").chmod(0o644)  # safetensors lets only the owner read
         files.append(list(shard))
         size += sum(tensor.nbytes for tensor in shard.values())
         parameters += sum(tensor.numel() for tensor in shard.values())

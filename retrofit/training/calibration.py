@@ -144,7 +144,7 @@ class _Reader:
         logits = (queries * keys.repeat_interleave(groups, 1)).sum(-1, dtype=torch.float32)
         # `A = sigmoid(logit - LSE)` of the first key.
         others = logits - shares.logit(eps=1e-7)
-        # A row that only fills up sees itself alone, and would pay its own first token all.
+        # A row that only fills up sees only itself, and would pay all to its own first token.
         for seen, states in (
             (self.shares, shares),
             (self.others, others),

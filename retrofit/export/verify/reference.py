@@ -106,7 +106,7 @@ def compare(tokens: list[int], ours: list[float], theirs: Mapping[int, float]) -
     """One position: the reference's candidates against an engine's log probabilities by token.
 
     `kl`, in nats, is taken among the candidates, each side normalized over them: engines round the
-    sum over the others. They list their likeliest tokens alone; a candidate that is not listed
+    sum over the others. They list only their likeliest tokens; a candidate that is not listed
     counts as the last of those, which is more than it has.
     """
     least = min(theirs.values())

@@ -249,7 +249,7 @@ def _run(
     gc.collect()  # the trained model must not stand beside the merged one
     with temporary_folder() as folder:
         result = folder / "figures.json"
-        # Of this package the script sees its own folder alone.
+        # The script sees only its own folder of this package.
         command = [python, Path(__file__).with_name(script), *paths, result, *options]
         # Code of a checkpoint is copied to a cache before it runs.
         offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder)}
