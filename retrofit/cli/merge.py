@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from retrofit.export.registry import FormatName
+from retrofit.export.registry import FORMATS, FormatName
 from retrofit.utils.paths import expanded
 from retrofit.utils.process import prepare_process
 
@@ -15,18 +15,14 @@ def main(
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
     format: Annotated[
         FormatName,
-        typer.Option(
-            help="native: for transformers and vLLM; gguf: for llama.cpp; remote-code: the base's "
-            "architecture with a modeling file; adapter: gates alone, for PEFT; gated-attention: "
-            "the layout of the paper's models."
-        ),
+        typer.Option(help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()) + "."),
     ] = "native",
     base: Annotated[
         str | None, typer.Option(help="The base, if it is no longer where the run found it.")
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "q8_0"] | None,
-        typer.Option(help="Stored; the base's by default. The last two for gguf alone."),
+        typer.Option(help="Stored; the base's by default. q8_0 only for gguf."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.")] = "5GB",
     push_to_hub: Annotated[

@@ -13,37 +13,37 @@ _LOOKED_AT = 256  # first rows of a stream
 
 
 def mix(
-    rows: list[Dataset] | list[IterableDataset], weights: list[float | None], seed: int
+    sources: list[Dataset] | list[IterableDataset], weights: list[float | None], seed: int
 ) -> Dataset | IterableDataset:
-    """One dataset of tokenized rows: in the given shares of tokens, or all of each if there are
+    """One dataset of tokenized sources: in the given shares of tokens, or all of each if there are
     none.
 
     A row of one source may be longer than a row of another, packed or not, so it is tokens that are
     counted. Small sources repeat until the largest has been seen once. Then the shares are exact to
     half a row over the whole, which is shuffled: what is trained on before its end has them on
-    average. Of a stream the first rows alone tell how long its rows are, and its rows are drawn by
+    average. Only the first rows of a stream tell how long its rows are, and its rows are drawn by
     chance, so its share is about what was asked for.
     """
-    if len(rows) == 1:
-        return rows[0]
+    if len(sources) == 1:
+        return sources[0]
     shares = np.array([weight for weight in weights if weight is not None])
     if not len(shares):
-        joined = datasets.concatenate_datasets(rows)
+        joined = datasets.concatenate_datasets(sources)
         return joined.shuffle(seed=seed)
-    if isinstance(rows[0], IterableDataset):
-        means = [np.mean([len(row["input_ids"]) for row in _first(each)]) for each in rows]
+    if isinstance(sources[0], IterableDataset):
+        means = [np.mean([len(row["input_ids"]) for row in _first(source)]) for source in sources]
         drawn = shares / means
         return datasets.interleave_datasets(
-            rows,
+            sources,
             probabilities=list(drawn / drawn.sum()),
             seed=seed,
             stopping_strategy="all_exhausted",
         )
-    lengths = [_lengths(each) for each in rows]
-    tokens = max(each.sum() / share for each, share in zip(lengths, shares, strict=True))
+    lengths = [_lengths(source) for source in sources]
+    tokens = max(counts.sum() / share for counts, share in zip(lengths, shares, strict=True))
     parts = [
-        each.select(_repeated(length, tokens * share))
-        for each, length, share in zip(rows, lengths, shares, strict=True)
+        source.select(_repeated(length, tokens * share))
+        for source, length, share in zip(sources, lengths, shares, strict=True)
     ]
     return datasets.concatenate_datasets(parts).shuffle(seed=seed)
 

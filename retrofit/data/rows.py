@@ -27,7 +27,7 @@ class RowCheck:
     Args:
         columns: that hold text, or chats.
         chat: whether they hold chats.
-        assistant_only: whether the turns of the assistant alone are trained on.
+        assistant_only: whether only the turns of the assistant are trained on.
     """
 
     def __init__(self, columns: Collection[str], chat: bool = False, assistant_only: bool = False):
@@ -36,8 +36,8 @@ class RowCheck:
     def __call__(self, row: Any) -> str | None:
         if not isinstance(row, Mapping):
             return object_problem(row)
-        if found := next(filter(None, (self._problem(name, row) for name in self.columns)), None):
-            return found
+        if problem := next(filter(None, (self._problem(name, row) for name in self.columns)), None):
+            return problem
         if self.assistant_only and not any(_has_assistant(row[name]) for name in self.columns):
             return "no turn of the assistant, which data.assistant_only_loss trains on alone"
         return None
@@ -65,28 +65,28 @@ def kind(value: Any) -> str:
     return "null" if value is None else _NAMES.get(type(value), f"a {type(value).__name__}")
 
 
-def check_rows(rows: Iterable[tuple[int, Any]], problem: Problem, path: str, each: str) -> None:
+def check_rows(rows: Iterable[tuple[int, Any]], problem: Problem, path: str, unit: str) -> None:
     """
     Args:
         rows: each with its number.
         problem: says what is wrong with one.
         path: of the data, for the message.
-        each: what a row is called there.
+        unit: what a row is called there.
 
     Raises:
         UserError: at the first that has a problem.
     """
     for number, row in rows:
-        check_row(row, number, problem, path, each)
+        check_row(row, number, problem, path, unit)
 
 
-def check_row(row: Any, number: int, problem: Problem, path: str, each: str = "row") -> None:
+def check_row(row: Any, number: int, problem: Problem, path: str, unit: str = "row") -> None:
     """
     Raises:
         UserError: if a row has a problem.
     """
-    if found := problem(row):
-        raise UserError(f"data: {path}, {each} {number}: {found}")
+    if wrong := problem(row):
+        raise UserError(f"data: {path}, {unit} {number}: {wrong}")
 
 
 def checked_stream(rows: IterableDataset, problem: Problem, path: str) -> IterableDataset:
@@ -134,9 +134,9 @@ def _problem_of_messages(name: str, messages: Any) -> str | None:
     if not messages:
         return f"{name} is empty"
     problems = (
-        f"message {number} of {name} {found}"
+        f"message {number} of {name} {problem}"
         for number, message in enumerate(messages, 1)
-        if (found := _problem_of_message(message))
+        if (problem := _problem_of_message(message))
     )
     return next(problems, None)
 
@@ -158,8 +158,8 @@ def _problem_of_content(message: Mapping, key: str) -> str | None:
         return None
     if content is None and any(message.get(name) is not None for name in _SPELLINGS.values()):
         return "mixes two spellings; write role with content, or from with value"
-    found = _problem_of_text("content", content)
-    return f"is not usable: its {found}" if found else None
+    problem = _problem_of_text("content", content)
+    return f"is not usable: its {problem}" if problem else None
 
 
 def _key_of_role(message: Mapping) -> str | None:

@@ -66,7 +66,7 @@ class LoadedSource:
 
     rows: Dataset | IterableDataset
     weight: float | None
-    completion_only: bool  # prompt/completion data trains on the completion alone, as in TRL
+    completion_only: bool  # prompt/completion data trains only on the completion, as in TRL
     path: str = ""  # as the recipe has it
 
 

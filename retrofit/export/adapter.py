@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from retrofit.export.checkpoint_format import LOAD, CheckpointFormat
-from retrofit.models.source import Source
+from retrofit.models.source import MergeSource
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import copy, read_json, write_json
 
@@ -22,7 +22,7 @@ class Adapter(CheckpointFormat):
             raise UserError(f"an adapter is kept in float32, as it was trained, not in {asked}")
         return "float32"
 
-    def write(self, source: Source, folder: Path, dtype, max_shard_size, name):
+    def write(self, source: MergeSource, folder: Path, dtype, max_shard_size, name):
         names = ("adapter_config.json", "adapter_model.safetensors")
         copy(source.adapter, folder, *names)
         # A local base as PEFT finds it, which knows no `~`.

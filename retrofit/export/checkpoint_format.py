@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retrofit.models.source import Source
+from retrofit.models.source import MergeSource
 from retrofit.utils.errors import CheckError, UserError
 
 LOAD = """\
@@ -33,7 +33,9 @@ class CheckpointFormat:
         rounds_inputs: whether the first engine rounds what it multiplies weights by to their dtype.
         library: what loads it, by the hub's name.
         options: of the script that proves it in an engine.
-        is_model: whether it holds a whole model, with a `generation_config.json`.
+        has_tokenizer_files: whether the tokenizer lies beside the weights, in files of its own.
+        is_model: whether it holds a whole model. One with tokenizer files has a
+            `generation_config.json` as well.
     """
 
     name: str
@@ -42,6 +44,7 @@ class CheckpointFormat:
     rounds_inputs = False
     library = "transformers"
     options: tuple[str, ...] = ()
+    has_tokenizer_files = True
     is_model = True
 
     def check_installed(self) -> None:
@@ -50,7 +53,7 @@ class CheckpointFormat:
             UserError: if a library is missing that writes or proves it.
         """
 
-    def dtype(self, source: Source, asked: str | None) -> str:
+    def dtype(self, source: MergeSource, asked: str | None) -> str:
         """What weights are stored in: as asked, or as the base's are.
 
         Raises:
@@ -64,11 +67,11 @@ class CheckpointFormat:
             )
         return name
 
-    def refusal(self, source: Source) -> str | None:
+    def refusal(self, source: MergeSource) -> str | None:
         """Why base and gates have no place in it, or `None` if they have one."""
         return None
 
-    def check(self, source: Source) -> None:
+    def check(self, source: MergeSource) -> None:
         """Look at once at what would fail only after the work.
 
         Raises:
@@ -76,7 +79,7 @@ class CheckpointFormat:
         """
 
     def write(
-        self, source: Source, folder: Path, dtype: str, max_shard_size: int, name: str
+        self, source: MergeSource, folder: Path, dtype: str, max_shard_size: int, name: str
     ) -> dict[str, Any]:
         """Write base and gates, which `refusal` has passed, into an empty folder.
 

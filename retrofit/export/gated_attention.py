@@ -17,11 +17,11 @@ from retrofit.export.checkpoint_format import LOAD, TRUST, CheckpointFormat
 from retrofit.export.constant_head import add_center
 from retrofit.models.published import unpack
 from retrofit.models.safetensors_io import write_shards
-from retrofit.models.source import Source
+from retrofit.models.source import MergeSource
 from retrofit.utils.files import temporary_folder, write_json
 
 
-def _config(source: Source, dtype: torch.dtype) -> dict:
+def _config(source: MergeSource, dtype: torch.dtype) -> dict:
     config = source.config
     rope = dict(config.rope_parameters)
     copied = (
@@ -49,11 +49,11 @@ def _config(source: Source, dtype: torch.dtype) -> dict:
     }
 
 
-def _is_biased(source: Source) -> bool:
+def _is_biased(source: MergeSource) -> bool:
     return bool(source.gates.centers) or any(name.endswith("q_proj.bias") for name in source.shapes)
 
 
-def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     config, weights = source.config, source.weights
     for name in source.shapes:
         if not name.startswith("model.layers."):

@@ -16,6 +16,7 @@ class Gguf(CheckpointFormat):
     dtypes = (*CheckpointFormat.dtypes, "q8_0")
     rounds_inputs = True
     library = "gguf"
+    has_tokenizer_files = False
 
     def check_installed(self):
         if not all(find_spec(name) for name in ("gguf", "xllamacpp")):

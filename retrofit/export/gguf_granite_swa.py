@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from retrofit.export import granite_swa
 from retrofit.export.gguf_contents import Contents, add_shape
-from retrofit.models.source import Source
+from retrofit.models.source import MergeSource
 
 _ARCH = "granite_swa"
 _NO_WINDOW = 2**24  # more tokens than any context
@@ -35,7 +35,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def contents(source: Source, kind: str) -> Contents:
+def contents(source: MergeSource, kind: str) -> Contents:
     """Base and sinks, stored as `kind`."""
     gates = source.gates
     config = granite_swa.granite_config(source.config, bool(gates.key_biases or gates.centers))
@@ -55,7 +55,7 @@ def _add_config(writer: GGUFWriter, config: dict) -> None:
     writer.add_sliding_window_pattern(sliding if any(sliding) else [True] * len(sliding))
 
 
-def _tensors(source: Source, head_dim: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(source: MergeSource, head_dim: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the file, under llama.cpp's names, in float32."""
     gates = source.gates
     parts = source.weights, gates.sinks, gates.key_biases, gates.centers

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from retrofit.export import qwen3_5
 from retrofit.export.exact_norms import Scales
 from retrofit.export.gguf_contents import Contents, add_shape
-from retrofit.models.source import Source
+from retrofit.models.source import MergeSource
 
 # Of a weight; the scale of a block of Q8_0 is a float16, and 127 of it its largest weight.
 _LARGEST = {"float16": 65504.0, "q8_0": 65504.0 * 127}
@@ -45,7 +45,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def contents(source: Source, kind: str) -> Contents:
+def contents(source: MergeSource, kind: str) -> Contents:
     """Base and gates, stored as `kind`."""
     scales = _scales(source, kind)
     config = qwen3_5.native_config(source.config, bool(source.gates.centers), scales)
@@ -55,7 +55,7 @@ def contents(source: Source, kind: str) -> Contents:
     )
 
 
-def _scales(source: Source, kind: str) -> Scales:
+def _scales(source: MergeSource, kind: str) -> Scales:
     """The largest that the weights leave room for, where numbers are float16."""
     if kind not in _LARGEST:
         return Scales()
@@ -67,7 +67,7 @@ def _scales(source: Source, kind: str) -> Scales:
     return Scales(residual_shift=min(room, 20), dominance=2.0**-16)
 
 
-def _stock(source: Source, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
+def _stock(source: MergeSource, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
     parts = source.config, source.weights, source.gates.matrices, source.gates.centers
     return qwen3_5.native_tensors(*parts, torch.float32, scales=scales)
 
@@ -99,7 +99,9 @@ def _add_config(writer: GGUFWriter, config: dict) -> None:
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
 
 
-def _tensors(source: Source, config: dict, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    source: MergeSource, config: dict, scales: Scales
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the file, under llama.cpp's names, in float32."""
     layers = config["num_hidden_layers"]
     names = get_tensor_name_map(_arch(config), layers + 1)

@@ -112,7 +112,7 @@ def granite_tensors(
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:
-    """Mistral says of its window alone that there is one, and has it in every layer."""
+    """Mistral's config only says that there is a window, and every layer has it."""
     if sliding_window_of(config) is None:
         return ["full_attention"] * config.num_hidden_layers
     everywhere = ["sliding_attention"] * config.num_hidden_layers

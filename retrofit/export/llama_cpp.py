@@ -10,7 +10,7 @@ from gguf.quants import quantize
 
 from retrofit.export import gguf_granite_swa, gguf_qwen35, native
 from retrofit.export.gguf_tokenizer import add_tokenizer, read_tokenizer
-from retrofit.models.source import Source
+from retrofit.models.source import MergeSource
 
 KINDS = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -20,18 +20,18 @@ KINDS = {
 }
 
 
-def _form(source: Source) -> ModuleType:
+def _form(source: MergeSource) -> ModuleType:
     return gguf_granite_swa if source.gates.sinks else gguf_qwen35
 
 
-def refusal(source: Source) -> str | None:
+def refusal(source: MergeSource) -> str | None:
     """Why base and gates cannot become a GGUF file, or `None` if they can."""
     gates = source.gates
     reason = native.refusal_of_gates(gates.granularity, gates.sink_form)
     return reason or _form(source).refusal(source.config)
 
 
-def check_tokenizer(source: Source) -> None:
+def check_tokenizer(source: MergeSource) -> None:
     """Refuse at once what would fail only after the work.
 
     Raises:
@@ -40,7 +40,7 @@ def check_tokenizer(source: Source) -> None:
     read_tokenizer(source.base)
 
 
-def write_gguf(source: Source, path: Path, kind: str) -> dict[str, Any]:
+def write_gguf(source: MergeSource, path: Path, kind: str) -> dict[str, Any]:
     """Write base and gates, which `refusal` has passed, as one GGUF file.
 
     The tensors pass through a temporary file, so that few of them are in memory at a time.

@@ -20,7 +20,7 @@ from retrofit.export.verify.passage import PASSAGE
 from retrofit.export.verify.reference import FILE
 from retrofit.export.verify.report import REPORT
 from retrofit.export.verify.verify import trained_reference, verify
-from retrofit.models.source import Source, read_source
+from retrofit.models.source import MergeSource, read_source
 from retrofit.recipe import RESOLVED, load_recipe
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import (
@@ -53,9 +53,7 @@ def merge(
     Args:
         run: a run folder, or a bare PEFT adapter folder.
         out: the checkpoint folder; it appears only when it is whole and verified.
-        format: `native` is a checkpoint for transformers and vLLM, `gguf` a file for llama.cpp,
-            `remote-code` the base's own architecture with a modeling file, `adapter` the gates
-            alone, for PEFT, `gated-attention` the layout of the models published with the paper.
+        format: one of `retrofit.export.registry.FORMATS`, which says what each of them is.
         base: the base model where it is not the one that the run names.
         dtype: of the stored weights, as the base's by default; for GGUF also `q8_0`.
         max_shard_size: bytes, or a string such as "5GB".
@@ -90,7 +88,7 @@ def merge(
         about = {"format": format, "dtype": stored, "untied": False}
         with _timed(seconds, "write"):
             about |= form.write(source, folder, stored, max_bytes, out.name)
-            if form.engines[0] == "transformers":
+            if form.has_tokenizer_files:
                 copy_tokenizer(source.base, folder)
                 if form.is_model:
                     _write_generation_config(source, folder)
@@ -121,20 +119,20 @@ def _bytes(size: int | str) -> int:
         raise UserError(f"{size!r} is not a size; write one like 5GB or 500MB") from error
 
 
-def _write_generation_config(source: Source, folder: Path) -> None:
+def _write_generation_config(source: MergeSource, folder: Path) -> None:
     copy(source.base, folder, "generation_config.json")
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(source.config).save_pretrained(folder)
 
 
-def _write_recipe(source: Source, folder: Path) -> None:
+def _write_recipe(source: MergeSource, folder: Path) -> None:
     """A damaged one is left out: it has no part in what was merged."""
     with suppress(ValueError, OSError):
         recipe = load_recipe(str(source.folder / RESOLVED))
         write_text(folder / RESOLVED, recipe.published().to_yaml())
 
 
-def _report(source: Source, about: dict, rounding_kl: float) -> dict:
+def _report(source: MergeSource, about: dict, rounding_kl: float) -> dict:
     return {
         "checkpoint": about,
         "base": _about_base(source),
@@ -153,7 +151,7 @@ def _report(source: Source, about: dict, rounding_kl: float) -> dict:
     }
 
 
-def _about_base(source: Source) -> dict:
+def _about_base(source: MergeSource) -> dict:
     trained_on = source.facts.get("base", {})
     is_local = source.base_is_local
     biases = {name.split(".")[-2] for name in source.shapes if name.endswith("proj.bias")}

@@ -96,18 +96,18 @@ def license_of(card: Path) -> dict[str, Any]:
     try:
         block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
         # Read as text, for in YAML the language `no` is false.
-        told = yaml.load(block[2], yaml.BaseLoader) if block else None
+        metadata = yaml.load(block[2], yaml.BaseLoader) if block else None
     except (OSError, RecursionError, yaml.YAMLError):
         return {}
     names = ("license", "license_name", "license_link", "language")
-    told = told if isinstance(told, dict) else {}
-    return {name: told[name] for name in names if _is_text(told.get(name))}
+    metadata = metadata if isinstance(metadata, dict) else {}
+    return {name: metadata[name] for name in names if _is_text(metadata.get(name))}
 
 
 def _is_text(value: Any) -> bool:
     """Or a list of texts."""
     values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(each, str) and each for each in values)
+    return bool(values) and all(isinstance(value, str) and value for value in values)
 
 
 def _what_was_done(report: dict) -> str:
@@ -130,7 +130,7 @@ def _what_was_done(report: dict) -> str:
 
 def _gates(gate: dict) -> str:
     """What scales a head, in a clause or two."""
-    each = "head" if gate["granularity"] == "headwise" else "channel of each head"
+    scope = "head" if gate["granularity"] == "headwise" else "channel of each head"
     around = "around the value that the base's heads take from their first token"
     clauses = []
     if gate["sinks"] != "none":
@@ -142,7 +142,7 @@ def _gates(gate: dict) -> str:
         )
     if gate["granularity"] != "none":
         clauses.append(
-            f"each attention {each} is scaled by a sigmoid that reads the layer's input (G1 of "
+            f"each attention {scope} is scaled by a sigmoid that reads the layer's input (G1 of "
             f"{_PAPER}, {gate['granularity']})"
         )
     if gate["centered"]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from retrofit.export import gpt_oss, granite_swa, qwen3_5
 from retrofit.export.checkpoint_format import LOAD, CheckpointFormat
 from retrofit.models.safetensors_io import write_shards
-from retrofit.models.source import Source
+from retrofit.models.source import MergeSource
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import write_json
 
@@ -33,8 +33,8 @@ class Form:
 
     model_type: Callable[[PreTrainedConfig], str]
     refusal: Callable[[PreTrainedConfig], str | None]
-    config: Callable[[Source], dict]
-    tensors: Callable[[Source, torch.dtype], Iterator[tuple[str, torch.Tensor]]]
+    config: Callable[[MergeSource], dict]
+    tensors: Callable[[MergeSource, torch.dtype], Iterator[tuple[str, torch.Tensor]]]
     fits_float16: bool = True
 
 
@@ -72,28 +72,28 @@ def refusal_of_gates(granularity: str, sinks: str) -> str | None:
     return None
 
 
-def _granite_config(source: Source) -> dict:
+def _granite_config(source: MergeSource) -> dict:
     gates = source.gates
     return granite_swa.granite_config(source.config, bool(gates.key_biases or gates.centers))
 
 
-def _granite_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _granite_tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     gates = source.gates
     parts = source.weights, gates.sinks, gates.key_biases, gates.centers
     return granite_swa.granite_tensors(source.config, *parts, dtype)
 
 
-def _gpt_oss_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _gpt_oss_tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     gates = source.gates
     parts = source.weights, gates.sinks, gates.key_biases
     return gpt_oss.gpt_oss_tensors(source.shapes, *parts, dtype)
 
 
-def _qwen_config(source: Source) -> dict:
+def _qwen_config(source: MergeSource) -> dict:
     return qwen3_5.native_config(source.config, bool(source.gates.centers))
 
 
-def _qwen_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _qwen_tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     gates = source.gates
     return qwen3_5.native_tensors(
         source.config, source.weights, gates.matrices, gates.centers, dtype
@@ -116,7 +116,7 @@ _GPT_OSS = Form(
 )
 
 
-def form_for(source: Source) -> Form:
+def form_for(source: MergeSource) -> Form:
     """The form for the gates of a source."""
     return form_of(source.config.model_type, source.gates.sink_form)
 

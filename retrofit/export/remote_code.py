@@ -20,7 +20,7 @@ from retrofit.export.checkpoint_format import (
 )
 from retrofit.export.granite_swa import NO_SINK
 from retrofit.models.safetensors_io import write_shards
-from retrofit.models.source import Source
+from retrofit.models.source import MergeSource
 from retrofit.utils.files import read_json, write_json
 
 CLASSES = {
@@ -65,7 +65,7 @@ def _text(name: str) -> str:
     return Path(spec.origin).read_text()
 
 
-def _config(source: Source, dtype: torch.dtype) -> dict:
+def _config(source: MergeSource, dtype: torch.dtype) -> dict:
     """The base's file as it is, whatever version of transformers wrote it, and what gates need."""
     config = json.loads((source.base / "config.json").read_text())
     stored = str(dtype).removeprefix("torch.")
@@ -83,7 +83,7 @@ def _config(source: Source, dtype: torch.dtype) -> dict:
     }
 
 
-def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     for name in source.shapes:
         yield name, source.weights[name].to(dtype)
     gates = source.gates

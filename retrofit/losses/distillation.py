@@ -17,10 +17,9 @@ from transformers.utils import ModelOutput
 
 from retrofit.gates import gates_off
 from retrofit.losses.shared_layers import SharedLayers
-from retrofit.losses.teacher_cache import TeacherCache
 from retrofit.recipe import Objective
 from retrofit.utils.errors import UserError
-from retrofit.utils.sharded import whole
+from retrofit.utils.fsdp import full_tensor
 
 CHUNK_BYTES = 64 * 2**20  # logits of one product with the head, in float32
 BLOCK_BYTES = 3 * 2**20  # of them what a CPU works on at a time, so that it stays in its cache
@@ -123,8 +122,8 @@ def chunked_objectives(
     loss, nll, kl = _ChunkedObjectives.apply(
         hidden,
         teacher,
-        whole(lm_head.weight),
-        None if lm_head.bias is None else whole(lm_head.bias),
+        full_tensor(lm_head.weight),
+        None if lm_head.bias is None else full_tensor(lm_head.bias),
         targets,
         objective.lm,
         objective.kl,
@@ -140,10 +139,7 @@ def predicting(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def add_objectives(
-    model: PreTrainedModel,
-    objective: Objective,
-    cache: TeacherCache | None = None,
-    block_bytes: int | None = None,
+    model: PreTrainedModel, objective: Objective, block_bytes: int | None = None
 ) -> None:
     """Let `model(..., labels=labels, objectives=True)` return an `ObjectiveOutput`.
 
@@ -154,7 +150,6 @@ def add_objectives(
     Args:
         model: base and gates.
         objective: the weights.
-        cache: keeps what the base says of each row, where it is asked for the last layer alone.
         block_bytes: see `chunked_objectives`.
 
     Raises:
@@ -169,14 +164,11 @@ def add_objectives(
         if not objectives:
             return original_forward(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False
-
-        def run_base() -> torch.Tensor:
-            with torch.no_grad(), gates_off(self), shared.kept():
-                return predicting(self.base_model(*args, **kwargs).last_hidden_state, labels)
-
         teacher = None
         if objective.kl or objective.hidden:
-            teacher = cache(kwargs, labels, run_base) if cache else run_base()
+            with torch.no_grad(), gates_off(self), shared.kept():
+                teacher = self.base_model(*args, **kwargs).last_hidden_state
+            teacher = predicting(teacher, labels)
         with shared.reused():
             hidden = self.base_model(*args, **kwargs).last_hidden_state
         hidden = predicting(hidden, labels)

@@ -119,10 +119,10 @@ def estimate(recipe: Recipe, config: PreTrainedConfig, device: Device) -> Estima
     """
     asked = recipe.train.gradient_checkpointing
     for checkpointing in CHECKPOINTING if asked == "auto" else (asked,):
-        found = _estimate(recipe, config, checkpointing, device.is_gpu)
-        if found.fits(device):
+        needed = _estimate(recipe, config, checkpointing, device.is_gpu)
+        if needed.fits(device):
             break
-    return found
+    return needed
 
 
 def _estimate(

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 _ANY_NUMBER = 10**6  # more than any size it is compared with
 
 
-class LiveBytes(TorchDispatchMode):
+class PeakTensorMemory(TorchDispatchMode):
     """Counts the storages of all tensors that operations inside return, until they are freed. What
     a kernel takes for itself while it runs is not seen.
 
@@ -61,12 +61,12 @@ class EveryTokenCounts(TorchDispatchMode):
             (tensor,) = args
             return tensor.new_empty(tensor.numel(), tensor.dim(), dtype=torch.long)
         if operation is aten._grouped_mm.default and args[0].dim() < args[1].dim():
-            # Of experts; without data it is defined for bfloat16 alone.
+            # The product of experts is only defined for bfloat16 where there is no data.
             tokens, experts, *_ = args
             return tokens.new_empty(len(tokens), experts.shape[-1])
         if operation is aten.index.Tensor:
             tensor, indices = args
-            args = (tensor, [index for each in indices for index in _as_numbers(each)])
+            args = (tensor, [number for index in indices for number in _as_numbers(index)])
         return operation(*args, **(kwargs or {}))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AttentionInterface,
@@ -23,12 +23,12 @@ from trl.models import enable_selective_activation_checkpointing
 from retrofit.adapters._family import sliding_window_of
 from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS, sdpa_with_sink
 from retrofit.gates import gate_layers
-from retrofit.gates.recipe import gate_config
 from retrofit.losses.distillation import BLOCK_BYTES, CHUNK_BYTES, add_objectives
 from retrofit.losses.layer_losses import add_layer_losses
 from retrofit.memory.packed_linear import pack_linears
-from retrofit.memory.tensor_memory import EveryTokenCounts, LiveBytes
+from retrofit.memory.tensor_memory import EveryTokenCounts, PeakTensorMemory
 from retrofit.models.document_attention import attend_to_documents
+from retrofit.models.gated_model import gated_model
 from retrofit.recipe import Recipe
 
 _BY_DOCUMENT, _MASKLESS = "traced_by_document", "traced_without_mask"
@@ -63,7 +63,7 @@ def trace_step(
         on_gpu: whether to do as on a GPU where a run does otherwise on a CPU. The kernels are a
             CPU's all the same: torch without CUDA has no others.
     """
-    model = _gated_model(recipe, config, on_gpu)
+    model = _traced_model(recipe, config, on_gpu)
     _checkpoint(model.get_base_model(), checkpointing)
     layer_losses = (
         add_layer_losses(model, recipe.objective) if recipe.objective.reads_layers else None
@@ -74,7 +74,7 @@ def trace_step(
         inputs = _inputs(recipe)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, foreach=False)
-        with LiveBytes() as live:
+        with PeakTensorMemory() as live:
             weights = _hold_base(model, live)
             gates = _hold_gates(trained, optimizer, live) - weights
             if recipe.train.gradient_accumulation_steps == 1:
@@ -88,7 +88,7 @@ def trace_step(
     return TracedStep(weights, gates, saved, live.peak)
 
 
-def _gated_model(recipe: Recipe, config: PreTrainedConfig, on_gpu: bool) -> PeftModel:
+def _traced_model(recipe: Recipe, config: PreTrainedConfig, on_gpu: bool) -> PeftModel:
     """As `GateTrainer` has it, on the meta device."""
     spec = recipe.model
     stored = config.dtype or torch.float32
@@ -100,9 +100,7 @@ def _gated_model(recipe: Recipe, config: PreTrainedConfig, on_gpu: bool) -> Peft
             compute = torch.bfloat16 if spec.dtype == "auto" else dtype
             pack_linears(base, spec.quantization, compute)
         base.set_attn_implementation(_attention(recipe, base, on_gpu))
-        model = get_peft_model(base, gate_config(recipe)).train()
-        for layer in gate_layers(model).values():
-            layer.float()
+        model = gated_model(base, recipe).train()
     blocks = CHUNK_BYTES if on_gpu else BLOCK_BYTES
     add_objectives(base, recipe.objective, block_bytes=blocks)
     return model
@@ -124,9 +122,6 @@ def _attention(recipe: Recipe, base: PreTrainedModel, on_gpu: bool) -> str:
 def _checkpoint(base: PreTrainedModel, checkpointing: str) -> None:
     if checkpointing == "none":
         return
-    if checkpointing != "reentrant":
-        # No gradient goes below the lowest gate, as in `GateTrainer`.
-        base.enable_input_require_grads = lambda: None
     kwargs: dict[str, Any] = {"use_reentrant": checkpointing == "reentrant"}
     if checkpointing == "selective":
         enable_selective_activation_checkpointing(base)
@@ -141,14 +136,14 @@ def _inputs(recipe: Recipe) -> dict[str, torch.Tensor]:
     return {name: torch.empty(rows, length, dtype=torch.long) for name in names}
 
 
-def _hold_base(model: PeftModel, live: LiveBytes) -> int:
+def _hold_base(model: PeftModel, live: PeakTensorMemory) -> int:
     gates = {id(tensor) for layer in gate_layers(model).values() for tensor in layer.parameters()}
     tensors = (*model.parameters(), *model.buffers())
     live.hold(tensor for tensor in tensors if id(tensor) not in gates)
     return live.now
 
 
-def _hold_gates(trained: list, optimizer: torch.optim.Optimizer, live: LiveBytes) -> int:
+def _hold_gates(trained: list, optimizer: torch.optim.Optimizer, live: PeakTensorMemory) -> int:
     """With the moments that every step but the first begins with, and with gradients, which those
     of more than one micro-batch begin with."""
     live.hold(trained)

@@ -3,12 +3,19 @@
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from peft import TaskType
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from peft.config import PeftConfig
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+)
 
-from retrofit.gate_settings import Activation, Granularity, Position, Sinks
 from retrofit.gates import GateConfig
 from retrofit.models.pickles import refuse_pickles
 from retrofit.models.safetensors_io import StoredWeights
@@ -18,28 +25,19 @@ from retrofit.utils.files import read_json
 _Index = Annotated[int, Field(ge=0)]
 
 
-class _Told(BaseModel):
-    """The fields that say what is computed."""
+class _AdapterFields(BaseModel):
+    """The fields that every method of PEFT has, and those that are checked more strictly here than
+    `GateConfig` does."""
 
     model_config = ConfigDict(strict=True)
 
     peft_type: Literal["G1_GATE"]
     task_type: str | None = None
-    granularity: Granularity = "headwise"
-    activation: Activation = "sigmoid"
-    position: Position = "G1"
-    input_dependent: bool = True
-    centered: bool = False
-    sinks: Sinks = "none"
-    key_bias: bool = False
-    init_weights: bool = True
     layers_to_transform: Annotated[list[_Index], Field(min_length=1)] | _Index | None = None
     layers_pattern: list[str] | str | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
     base_model_name_or_path: str | None = None
-    base_model_type: str | None = None
     revision: str | None = None
 
     @field_validator("target_modules", "exclude_modules", "layers_pattern")
@@ -60,6 +58,20 @@ class _Told(BaseModel):
         return value
 
 
+def _fields_of_gates() -> dict[str, Any]:
+    """The other fields of `GateConfig`, each with its type and its default."""
+    kinds = get_type_hints(GateConfig)
+    known = {field.name for field in fields(PeftConfig)} | _AdapterFields.model_fields.keys()
+    return {
+        field.name: (kinds[field.name], field.default)
+        for field in fields(GateConfig)
+        if field.name not in known
+    }
+
+
+_AdapterConfig = create_model("_AdapterConfig", __base__=_AdapterFields, **_fields_of_gates())
+
+
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
     """`adapter_config.json` of a folder with gates.
 
@@ -69,24 +81,24 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     """
     path = adapter / "adapter_config.json"
     try:
-        told = read_json(path)
-        _Told.model_validate(told)
+        config = read_json(path)
+        _AdapterConfig.model_validate(config)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["loc"] == ("peft_type",):
-            kind = told.get("peft_type")
+            kind = config.get("peft_type")
             raise UserError(f"{adapter} holds a {kind} adapter, not gates") from None
         key = first["loc"][0] if first["loc"] else "the whole"
         raise UserError(f"{path}: {key}: {first['msg'].lower()}, not {first['input']!r}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
     known = {field.name for field in fields(GateConfig)}
-    if unknown := sorted(name for name in told if name not in known and told[name]):
+    if unknown := sorted(name for name in config if name not in known and config[name]):
         raise UserError(
             f"{path} says {unknown[0]}, which this version of retrofit does not know; take it out, "
             "or use the version that wrote it"
         )
-    return told
+    return config
 
 
 def check_adapter_files(adapter: Path) -> None:

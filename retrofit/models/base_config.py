@@ -156,8 +156,8 @@ def read_config(
     """
     with opening(base):
         check_folder(Path(location))
-        told, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
-        _check(_Stored, told, base)
+        stored, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
+        _check(_Stored, stored, base)
         config = AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -188,8 +188,8 @@ def check_config(config: PreTrainedConfig, base: str) -> None:
         UserError: if the config of a base has values that no model can have.
     """
     text = config.get_text_config()
-    told = {name: getattr(text, name) for name in _Values.model_fields if hasattr(text, name)}
-    _check(_Values, told, base)
+    values = {name: getattr(text, name) for name in _Values.model_fields if hasattr(text, name)}
+    _check(_Values, values, base)
     for rope in _ropes(text):
         _check(_Rope, rope, base)
     if getattr(config, "auto_map", None):
@@ -238,11 +238,11 @@ def check_stored_whole(config: PreTrainedConfig, base: str) -> None:
         )
 
 
-def _check(kind: type[_Part], told: Any, base: str) -> None:
-    if not isinstance(told, dict):
+def _check(kind: type[_Part], settings: Any, base: str) -> None:
+    if not isinstance(settings, dict):
         raise UserError(f"the config.json of {base} holds no settings where a model's should be")
     try:
-        kind.model_validate(told)
+        kind.model_validate(settings)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         message = first["msg"].removeprefix("Value error, ")
@@ -255,7 +255,7 @@ def _check(kind: type[_Part], told: Any, base: str) -> None:
 def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """Of the whole model, or of each kind of its layers."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    return [part for part in rope.values() if isinstance(part, dict)] or [rope]
 
 
 def _choices(config: PreTrainedConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -268,10 +268,10 @@ def _choices(config: PreTrainedConfig) -> Iterator[tuple[str, Any, Any]]:
 def _not_finite(value: Any, key: str = "") -> Iterator[str]:
     """The keys of numbers that are none."""
     if isinstance(value, dict):
-        for name, each in value.items():
-            yield from _not_finite(each, f"{key}.{name}" if key else str(name))
+        for name, item in value.items():
+            yield from _not_finite(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _not_finite(each, key)
+        for item in value:
+            yield from _not_finite(item, key)
     elif isinstance(value, float) and not math.isfinite(value):
         yield key

@@ -75,7 +75,7 @@ def sdpa_by_document(
             end = start + count * length
             at = slice(row, row + 1), slice(start, end)
             states = (states[at[0], :, at[1]] for states in (query, key, value))
-            q, k, v = (_by_document(each, count) for each in states)
+            q, k, v = (_by_document(part, count) for part in states)
             slot = None if sink is None else _slot_by_document(sink.of_queries(*at), count)
             attended = attend_to_documents(q, k, v, scaling, dropout, slot)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))

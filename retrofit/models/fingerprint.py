@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from retrofit.utils.sharded import whole
+from retrofit.utils.fsdp import full_tensor
 
 _THREADS = min(8, os.cpu_count() or 1)
 _WAITING_BYTES = 2 * 2**30  # of tensors whose turn is yet to come
@@ -39,8 +39,8 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     return dict(_flat(json.loads(config.to_json_string(use_diff=False))))
 
 
-def _flat(told: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in told.items():
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
         if name in _BESIDE or name.startswith("_") or name.endswith("_token_id"):
             continue
         if isinstance(value, dict):
@@ -59,7 +59,7 @@ def weights_sha256(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in named_tensors:
             # Gathered here, not on the threads: all ranks gather in the same order.
-            gathered = whole(tensor).cpu().contiguous()
+            gathered = full_tensor(tensor).cpu().contiguous()
             waiting.append((gathered.nbytes, pool.submit(_line, name, gathered)))
             while len(waiting) > _THREADS or sum(size for size, _ in waiting) > _WAITING_BYTES:
                 lines.append(waiting.popleft()[1].result())

@@ -32,4 +32,4 @@ def brings_code(spec: Model) -> bool:
     """Whether a base names Python files for its model or its tokenizer."""
     config, _ = PreTrainedConfig.get_config_dict(spec.location, revision=spec.revision)
     tokenizer = get_tokenizer_config(spec.location, revision=spec.revision)
-    return any(told.get("auto_map") for told in (config, tokenizer))
+    return any(settings.get("auto_map") for settings in (config, tokenizer))

@@ -185,12 +185,12 @@ def load_model(
             return _load_published(spec)
         return load_base(spec), load_tokenizer(spec)
     check_adapter_files(adapter)
-    told = read_adapter_config(adapter)
+    adapter_config = read_adapter_config(adapter)
     spec = _base_of(folder, adapter, trust_remote_code)
     config, facts = load_config(spec), facts_of(folder)
-    check_gateable(config, spec.base, told.get("layers_to_transform"))
+    check_gateable(config, spec.base, adapter_config.get("layers_to_transform"))
     check_config(config, spec.base, folder, facts)
-    check_gates(told, adapter, facts)
+    check_gates(adapter_config, adapter, facts)
     if dtype != "auto":
         spec = spec.model_copy(update={"dtype": dtype})
     if quantization:
@@ -265,10 +265,10 @@ def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:
         spec = load_recipe(str(resolved)).model
         with opening(spec.base):
             return with_consent(spec, trusted)
-    told = read_adapter_config(adapter)
-    if not (base := told.get("base_model_name_or_path")):
+    adapter_config = read_adapter_config(adapter)
+    if not (base := adapter_config.get("base_model_name_or_path")):
         raise UserError(f"{adapter} does not say which base its gates were trained on")
-    return _named(base, revision=told.get("revision"), trust_remote_code=trusted)
+    return _named(base, revision=adapter_config.get("revision"), trust_remote_code=trusted)
 
 
 def _named(base: str, **settings: Any) -> Model:

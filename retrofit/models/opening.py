@@ -54,14 +54,14 @@ def check_complete(loading: dict[str, Any], base: str) -> None:
         UserError: if transformers left a weight random, or a stored one out.
     """
     mismatched = [name for name, *_ in loading.get("mismatched_keys", ())]
-    for wrong, told in (
+    for wrong, problem in (
         (loading["missing_keys"], "lacks the tensor {}"),
         (mismatched, "stores {} in another shape than its config.json says"),
         (loading["unexpected_keys"], "stores {}, for which its config.json has no place"),
     ):
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise UserError(f"base {base!r} {told.format(min(wrong) + more)}; download it again")
+            raise UserError(f"base {base!r} {problem.format(min(wrong) + more)}; download it again")
 
 
 def finite(

@@ -57,26 +57,26 @@ def check_published(config: dict[str, Any], weights: StoredWeights, name: str) -
         UserError: if the numbers in it are no shapes, or not those of the stored projections.
     """
     try:
-        told = _Config.model_validate(config)
+        sizes = _Config.model_validate(config)
     except ValidationError as error:
         problem = validation_problem(error)
         raise UserError(f"{name} has a damaged config.json: {problem}") from None
-    head_dim = told.head_dim or told.hidden_size // told.num_attention_heads
-    width = 1 if told.headwise_attn_output_gate else head_dim
+    head_dim = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
+    width = 1 if sizes.headwise_attn_output_gate else head_dim
     rows = {
-        "q_proj": told.num_attention_heads * (head_dim + width),
-        "k_proj": told.num_key_value_heads * head_dim,
-        "v_proj": told.num_key_value_heads * head_dim,
+        "q_proj": sizes.num_attention_heads * (head_dim + width),
+        "k_proj": sizes.num_key_value_heads * head_dim,
+        "v_proj": sizes.num_key_value_heads * head_dim,
     }
-    for index in range(told.num_hidden_layers):
+    for index in range(sizes.num_hidden_layers):
         for projection, count in rows.items():
             key = f"model.layers.{index}.self_attn.{projection}.weight"
             if key not in weights:
                 raise UserError(f"{name} lacks the tensor {key}; download it again")
-            if weights.shape(key) != (count, told.hidden_size):
+            if weights.shape(key) != (count, sizes.hidden_size):
                 raise UserError(
                     f"{name} stores {key} in the shape {weights.shape(key)}, but its "
-                    f"config.json says {(count, told.hidden_size)}"
+                    f"config.json says {(count, sizes.hidden_size)}"
                 )
 
 

@@ -138,10 +138,10 @@ def check_config(config: PreTrainedConfig, base: str, folder: Path, facts: dict[
             )
 
 
-def check_gates(told: dict[str, Any], adapter: Path, facts: dict[str, Any]) -> None:
+def check_gates(config: dict[str, Any], adapter: Path, facts: dict[str, Any]) -> None:
     """
     Args:
-        told: the `adapter_config.json` of a run's adapter.
+        config: the `adapter_config.json` of a run's adapter.
         adapter: its folder.
         facts: of the run.
 
@@ -149,10 +149,10 @@ def check_gates(told: dict[str, Any], adapter: Path, facts: dict[str, Any]) -> N
         UserError: if it says that other gates were trained than the run does.
     """
     for key, trained in facts.get("gate", {}).items():
-        if key in _GATE and told.get(key, getattr(GateConfig, key)) != trained:
+        if key in _GATE and config.get(key, getattr(GateConfig, key)) != trained:
             raise UserError(
-                f"{adapter / 'adapter_config.json'} says {key} {told.get(key)!r}, and {_FACTS} of "
-                f"its run that {trained!r} was trained; put it back"
+                f"{adapter / 'adapter_config.json'} says {key} {config.get(key)!r}, and {_FACTS} "
+                f"of its run that {trained!r} was trained; put it back"
             )
 
 
@@ -177,7 +177,7 @@ def check_base(
     trained = TrainedOn.model_validate(facts["base"])
     held = str(base.dtype).removeprefix("torch."), quantization
     if held == (trained.dtype, trained.quantization):
-        found = weights_sha256(base_weights(base))
+        sha256 = weights_sha256(base_weights(base))
     elif stored is None:
         raise UserError(
             f"{folder} was trained on weights in {_form(trained.dtype, trained.quantization)}, and "
@@ -188,8 +188,8 @@ def check_base(
     else:
         names = [name for name, _ in base_weights(base)]
         weights, dtype = stored.named_as(names), getattr(torch, trained.dtype)
-        found = weights_sha256((name, weights[name].to(dtype)) for name in names)
-    if found != trained.weights_sha256:
+        sha256 = weights_sha256((name, weights[name].to(dtype)) for name in names)
+    if sha256 != trained.weights_sha256:
         raise UserError(
             f"the weights in {base.config.name_or_path} are not those that {folder} was trained on "
             "(their sha256 differs); point model.base of its recipe.resolved.yaml at the original"

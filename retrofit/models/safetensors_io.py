@@ -132,10 +132,10 @@ def refuse_other_weights(folder: Path) -> None:
     """
     path, index = folder / "config.json", folder / _INDEX
     try:
-        told = read_json(path) if path.is_file() else {}
+        config = read_json(path) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
-    if isinstance(told, dict) and told.get("transformers_weights") is not None:
+    if isinstance(config, dict) and config.get("transformers_weights") is not None:
         raise UserError(
             f"{path} names other weights than {_SINGLE} (transformers_weights); take that out of it"
         )
@@ -150,18 +150,18 @@ def _indexed(index: Path) -> dict[str, Path]:
         UserError: if the index cannot be followed, or a shard lacks what it says.
     """
     files = read_index(index)
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for file in sorted(set(files.values())):
         held = dict.fromkeys(_names_in(index.with_name(file)), index.with_name(file))
-        if both := found.keys() & held:
+        if both := paths.keys() & held:
             raise UserError(
-                f"{found[min(both)]} and {file} both hold {min(both)}; download it again"
+                f"{paths[min(both)]} and {file} both hold {min(both)}; download it again"
             )
-        found |= held
+        paths |= held
     for name, file in files.items():
-        if name not in found:
+        if name not in paths:
             raise UserError(f"{index.with_name(file)} lacks the tensor {name}; download it again")
-    return found
+    return paths
 
 
 def _names_in(path: Path) -> list[str]:
@@ -195,7 +195,7 @@ def write_shards(
     size = parameters = 0
     for number, shard in enumerate(_shards(tensors, max_shard_size)):
         save_file(shard, folder / f"shard-{number}", metadata={"format": "pt"})
-        (folder / f"shard-{number}").chmod(0o644)  # safetensors writes for its owner alone
+        (folder / f"shard-{number}").chmod(0o644)  # safetensors lets only the owner read
         files.append(list(shard))
         size += sum(tensor.nbytes for tensor in shard.values())
         parameters += sum(tensor.numel() for tensor in shard.values())

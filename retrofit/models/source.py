@@ -26,7 +26,7 @@ _COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 @dataclass(frozen=True)
-class Source:
+class MergeSource:
     """Everything that a merge reads.
 
     Attributes:
@@ -57,7 +57,7 @@ class Source:
         return expanded(self.base_name).is_dir()
 
 
-def read_source(run: Path, base: str | None = None) -> Source:
+def read_source(run: Path, base: str | None = None) -> MergeSource:
     """Read and check what `run` (a run folder or a bare PEFT adapter) and its base hold.
 
     Args:
@@ -84,7 +84,7 @@ def read_source(run: Path, base: str | None = None) -> Source:
     _check_same(weights, shapes, name, named)
     if adapter not in (run, run / "adapter"):  # a checkpoint, of whose steps run.json does not tell
         run, facts = adapter, {"base": named}
-    return Source(run, facts, adapter, gates, name, folder, config, weights, shapes)
+    return MergeSource(run, facts, adapter, gates, name, folder, config, weights, shapes)
 
 
 def _adapter_config(adapter: Path, run: Path) -> dict[str, Any]:
@@ -216,7 +216,9 @@ def _check_no_more(
     """Every stored tensor has a place, or is one that transformers leaves out on purpose."""
     left_out = (*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
     surplus = weights.keys() - known
-    if wrong := sorted(n for n in surplus if not any(re.search(each, n) for each in left_out)):
+    if wrong := sorted(
+        n for n in surplus if not any(re.search(pattern, n) for pattern in left_out)
+    ):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(
             f"base {name!r} stores {wrong[0]}{more}, for which its config.json has no place; "
@@ -231,11 +233,11 @@ def _check_same(weights: StoredWeights, shapes: dict, name: str, named: dict) ->
     A quantized run hashed its packed weights, which cannot be compared.
     """
     dtype = getattr(torch, named.get("dtype", "float32"))
-    read = finite(((each, weights[each]) for each in shapes), name)
-    found = weights_sha256((each, tensor.to(dtype)) for each, tensor in read)
+    read = finite(((parameter, weights[parameter]) for parameter in shapes), name)
+    sha256 = weights_sha256((parameter, tensor.to(dtype)) for parameter, tensor in read)
     if not named.get("weights_sha256") or named.get("quantization"):
         return
-    if found != named["weights_sha256"]:
+    if sha256 != named["weights_sha256"]:
         raise UserError(
             f"base {name!r} has other weights than the gates were trained on: its sha256 differs "
             "from the one in run.json; name the right base with --base"

@@ -26,7 +26,7 @@ class Gates:
 
     Attributes:
         granularity: `headwise`, `elementwise` or `shared` of gates that read the input; `none`
-            where there are sinks alone.
+            where there are only sinks.
         sink_form: `none`, `constant`, or `input` of sinks that read the input.
         matrices: `W_g`, `[num_heads, hidden_size]` or `[num_heads * head_dim, hidden_size]`.
         centers: what closed gates leave, `[num_key_value_heads, head_dim]`.
@@ -138,7 +138,7 @@ def _gate(config: PreTrainedConfig, gate_config: GateConfig, tensors: Tensors) -
     """The module that these tensors are the state of, for a base with this config."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    # How many pairs of channels are slow is known to the model alone, of which there is none here.
+    # Only a model knows how many pairs of channels are slow, and there is none here.
     slow_pairs = min(tensors.get("key_bias", torch.empty(0)).shape[-1], head_dim // 2)
     return GateProjection(config.hidden_size, heads, head_dim, kv_heads, gate_config, slow_pairs)
 

@@ -48,7 +48,7 @@ def check_tokenizer(
     stored.no_padding()
     if _tokens(stored) == _tokens(tokenizer.backend_tokenizer):
         return
-    ours, theirs = (json.loads(each.to_str()) for each in (tokenizer.backend_tokenizer, stored))
+    ours, theirs = (json.loads(kind.to_str()) for kind in (tokenizer.backend_tokenizer, stored))
     parts = [part for part in _PARTS if ours.get(part) != theirs.get(part)]
     raise UserError(
         f"the tokenizer.json of {base} is not read as it stands: transformers makes a "

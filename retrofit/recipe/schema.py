@@ -150,7 +150,6 @@ class Data(Section):
 class Objective(Section):
     lm: Weight = 1.0  # next-token cross-entropy
     kl: Weight = 0.0  # KL(base || gated) of the next-token distribution
-    cache_teacher: bool = False  # what kl asks of the base stays on disk; pays from epoch 2 on
     pressure: Weight = 0.0  # two random queries should not share a key
     pressure_release: Annotated[float, Field(ge=0, le=1)] = 0.0  # let go over this last part
     hidden: Weight = 0.0  # distance to the base of what each layer reads
@@ -161,6 +160,18 @@ class Objective(Section):
     balance_shared_heads: Annotated[int, Field(ge=0)] = 0  # but this many of the busiest
     # Queries of a sequence that these two look at.
     sampled_rows: Annotated[int, Field(ge=2, le=2**16)] = 64
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed_keys(cls, settings: Any) -> Any:
+        """Run folders of before hold a recipe with every key of its time."""
+        if not isinstance(settings, dict) or "cache_teacher" not in settings:
+            return settings
+        if settings["cache_teacher"] is not False:
+            raise ValueError(
+                "cache_teacher is gone: what the base says is no longer kept on disk; take it out"
+            )
+        return {key: value for key, value in settings.items() if key != "cache_teacher"}
 
     @model_validator(mode="after")
     def _something_must_move_the_gates(self):
@@ -174,22 +185,13 @@ class Objective(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _cache_holds_one_layer(self):
-        if self.cache_teacher and (self.hidden or not self.kl):
-            raise ValueError(
-                "cache_teacher keeps the last layer of the base, for kl: it needs kl above 0, and "
-                "hidden, which compares every layer, at 0"
-            )
-        return self
-
     def pressure_at(self, progress: float) -> float:
         """The weight of the pressure when `progress` (0 to 1) of the steps are done."""
-        return self.pressure * _held(progress, self.pressure_release)
+        return self.pressure * _decay(progress, self.pressure_release)
 
     def hidden_at(self, progress: float) -> float:
         """The weight of `hidden` when `progress` (0 to 1) of the steps are done."""
-        return self.hidden * _held(progress, self.hidden_release)
+        return self.hidden * _decay(progress, self.hidden_release)
 
     @property
     def reads_attention(self) -> bool:
@@ -200,9 +202,9 @@ class Objective(Section):
         return bool(self.reads_attention or self.hidden or self.activation)
 
 
-def _held(progress: float, release: float) -> float:
-    """1, then falling in a straight line to 0 over the last `release` of the steps."""
-    return min(1.0, (1 - progress) / release) if release else 1.0
+def _decay(progress: float, last_part: float) -> float:
+    """A factor that is 1, and falls in a straight line to 0 over the last part of the steps."""
+    return min(1.0, (1 - progress) / last_part) if last_part else 1.0
 
 
 class Train(Section):
@@ -244,8 +246,6 @@ class Recipe(Section):
     def _streams_have_no_length(self):
         if self.data.streaming and self.train.max_steps is None:
             raise ValueError("a stream has no end: set train.max_steps")
-        if self.data.streaming and self.objective.cache_teacher:
-            raise ValueError("objective.cache_teacher: a stream comes by once; set it to false")
         return self
 
     @model_validator(mode="after")
@@ -255,16 +255,6 @@ class Recipe(Section):
             raise ValueError(
                 f"data.sequence_length times train.batch_size are {tokens:.3g} tokens at once, "
                 f"more than {_MICRO_BATCH:,}; lower one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _cached_rows_come_back(self):
-        end_to_end = self.data.packing and self.model.takes_lengths
-        if self.objective.cache_teacher and end_to_end and self.train.batch_size > 1:
-            raise ValueError(
-                "objective.cache_teacher: FlashAttention takes the rows of a batch as one, and "
-                "each epoch has other batches: set train.batch_size to 1"
             )
         return self
 

@@ -144,7 +144,7 @@ class _Reader:
         logits = (queries * keys.repeat_interleave(groups, 1)).sum(-1, dtype=torch.float32)
         # `A = sigmoid(logit - LSE)` of the first key.
         others = logits - shares.logit(eps=1e-7)
-        # A row that only fills up sees itself alone, and would pay its own first token all.
+        # A row that only fills up sees only itself, and would pay all to its own first token.
         for seen, states in (
             (self.shares, shares),
             (self.others, others),
@@ -229,12 +229,12 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
     finally:
         for reader in readers.values():
             reader.close()
-    told = {index: reader for index, reader in readers.items() if reader.shares}
+    with_shares = {index: reader for index, reader in readers.items() if reader.shares}
     return Calibration(
         values={index: reader.mean_value() for index, reader in readers.items()},
-        sink_logits={index: reader.sink_logits() for index, reader in told.items()},
-        mean_queries={index: reader.mean_query() for index, reader in told.items()},
-        first_keys={index: reader.first_key() for index, reader in told.items()},
-        first_shares={index: reader.first_share() for index, reader in told.items()},
+        sink_logits={index: reader.sink_logits() for index, reader in with_shares.items()},
+        mean_queries={index: reader.mean_query() for index, reader in with_shares.items()},
+        first_keys={index: reader.first_key() for index, reader in with_shares.items()},
+        first_shares={index: reader.first_share() for index, reader in with_shares.items()},
         input_sizes={index: reader.mean_size() for index, reader in readers.items()},
     )

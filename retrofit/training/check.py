@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from retrofit.export import native
 from retrofit.gates.recipe import gate_config
 from retrofit.memory.estimate import Device, NotTracedError, estimate, remedy, this_device
+from retrofit.models.gated_model import gated_model
 from retrofit.models.opening import opening
 from retrofit.recipe import Recipe
 from retrofit.training.preflight import preflight, read_texts
@@ -47,7 +47,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
             step takes more memory than there is.
     """
     refuse_unwritable(expanded(recipe.output_dir))
-    config, cached = preflight(recipe), recipe.objective.cache_teacher
+    config = preflight(recipe)
     base, gates = _count_weights(config, recipe)
     tokenizer, sources = read_texts(recipe, config)
     return [
@@ -58,7 +58,6 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
             for source, loaded in zip(recipe.data.sources, sources, strict=True)
         ),
         Check("step", _describe_step(recipe)),
-        *([Check("cache", _describe_cache(config, recipe))] if cached else ()),
         Check("memory", _describe_memory(config, recipe, this_device(gpu_gigabytes))),
         Check("merge", _describe_merge(config, recipe)),
     ]
@@ -69,21 +68,13 @@ def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
         model = AutoModelForCausalLM.from_config(config)
     with torch.device("meta"):
         base = model.num_parameters()
-        gated = get_peft_model(model, gate_config(recipe))
+        gated = gated_model(model, recipe)
     return base, sum(p.numel() for p in gated.parameters() if p.requires_grad)
 
 
 def _dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
     return recipe.model.dtype if recipe.model.dtype != "auto" else stored
-
-
-def _describe_cache(config: PreTrainedConfig, recipe: Recipe) -> str:
-    size = config.hidden_size * _BYTES[_dtype(config, recipe)]
-    return (
-        f"{size / 1e3:.1f} GB a million labelled tokens in {recipe.output_dir}/teacher, until "
-        "training ends"
-    )
 
 
 def _describe_base(config: PreTrainedConfig, recipe: Recipe, weights: int) -> str:
@@ -107,16 +98,18 @@ def _describe_gates(config: PreTrainedConfig, recipe: Recipe, gates: int, base: 
 
 def _describe_memory(config: PreTrainedConfig, recipe: Recipe, device: Device) -> str:
     try:
-        found = estimate(recipe, config, device)
+        needed = estimate(recipe, config, device)
     except NotTracedError as error:
         if recipe.train.gradient_checkpointing == "auto":
             raise
         return f"not known; {error}"
-    if not found.fits(device):
+    if not needed.fits(device):
         mended = remedy(recipe, config, device)
         mend = f"it would fit with {mended}" if mended else "no shorter or smaller recipe would fit"
-        raise UserError(f"memory: this needs {found}, more than {device.name} has room for; {mend}")
-    return f"{found} on {device.name}; gradient checkpointing {found.checkpointing}"
+        raise UserError(
+            f"memory: this needs {needed}, more than {device.name} has room for; {mend}"
+        )
+    return f"{needed} on {device.name}; gradient checkpointing {needed.checkpointing}"
 
 
 def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:

@@ -39,9 +39,9 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is no folder; remove it, and the run begins again")
     rows = facts_of(folder.parent).get("rows_per_step")
-    found = {step: path for path in folder.glob("checkpoint-*") if (step := _step(path))}
+    by_step = {step: path for path in folder.glob("checkpoint-*") if (step := _step(path))}
     damaged: dict[Path, str] = {}
-    for _, path in sorted(found.items(), reverse=True):
+    for _, path in sorted(by_step.items(), reverse=True):
         if (wrong := damage(path, rows)) is None:
             return path, damaged
         damaged[path] = wrong
@@ -65,9 +65,9 @@ def damage(checkpoint: Path, rows_per_step: int | None = None) -> str | None:
         rows_per_step: that the run takes, where it says so.
     """
     try:
-        told = _read(checkpoint, TRAINER_STATE_NAME)
-        trained = _Trained.model_validate(told)
-        if unknown := told.keys() - {field.name for field in fields(TrainerState)}:
+        state = _read(checkpoint, TRAINER_STATE_NAME)
+        trained = _Trained.model_validate(state)
+        if unknown := state.keys() - {field.name for field in fields(TrainerState)}:
             return f"its {TRAINER_STATE_NAME} says {min(unknown)}, which transformers does not know"
         if trained.global_step != _step(checkpoint):
             return f"its {TRAINER_STATE_NAME} is of step {trained.global_step}"

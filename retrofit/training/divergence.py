@@ -50,10 +50,10 @@ def check_finite(
         DivergedError: if one of them is not finite.
     """
     norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=losses[0].device)
-    told = torch.stack([sum(losses).float(), norm.float()])
-    if bool(reduce((~told.isfinite()).any().float(), "sum") == 0):
+    loss_and_norm = torch.stack([sum(losses).float(), norm.float()])
+    if bool(reduce((~loss_and_norm.isfinite()).any().float(), "sum") == 0):
         return
-    loss, gradient = told.tolist()
+    loss, gradient = loss_and_norm.tolist()
     what = f"the loss is {loss:g}" if not math.isfinite(loss) else f"the gradient is {gradient:g}"
     if step == 0:
         raise DivergedError(

@@ -27,8 +27,8 @@ from transformers import (
 from trl import SFTConfig
 
 from retrofit.data.sources import LoadedSource, load_sources
-from retrofit.gates.recipe import gate_config
 from retrofit.models.fingerprint import base_weights, config_values, file_sha256, weights_sha256
+from retrofit.models.gated_model import gated_model
 from retrofit.models.loading import load_base, load_tokenizer
 from retrofit.models.run_folder import STARTED, check_config, facts_of
 from retrofit.recipe import RESOLVED, Recipe, load_recipe
@@ -137,8 +137,8 @@ def _train(
         with writing(run):
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / RESOLVED, recipe.to_yaml())
-            rows = {"rows_per_step": rows_per_step(args)}
-            write_json(run / STARTED, {"base": frozen, "files": files} | rows)
+            started = {"base": frozen, "files": files, "rows_per_step": rows_per_step(args)}
+            write_json(run / STARTED, started)
             for damaged in last_checkpoint(run / "checkpoints")[1]:
                 set_aside(damaged)
     ranks.wait_for_everyone()
@@ -160,7 +160,6 @@ def _train(
     if ranks.is_main_process:
         with writing(run):
             _finish(trainer, gates, run, _summary(trainer, recipe, frozen, after))
-        shutil.rmtree(run / "teacher", ignore_errors=True)
     return run
 
 
@@ -182,11 +181,10 @@ def gate_trainer(
     """
     tokenizer = tokenizer or load_tokenizer(recipe.model)
     return GateTrainer(
-        model=base or load_base(recipe.model),
+        model=gated_model(base or load_base(recipe.model), recipe),
         args=args or training_arguments(recipe, Path(recipe.output_dir)),
         sources=sources or load_sources(recipe.data, tokenizer),
         processing_class=tokenizer,
-        gates=gate_config(recipe),
         objective=recipe.objective,
         callbacks=callbacks,
         first_tokens=recipe.data.first_tokens,

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -18,10 +18,9 @@ from retrofit.data.collator import PackedRows
 from retrofit.data.mixture import check_any_left, mix
 from retrofit.data.sources import LoadedSource
 from retrofit.data.vocabulary import check_rows_of_tokens, embedded_tokens
-from retrofit.gates import GateConfig, GateLayer, gate_layers
+from retrofit.gates import GateLayer, gate_layers
 from retrofit.losses.distillation import add_objectives
 from retrofit.losses.layer_losses import add_layer_losses
-from retrofit.losses.teacher_cache import TeacherCache
 from retrofit.models.document_attention import attend_by_document
 from retrofit.recipe import Objective
 from retrofit.training.calibration import Calibration, calibrate
@@ -37,17 +36,16 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
     """Trains gates on a frozen base.
 
     Args:
-        model: the base; gates are inserted here.
+        model: a base with gates, from `gated_model`.
         args: TRL's settings; `max_length` is the row length.
         sources: what to train on; each is tokenized and packed alone, then rows are mixed.
         processing_class: the tokenizer.
-        gates: the gates to insert.
         objective: weights of the losses.
         callbacks: added to the Trainer's own.
         first_tokens: how many tokens of a packed row become documents of their own.
 
     Raises:
-        UserError: if the data gives less than one optimizer step, or the model cannot be gated.
+        UserError: if the data gives less than one optimizer step, or under DeepSpeed's ZeRO-3.
     """
 
     _tag_names = ["retrofit", "gated-attention"]  # noqa: RUF012 - as in TRL
@@ -56,29 +54,23 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PeftModel,
         args: SFTConfig,
         sources: list[LoadedSource],
         processing_class: PreTrainedTokenizerBase,
-        gates: GateConfig,
         objective: Objective,
         callbacks: list[TrainerCallback] | None = None,
         first_tokens: int = 0,
     ):
         self.sources, self._embedded = sources, embedded_tokens(model.config)
-        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            # PEFT, TRL and transformers each let gradients flow to the embeddings, through layers
-            # without gates; the reentrant kind of checkpointing alone needs that.
-            model.enable_input_require_grads = lambda: None
         super().__init__(
             model=model,
             args=args,
             train_dataset=sources[0].rows,
             processing_class=processing_class,
-            peft_config=gates,
             callbacks=callbacks,
         )
-        self._check_engine(objective)
+        self._check_engine()
         if args.packing:
             self.data_collator = PackedRows(
                 processing_class.pad_token_id, _takes_lengths(self.model), first_tokens
@@ -86,10 +78,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             attend_by_document(self.model.get_base_model())
         for layer in gate_layers(self.model).values():
             layer.float()  # TRL casts trainable weights to bf16 on a quantized base
-        # Beside the checkpoints, for `train` to remove when it is done.
-        cache = TeacherCache(Path(args.output_dir).parent / "teacher")
-        kept = cache if objective.cache_teacher else None
-        add_objectives(self.model.get_base_model(), objective, kept)
+        add_objectives(self.model.get_base_model(), objective)
         self.objective = objective
         needed = objective.reads_layers
         self.layer_losses = add_layer_losses(self.model, objective) if needed else None
@@ -98,15 +87,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         self._compiled = False
         self._clock: tuple[float, int] | None = None
 
-    def _check_engine(self, objective: Objective) -> None:
+    def _check_engine(self) -> None:
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is not None and plugin.zero_stage == 3:
             raise UserError("DeepSpeed's ZeRO-3 is not supported; to shard the base, use FSDP2")
-        if objective.cache_teacher and self._sharded():
-            # One that found its rows would leave the others waiting for its part of the base.
-            raise UserError(
-                "objective.cache_teacher: ranks that share a base must all run it; set it to false"
-            )
 
     def compile_layers(self) -> None:
         """Each layer by itself: one graph serves all of a kind, where that of a whole model takes
@@ -118,14 +102,13 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
     def calibrate(self, documents: int = 64) -> Calibration:
         """What the base shows of the first `documents` of the data. The main rank reads it and
         tells the others, so that it does not depend on how many there are."""
-        found: list[Calibration | None] = [None]
+        calibrations: list[Calibration | None] = [None]
         if self.accelerator.is_main_process:
             # On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights into a
             # form that has no backward.
             self.model.train()
-            seen = calibrate(self.model, self._first_batches(documents))
-            found = [seen.cpu()]
-        (calibration,) = broadcast_object_list(found)
+            calibrations = [calibrate(self.model, self._first_batches(documents)).cpu()]
+        (calibration,) = broadcast_object_list(calibrations)
         return calibration
 
     def _first_batches(self, documents: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -32,7 +32,7 @@ from retrofit.training.checkpoints import (
 )
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import read_json, writing
-from retrofit.utils.sharded import whole
+from retrofit.utils.fsdp import full_tensor
 
 
 class SafetensorsCheckpoints(Trainer):
@@ -72,8 +72,8 @@ class SafetensorsCheckpoints(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.args.should_save:
-            rows = {"rows": rows_per_step(self.args), "ranks": self.args.world_size}
-            (Path(output_dir) / STEP).write_text(json.dumps(rows))
+            step = {"rows": rows_per_step(self.args), "ranks": self.args.world_size}
+            (Path(output_dir) / STEP).write_text(json.dumps(step))
         if self._sharded():
             return super()._save_optimizer_and_scheduler(output_dir)
         if not self.args.should_save:
@@ -113,11 +113,11 @@ class SafetensorsCheckpoints(Trainer):
 
     def _save_rng_state(self, output_dir):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        version, words, gauss_next = random.getstate()
+        version, internal_state, gauss_next = random.getstate()
         algorithm, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
         tensors = {
             "torch": torch.get_rng_state(),
-            "python": torch.tensor(words, dtype=torch.int64),
+            "python": torch.tensor(internal_state, dtype=torch.int64),
             "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         }
         if torch.cuda.is_available():
@@ -160,7 +160,7 @@ def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     """The gates' weights, gathered where FSDP2 shards them; all ranks must call this."""
     state = model.state_dict()
     gates = (name for name in state if model.base_model.prefix in name)
-    return {name: whole(state[name]) for name in gates}
+    return {name: full_tensor(state[name]) for name in gates}
 
 
 def _check_gates(path: Path, model: PeftModel) -> None:

@@ -135,8 +135,8 @@ def remove(folder: Path, above: list[Path]) -> None:
     """Remove a folder, and of those that were made for it the ones in which nothing else lies."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
-        for each in above:
-            each.rmdir()
+        for parent in above:
+            parent.rmdir()
 
 
 @contextmanager

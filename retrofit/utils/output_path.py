@@ -34,8 +34,8 @@ def refuse_unwritable(path: Path) -> None:
             f"{str(path)!r} is no name of a file: it is not UTF-8, or holds a zero"
         ) from None
     except OSError as error:
-        shown = str(path) if len(str(path)) < _SHOWN else f"{str(path)[:_SHOWN]}..."
-        raise UserError(f"{shown} cannot be written: {error.strerror}") from None
+        name = str(path) if len(str(path)) < _SHOWN else f"{str(path)[:_SHOWN]}..."
+        raise UserError(f"{name} cannot be written: {error.strerror}") from None
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
         raise UserError(f"{path} cannot be written: {above} is no folder")

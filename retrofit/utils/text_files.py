@@ -82,8 +82,8 @@ def read_json_values(path: Path) -> Iterator[tuple[int, Any]]:
     number, start, text = 0, 0, read_text(path).strip()
     escapes = "\\u" in text
     while start < len(text):
-        found, start = _value_at(start, text, path)
-        for value in found if isinstance(found, list) else [found]:
+        parsed, start = _value_at(start, text, path)
+        for value in parsed if isinstance(parsed, list) else [parsed]:
             number += 1
             if escapes:
                 _check_characters(value, f"row {number}", path)

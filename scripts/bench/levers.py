@@ -1,6 +1,6 @@
-"""What each lever gives on its own: a training step with those that are always on against one
-without it; with those that a recipe asks for (teacher from disk, each layer compiled) against one
-without any of these.
+"""What each lever gives on its own: a training step with all that are always on is timed against
+one without the lever, and one with each layer compiled, which a recipe asks for, against one
+without that.
 
     python scripts/bench/levers.py [BASE] [--length 1024] [--dtype bfloat16] [--json F]
 
@@ -52,7 +52,6 @@ class Lever:
 
     off: tuple[Patch, ...] = ()
     recipe: dict = field(default_factory=dict)
-    on: dict = field(default_factory=dict)
     compiled: bool = False
     spares: bool = False
 
@@ -105,7 +104,6 @@ LEVERS = {
         (patch(SharedLayers, "_below", lambda self: []),),
         recipe={"gate": {"layers": list(range(15, 30))}},
     ),
-    "teacher from disk": Lever(on={"objective": LOSSES | {"cache_teacher": True}}),
     "each layer compiled": Lever(compiled=True),
 }
 ALLOCATOR = "memory kept, on huge pages"
@@ -191,7 +189,7 @@ def alone(options: argparse.Namespace) -> dict:
 
 def build(lever: Lever, on: bool, options: argparse.Namespace, folder: Path, batch: Path) -> Step:
     settings = recipe_of(options, folder, LOSSES).model_dump()
-    for section, keys in (lever.recipe | (lever.on if on else {})).items():
+    for section, keys in lever.recipe.items():
         settings[section] |= keys
     recipe = Recipe.model_validate(settings)
     patches = () if on else lever.off

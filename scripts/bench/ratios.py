@@ -21,7 +21,7 @@ from paired import Ratio, table, where
 from retrofit.utils.files import read_json, write_json
 
 HERE = Path(__file__).parent
-LOSSES = ["--arms", "gates", "all", "cached", "recipe"]
+LOSSES = ["--arms", "gates", "all", "recipe"]
 RUNS = {
     "training, bfloat16, T=1024": ["training.py", "--dtype=bfloat16"],
     "losses, bfloat16, T=512": ["training.py", "--dtype=bfloat16", "--length=512", *LOSSES],

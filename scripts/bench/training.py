@@ -11,8 +11,8 @@ All arms take the same packed batch of real text, in one process, in turns:
 - `LoRA, ours`: the same adapters under our loss and our attention, which only leaves the adapters;
 - `floor`: the frozen base, our loss and attention, gradients down to the embeddings and no weight
   to train;
-- `all`: gates with `kl`, `pressure` and `balance`; `cached`: the same with the base's hidden states
-  from disk; `recipe`: with the losses of the bundled recipes.
+- `all`: gates with `kl`, `pressure` and `balance`;
+- `recipe`: gates with the losses of the bundled recipes.
 
 Memory is what a process of its own adds, from before it loads the model, to the peak of two steps.
 Text, tokenizer and settings are read before that, whatever the arm.
@@ -43,11 +43,10 @@ TEXT = "~/.cache/retrofit/texts/c4-train.jsonl"
 OBJECTIVES = {
     "gates": {},
     "all": {"kl": 1.0, "pressure": 60.0, "balance": 0.01},
-    "cached": {"kl": 1.0, "pressure": 60.0, "balance": 0.01, "cache_teacher": True},
     "recipe": {"kl": 1.0, "hidden": 100.0, "pressure": 60.0, "activation": 3.0},
 }
 TRL = {"LoRA, defaults": True, "LoRA, best": False}  # with gradient checkpointing?
-ARMS = ("gates", *TRL, "LoRA, ours", "floor", "all", "cached", "recipe")
+ARMS = ("gates", *TRL, "LoRA, ours", "floor", "all", "recipe")
 Step = Callable[[], torch.Tensor]  # its loss
 
 
@@ -90,8 +89,6 @@ def time_ratios(seconds: dict[str, list[float]]) -> Iterator[Ratio]:
             yield ratio(f"step time, gates / {name}", own, seconds[name], goal)
     if "all" in seconds:
         yield ratio("step time, kl + pressure + balance / lm", seconds["all"], own, 1.6)
-    if "cached" in seconds:
-        yield ratio("step time, the same with a cached teacher / lm", seconds["cached"], own, 1.15)
     if "recipe" in seconds:
         yield ratio("step time, the recipes' losses / lm", seconds["recipe"], own)
 

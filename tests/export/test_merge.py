@@ -23,7 +23,7 @@ from retrofit import GateConfig
 from retrofit.export import qwen3_5
 from retrofit.export.granite_swa import NO_SINK
 from retrofit.export.merge import MergeMismatchError, merge
-from retrofit.export.registry import MODULES, format_of
+from retrofit.export.registry import FORMATS, format_of
 from retrofit.export.verify import verify
 from retrofit.export.verify.reference import Reference, compare
 from retrofit.export.verify.report import read_report
@@ -828,6 +828,6 @@ def test_what_is_no_size_is_told(run, tmp_path, size):
         merge(run, tmp_path / "out", max_shard_size=size)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_format_is_found_by_its_name(name):
     assert format_of(name).name == name

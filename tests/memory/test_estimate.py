@@ -19,7 +19,7 @@ from retrofit.memory.estimate import (
     remedy,
     this_device,
 )
-from retrofit.memory.tensor_memory import LiveBytes
+from retrofit.memory.tensor_memory import PeakTensorMemory
 from retrofit.memory.traced_step import trace_step
 from retrofit.models.loading import load_base, load_config
 from retrofit.recipe import Recipe
@@ -80,7 +80,7 @@ def real_step(recipe: Recipe, checkpointing: str) -> tuple[int, int]:
         trainer.optimizer.zero_grad()
 
     step()  # from here on AdamW has its moments
-    with LiveBytes() as live:
+    with PeakTensorMemory() as live:
         live.hold((*model.parameters(), *model.buffers()))
         held = live.now
         live.hold(
@@ -227,15 +227,6 @@ def test_check_says_it(make_recipe):
         check(make_recipe(batch_size=4096), gpu_gigabytes=1)
 
 
-def test_check_says_what_a_cached_teacher_takes_on_disk(make_recipe):
-    recipe = make_recipe()
-    assert "cache" not in {line.name for line in check(recipe)}
-    objective = {"kl": 1.0, "cache_teacher": True}
-    recipe = Recipe.model_validate(recipe.model_dump() | {"objective": objective})
-    lines = {line.name: line.finding for line in check(recipe)}
-    assert lines["cache"].startswith("0.3 GB a million labelled tokens")  # 64 numbers of 4 bytes
-
-
 def test_the_command_plans_for_a_device(make_recipe, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_recipe(batch_size=4096).to_yaml())
@@ -272,7 +263,7 @@ def test_this_machine_is_the_device():
 
 
 def test_tensors_are_counted_until_they_are_freed():
-    with LiveBytes() as live:
+    with PeakTensorMemory() as live:
         first = torch.ones(1000)
         view = first[:500]
         second = first + 1

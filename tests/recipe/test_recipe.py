@@ -113,11 +113,12 @@ def test_mistakes_are_named_in_one_line(recipe_path, override, message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_cache_in_which_no_row_would_be_found_again_is_refused(recipe_path):
-    overrides = ["objective={kl: 1, cache_teacher: true}", "train.batch_size=2"]
-    load_recipe(recipe_path, overrides)
-    with pytest.raises(UserError, match="set train.batch_size to 1"):
-        load_recipe(recipe_path, [*overrides, "model.attn_implementation=flash_attention_2"])
+def test_a_key_that_is_gone_is_read_where_it_asked_for_nothing(recipe_path):
+    recipe = load_recipe(recipe_path, ["objective={kl: 1, cache_teacher: false}"])
+    assert recipe == load_recipe(recipe_path, ["objective={kl: 1}"])
+    with pytest.raises(UserError, match="objective: cache_teacher is gone.*take it out") as raised:
+        load_recipe(recipe_path, ["objective={kl: 1, cache_teacher: true}"])
+    assert "\n" not in str(raised.value)
 
 
 def test_pressure_on_rows_without_far_keys_is_refused(recipe_path):

@@ -17,7 +17,7 @@ from retrofit.losses.distillation import add_objectives
 from retrofit.losses.layer_losses import add_layer_losses
 from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.recipe import Objective
-from retrofit.utils.sharded import whole
+from retrofit.utils.fsdp import full_tensor
 
 # Every row is sampled, so that one rank and two look at the same ones.
 OBJECTIVE = Objective(lm=1.0, kl=0.5, pressure=20.0, hidden=10.0, activation=1.0, sampled_rows=160)
@@ -44,7 +44,7 @@ def build(base: str, gates: dict):
 def gradients(model) -> dict[str, torch.Tensor]:
     """Of every trained tensor, whole."""
     return {
-        name: whole(parameter.grad)
+        name: full_tensor(parameter.grad)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

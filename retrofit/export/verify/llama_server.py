@@ -10,11 +10,11 @@ It imports xllamacpp, which is llama.cpp in a wheel, and nothing of this package
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
 import xllamacpp
+from command_line import parse_arguments
 from reference import Reference, compare, summarize
 
 POSITIONS = 16  # of each window, spread over it: each is a prompt of its own
@@ -49,8 +49,8 @@ def ask(
     logprobs = answer["choices"][0]["logprobs"]
     listed = logprobs["content"][0]["top_logprobs"] if logprobs else []
     # JSON has no NaN: what is not finite comes as null.
-    told = {e["id"]: math.nan if e["logprob"] is None else e["logprob"] for e in listed}
-    return answer["usage"]["prompt_tokens"], told
+    likely = {e["id"]: math.nan if e["logprob"] is None else e["logprob"] for e in listed}
+    return answer["usage"]["prompt_tokens"], likely
 
 
 def check(path: Path, reference: Path) -> dict:
@@ -83,8 +83,9 @@ def greedy_until(server: xllamacpp.Server, trained: Reference) -> int | None:
 
 
 def main() -> None:
-    path, reference, result = map(Path, sys.argv[1:])
-    result.write_text(json.dumps(check(path, reference)))
+    arguments = parse_arguments()
+    figures = check(arguments.checkpoint, arguments.reference)
+    arguments.result.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -106,22 +106,24 @@ def compare(tokens: list[int], ours: list[float], theirs: Mapping[int, float]) -
     """One position: the reference's candidates against an engine's log probabilities by token.
 
     `kl`, in nats, is taken among the candidates, each side normalized over them: engines round the
-    sum over the others. They list their likeliest tokens alone; a candidate that is not listed
+    sum over the others. They list only their likeliest tokens; a candidate that is not listed
     counts as the last of those, which is more than it has.
     """
     least = min(theirs.values())
-    told = [(mine, theirs.get(token, least)) for token, mine in zip(tokens, ours, strict=True)]
-    p, q = (torch.tensor(side).double().log_softmax(0) for side in zip(*told, strict=True))
+    pairs = [(mine, theirs.get(token, least)) for token, mine in zip(tokens, ours, strict=True)]
+    p, q = (torch.tensor(side).double().log_softmax(0) for side in zip(*pairs, strict=True))
     return {
         "kl": (p.exp() * (p - q)).sum().item(),
-        "max_logprob_difference": max(abs(mine - yours) for mine, yours in told[:10]),
+        "max_logprob_difference": max(abs(mine - yours) for mine, yours in pairs[:10]),
         "top1_agreement": float(max(theirs, key=theirs.__getitem__) == tokens[0]),
     }
 
 
 def summarize(positions: list[dict[str, float]]) -> dict[str, float]:
     """The figures of many positions: means, and the largest difference."""
-    columns = {name: torch.tensor([each[name] for each in positions]) for name in positions[0]}
+    columns = {
+        name: torch.tensor([position[name] for position in positions]) for name in positions[0]
+    }
     return {
         "positions": len(positions),
         "kl": columns["kl"].double().mean().item(),

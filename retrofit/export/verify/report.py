@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from retrofit.export.registry import MODULES, FormatName, format_of
+from retrofit.export.registry import FORMATS, FormatName, format_of
 from retrofit.export.verify.reference import FILE, Reference
 from retrofit.utils.errors import UserError, one_line, validation_problem
 from retrofit.utils.files import read_json
@@ -61,11 +61,11 @@ def read_report(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
     _check_reference(folder / FILE)
-    found = {"format": _format(folder, config, checkpoint)}
-    if found["format"] in ("native", "remote-code"):
+    contents = {"format": _format(folder, config, checkpoint)}
+    if contents["format"] in ("native", "remote-code"):
         stored = config.get("dtype", config.get("torch_dtype", checkpoint.dtype))
-        found |= {"model_type": config.get("model_type"), "dtype": stored}
-    for name, value in found.items():
+        contents |= {"model_type": config.get("model_type"), "dtype": stored}
+    for name, value in contents.items():
         if value != getattr(checkpoint, name):
             raise UserError(
                 f"{folder / REPORT} says {name} {getattr(checkpoint, name)}, but the folder holds "
@@ -80,8 +80,8 @@ def _check_reference(path: Path) -> None:
         UserError: if an engine could not be held against it.
     """
     try:
-        told = json.dumps(read_json(path))
-        reference = TypeAdapter(Reference).validate_json(told, strict=True)
+        text = json.dumps(read_json(path))
+        reference = TypeAdapter(Reference).validate_json(text, strict=True)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}; merge again") from None
     lengths = [len(row) for row in reference.input_ids]
@@ -100,5 +100,5 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _format(folder: Path, config: dict[str, Any], checkpoint: _Checkpoint) -> str | None:
     """What lies in the folder."""
-    found = (name for name in MODULES if format_of(name).lies_in(folder, config, checkpoint.file))
-    return next(found, None)
+    formats = (name for name in FORMATS if format_of(name).lies_in(folder, config, checkpoint.file))
+    return next(formats, None)

@@ -9,7 +9,6 @@ what needs more: `--trust-remote-code` runs the code in the folder, `--import-re
 adapter, which transformers gives to PEFT.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import parse_arguments
 from reference import STEPS, Reference, compare, observe, summarize, windows
 from streamed import STEPS as FEW_STEPS
-from streamed import StoredFloats, load, stream
+from streamed import load, stored_floats, stream
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +36,7 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) ->
     """
     trained = Reference.load(reference)
     model, wrong = _load(checkpoint, trust_remote_code)
-    streams = stream(model, StoredFloats(checkpoint))
+    streams = stream(model, stored_floats(checkpoint))
     input_ids = torch.tensor(trained.input_ids)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     seen = observe(model, input_ids, FEW_STEPS if streams else STEPS)
@@ -163,13 +163,7 @@ def _close_packed(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("reference", type=Path)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--trust-remote-code", action="store_true")
-    parser.add_argument("--import-retrofit", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parse_arguments("--trust-remote-code", "--import-retrofit")
     if arguments.import_retrofit:
         import retrofit  # noqa: F401
     figures = check(arguments.checkpoint, arguments.reference, arguments.trust_remote_code)

@@ -3,14 +3,14 @@
 Imported by scripts that run without this package, so it imports nothing of it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from accelerate.utils import PrefixedDataset
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,27 +19,17 @@ STEPS = 2  # cached and greedy ones: each reads all weights again
 _WHOLE = 4 * 2**30  # bytes in float32: a larger model is read from disk
 
 
-class StoredFloats(Mapping[str, torch.Tensor]):
+def stored_floats(folder: Path) -> Mapping[str, torch.Tensor]:
     """The parameters of a checkpoint folder by name, each read in float32 when it is asked for."""
-
-    def __init__(self, folder: Path):
-        self.files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
-        embeddings = "model.embed_tokens.weight"
-        self.tied = {} if "lm_head.weight" in self.files else {"lm_head.weight": embeddings}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        stored = self.tied.get(name, name)
-        with safe_open(self.files[stored], framework="pt") as file:
-            return file.get_tensor(stored).float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self.files, *self.tied])
-
-    def __len__(self) -> int:
-        return len(self.files) + len(self.tied)
+    index: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a file is no mapping
+                index[name] = {"safetensors_file": path, "weight_name": name, "dtype": "float32"}
+    embeddings = "model.embed_tokens.weight"
+    if "lm_head.weight" not in index and embeddings in index:  # they are tied
+        index["lm_head.weight"] = index[embeddings]
+    return OffloadedWeightsLoader(index=index)
 
 
 def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, list[str]]]:
@@ -54,9 +44,9 @@ def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, 
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    weights = StoredFloats(folder)
+    stored = set(stored_floats(folder))
     # Experts that transformers stacks as it loads them are not stored by the name they get.
-    if fits(model) or not weights.keys() >= names:
+    if fits(model) or not stored >= names:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -67,8 +57,8 @@ def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, 
         wrong = {kind: sorted(loading[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
         return model.eval(), wrong
     # Frequencies that old checkpoints store are computed now.
-    others = [name for name in weights.files if not name.endswith("rotary_emb.inv_freq")]
-    return model.eval(), {"missing": [], "unexpected": sorted(set(others) - names)}
+    others = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}
+    return model.eval(), {"missing": [], "unexpected": sorted(others - names)}
 
 
 def fits(model: nn.Module) -> bool:

@@ -91,7 +91,7 @@ def trained_reference(
     check_complete({f"{kind}_keys": names for kind, names in wrong.items()}, str(base))
     on_disk = next(untrained.parameters()).is_meta
     model = load_adapter(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
-    weights = _Rounded(streamed.StoredFloats(base))
+    weights = _Rounded(streamed.stored_floats(base))
     streams = streamed.stream(untrained, weights)
     seen = observe(model, input_ids, streamed.STEPS if streams else STEPS)
     trained = refer(tokenizer, text, input_ids, seen)
@@ -213,12 +213,12 @@ def _check_engine(engine: str, form: CheckpointFormat, python: str) -> None:
     module, how = _NEEDS[engine]
     code = f"import importlib.util; print(importlib.util.find_spec({module!r}) is not None)"
     try:
-        told = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+        answer = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
     except (OSError, ValueError) as error:
         raise UserError(f"no Python at {python}: {one_line(error)}") from error
-    if told not in ("True", "False"):
+    if answer not in ("True", "False"):
         raise UserError(f"{python} is no Python; name the one that has {engine}")
-    if told == "False":
+    if answer == "False":
         raise UserError(f"{engine} is not installed for {python}: {how}")
 
 
@@ -249,7 +249,7 @@ def _run(
     gc.collect()  # the trained model must not stand beside the merged one
     with temporary_folder() as folder:
         result = folder / "figures.json"
-        # Of this package the script sees its own folder alone.
+        # The script sees only its own folder of this package.
         command = [python, Path(__file__).with_name(script), *paths, result, *options]
         # Code of a checkpoint is copied to a cache before it runs.
         offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder)}

@@ -8,7 +8,6 @@ It imports vLLM and nothing of this package. But if that Python has `retrofit.vl
 loads it, and its own classes run what otherwise the code in the checkpoint does.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -18,6 +17,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import torch
+from command_line import parse_arguments
 from reference import CANDIDATES, STEPS, Reference, compare, summarize, windows
 from transformers import CONFIG_MAPPING
 from vllm import LLM, SamplingParams
@@ -47,8 +47,8 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool) -> dict:
     positions, continued = [], []
     for tokens, ours, answer in zip(trained.tokens, trained.logprobs, answers, strict=True):
         # What is told of a token is how likely it was where the one before it stood.
-        for candidates, mine, told in zip(tokens, ours, answer.prompt_logprobs[1:], strict=False):
-            theirs = {token: listed.logprob for token, listed in told.items()}
+        for candidates, mine, listed in zip(tokens, ours, answer.prompt_logprobs[1:], strict=False):
+            theirs = {token: logprob.logprob for token, logprob in listed.items()}
             positions.append(compare(candidates, mine, theirs))
         continued.append(list(answer.outputs[0].token_ids))
     return {
@@ -71,12 +71,7 @@ def greedy_until(ours: list[list[int]], theirs: list[list[int]]) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("reference", type=Path)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--trust-remote-code", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parse_arguments("--trust-remote-code")
     figures = check(arguments.checkpoint, arguments.reference, arguments.trust_remote_code)
     arguments.result.write_text(json.dumps(figures))
 
