@@ -45,7 +45,10 @@ def main(
     examples: Annotated[
         bool, typer.Option("--examples", help="Attention maps and generations.")
     ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="All six of them.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answers to short instructions, beside the base's.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All seven of them.")] = False,
     parts: Annotated[
         str | None, typer.Option(help="The same by name, such as streaming,quantization.")
     ] = None,
@@ -81,6 +84,7 @@ def main(
         "heads": heads,
         "cost": cost,
         "examples": examples,
+        "chat": chat,
     }
     names = [name for name, wanted in asked.items() if wanted or everything]
     evaluations = chosen_evaluations([*names, *names_in(parts or "")], settings or ())

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from retrofit.measure.chat import Chat
 from retrofit.measure.cost import Cost
 from retrofit.measure.evaluation import Evaluation
 from retrofit.measure.examples import Examples
@@ -20,7 +21,7 @@ from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.strict_yaml import parse_value
 
 EVALUATIONS: dict[str, Any] = {
-    each.name: each for each in (Streaming, Quantization, LongContext, Heads, Cost, Examples)
+    each.name: each for each in (Streaming, Quantization, LongContext, Heads, Cost, Chat, Examples)
 }
 
 

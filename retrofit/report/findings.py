@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from retrofit.report.wording import change, figure
 
-Outcome = Literal["better", "worse", "same"]
-OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "same")
+Outcome = Literal["better", "worse", "moved", "same"]  # What moved is neither better nor worse.
+OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "moved", "same")
 # Relative changes up to which something is said to be as it was.
 UNCHANGED = 0.05
 PERPLEXITY_UNCHANGED = 0.01

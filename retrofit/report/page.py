@@ -31,7 +31,7 @@ _NAMED = {
     "tokens_sha256": "of its tokens",
 }
 _HASH_SHOWN = 16  # hexadecimal digits
-_HEADINGS = {"better": "Better", "worse": "Worse", "same": "Did not move"}
+_HEADINGS = {"better": "Better", "worse": "Worse", "moved": "Moved", "same": "Did not move"}
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
@@ -92,6 +92,7 @@ def _verdict(base: ModelResult, number: int, model: ModelResult) -> dict[str, An
         "groups": [
             (outcome, _HEADINGS[outcome], [each for each in findings if each.outcome == outcome])
             for outcome in OUTCOMES
+            if outcome != "moved" or any(each.outcome == outcome for each in findings)
         ],
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from retrofit.report.part import Part
 from retrofit.report.sections import (
+    chat,
     cost,
     examples,
     heads,
@@ -24,6 +25,7 @@ PARTS: tuple[Part[Any], ...] = (
     heads.PART,
     tasks.PART,
     cost.PART,
+    chat.PART,
     examples.PART,
 )
 """In the order of the page."""

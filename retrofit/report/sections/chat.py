@@ -1,0 +1,90 @@
+"""Chat: answers to short instructions beside the base's (`measure/chat.py`)."""
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Annotated
+
+from pydantic import Field
+
+from retrofit.report.figures import Figures
+from retrofit.report.findings import Item
+from retrofit.report.part import Measured, Part
+from retrofit.report.section import Exchange, Key, Section, Table
+
+_SHOWN = 8  # Instructions whose answers are printed; the JSON has all of them.
+
+
+class Answer(Figures):
+    """What a model answers to one instruction, greedily."""
+
+    instruction: str
+    token_ids: list[int]
+    text: str
+
+
+class ChatFigures(Figures):
+    """What `retrofit.measure.chat.Chat` finds."""
+
+    answers: Annotated[list[Answer], Field(min_length=1)]
+
+
+def parted_after(base: ChatFigures, model: ChatFigures) -> list[int | None]:
+    """For each instruction that both answered, how many tokens their answers share from the start
+    on; `None` where the answers are the same."""
+    answers = {answer.instruction: answer.token_ids for answer in base.answers}
+    pairs = [
+        (answers[answer.instruction], answer.token_ids)
+        for answer in model.answers
+        if answer.instruction in answers
+    ]
+    return [None if before == after else _shared(before, after) for before, after in pairs]
+
+
+def _shared(before: Sequence[int], after: Sequence[int]) -> int:
+    differing = (place for place, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
+    return next(differing, min(len(before), len(after)))
+
+
+def _summary(parted: Sequence[int | None]) -> str:
+    places = [place for place in parted if place is not None]
+    same = f"{len(parted) - len(places)} of {len(parted)} answers are the same"
+    return f"{same}; the others part after {median(places):.0f} tokens" if places else same
+
+
+def _findings(base: ChatFigures | None, model: ChatFigures) -> Iterator[Item]:
+    """Answers that differ are neither better nor worse for that."""
+    assert base is not None
+    if parted := parted_after(base, model):
+        yield Item("same" if set(parted) == {None} else "moved", _summary(parted))
+
+
+def _sections(shown: Sequence[Measured[ChatFigures]]) -> list[Section]:
+    first = shown[0].figures
+    answers: dict[str, list[tuple[Key, Answer]]] = {}
+    for measured in shown:
+        for answer in measured.figures.answers:
+            answers.setdefault(answer.instruction, []).append((measured.key, answer))
+    # The answers on which the models part are worth reading.
+    chosen = sorted(answers, key=lambda instruction: _agree(answers[instruction]))[:_SHOWN]
+    rows = [[name, _summary(parted_after(first, figures))] for _, name, figures in shown[1:]]
+    section = Section(
+        "chat",
+        "Chat",
+        f"Answers to {len(first.answers)} short instructions, always taking the likeliest token. "
+        "One token that comes out otherwise turns the rest of an answer, which need not be worse "
+        "for that. The answers below are first of all those on which the models part.",
+        table=Table(f"Compared with {shown[0].name}", ["model", "answers"], rows) if rows else None,
+        exchanges=[
+            Exchange(instruction, [(key, answer.text) for key, answer in answers[instruction]])
+            for instruction in chosen
+        ],
+    )
+    return [section]
+
+
+def _agree(answers: Sequence[tuple[Key, Answer]]) -> bool:
+    _, first = answers[0]
+    return all(answer.token_ids == first.token_ids for _, answer in answers)
+
+
+PART = Part("chat", ChatFigures, _sections, subject="chat", findings=_findings)
