@@ -1,10 +1,9 @@
-"""Our models in lm-evaluation-harness, under the name `retrofit`: bases, runs, adapters and merged
-checkpoints alike.
+"""Opens bases, runs, adapters and merged checkpoints in lm-evaluation-harness, as `retrofit`.
 
     python -m retrofit.harness --model retrofit --model_args pretrained=RUN --tasks hellaswag
 
-takes the arguments of `lm_eval`. There is a name for a model in it once this module is imported,
-and no other way to give it one. Needs the extra `tasks`.
+takes the arguments of `lm_eval`. Importing this module registers the model name `retrofit` there,
+and lm-evaluation-harness has no other way to add a model. It needs the extra `tasks`.
 """
 
 import sys
@@ -26,16 +25,16 @@ from retrofit.utils.process import prepare_process
 
 @register_model("retrofit")
 class RetrofitLM(HFLM):
-    """What `load_model` opens, in one process, on its device.
+    """A model that `load_model` opens, in one process and on one device.
 
     Args:
         pretrained: a run folder, an adapter folder, a checkpoint folder or a hub id.
-        dtype: of the base weights; `auto` keeps a run's, or the stored one.
+        dtype: the dtype of the base weights; `auto` keeps that of the run, or the stored one.
         trust_remote_code: run the code that a checkpoint brings.
         quantization: hold the base weights in this form instead of the one that a run names.
         device: where to compute; `None` is the GPU if there is one.
-        kwargs: as `HFLM`. Log-likelihoods are computed in float32 unless `softmax_dtype` says
-            otherwise.
+        kwargs: the arguments of `HFLM`. Log-likelihoods are computed in float32 unless
+            `softmax_dtype` says otherwise.
 
     Raises:
         UserError: as `load_model`.
@@ -51,23 +50,25 @@ class RetrofitLM(HFLM):
         **kwargs: Any,
     ):
         model, tokenizer = load_model(pretrained, dtype, trust_remote_code, quantization)
-        # lm_eval asks for the first GPU, there or not, where nobody names a device.
+        # Without a device from the user, lm_eval passes the first GPU even if there is none.
         if device and (torch.cuda.is_available() or not device.startswith("cuda")):
-            with suppress(ValueError):  # quantized, and stays where it is
+            with suppress(ValueError):  # a quantized model cannot be moved
                 model.to(torch.device(device))
-        given = {"backend": "causal", "softmax_dtype": "float32"} | kwargs
-        super().__init__(model, tokenizer=tokenizer, **given)
+        arguments = {"backend": "causal", "softmax_dtype": "float32"} | kwargs
+        super().__init__(model, tokenizer=tokenizer, **arguments)
 
 
 def choice_task(name: str, documents: Path) -> dict[str, Any]:
-    """A task in which one of several continuations is right, as HellaSwag, ARC and PIQA are there.
+    """Returns the config of a task in which one of several continuations is right, as in HellaSwag,
+    ARC and PIQA.
 
     Args:
-        documents: a .jsonl file with `context`, `choices` and `gold`, the number of the right one,
-            in each line; a choice follows the context after one blank.
+        name: the name of the task.
+        documents: a .jsonl file with `context`, `choices` and `gold`, the number of the right
+            choice, in each line; a choice follows the context after one blank.
 
     Returns:
-        A task's config, for `TaskManager.load` or, as YAML, for a folder of `--include_path`.
+        A config for `TaskManager.load` or, as YAML, for a folder of `--include_path`.
     """
     return _task(name, documents) | {
         "output_type": "multiple_choice",
@@ -79,13 +80,14 @@ def choice_task(name: str, documents: Path) -> dict[str, Any]:
 
 
 def last_word_task(name: str, documents: Path) -> dict[str, Any]:
-    """A task in which a passage has to be completed by its last word, as LAMBADA is there.
+    """Returns the config of a task in which the last word of a passage is missing, as in LAMBADA.
 
     Args:
-        documents: as for `choice_task`, with one choice.
+        name: the name of the task.
+        documents: a file as for `choice_task`, with one choice in each line.
 
     Returns:
-        As `choice_task`.
+        A config as that of `choice_task`.
     """
     perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
     return _task(name, documents) | {
@@ -100,7 +102,7 @@ def _task(name: str, documents: Path) -> dict[str, Any]:
     return {
         "task": name,
         "dataset_path": "json",
-        # datasets takes what it is given for a pattern.
+        # datasets treats the path as a glob pattern.
         "dataset_kwargs": {"data_files": {"test": escape(str(documents))}},
         "test_split": "test",
         "num_fewshot": 0,
@@ -113,8 +115,8 @@ def _mean_of(metric: str) -> dict[str, Any]:
 
 
 def _quoted(argument: str) -> str:
-    """A path as lm-evaluation-harness reads it whole: it cuts at commas, and takes digits for a
-    number."""
+    """Quotes the path in `pretrained=PATH`, because lm-evaluation-harness would split it at commas
+    and turn digits into a number."""
     path = argument.removeprefix("pretrained=")
     is_path = path != argument and Path(path).exists()
     return f"pretrained={path!r}" if is_path else argument

@@ -1,5 +1,5 @@
-"""The command line: one file a verb, which imports what it works with when it runs, so that
-`--help` waits for none of it."""
+"""The command line. Each verb has a file, which imports what it needs only when the verb runs, so
+that `--help` is fast."""
 
 import os
 import signal
@@ -51,14 +51,17 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 the input is wrong, 130 interrupted, 1 the fault is ours."""
-    # What ends a process in a cluster ends it as Ctrl-C does: nothing half-written stays.
+    """Run the command line.
+
+    Exit codes: 0 for success, 2 for wrong input, 130 for an interruption, 1 for a fault of ours.
+    """
+    # A cluster ends processes with SIGTERM. Handling it like Ctrl-C leaves nothing half-written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except (UserError, CheckError) as error:
-        # The ranks of a machine all say the same; another machine may lack what this one has.
+        # One rank of each machine prints the error, since the machines may fail differently.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            # One line, also where a name holds a newline.
+            # The error takes one line, even if a name contains a newline.
             print(f"error: {error}".replace("\n", r"\n"), file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -10,12 +10,13 @@ from retrofit.utils.process import prepare_process
 def main(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a bundled recipe's name.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.max_steps=40.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.max_steps=40."),
     ] = None,
     device_memory: Annotated[
         float | None,
         typer.Option(
-            metavar="GB", min=1, help="Plan for a GPU with so much, not for this machine."
+            metavar="GB", min=1, help="Plan for a GPU with this memory, not for this machine."
         ),
     ] = None,
 ) -> None:

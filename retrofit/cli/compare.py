@@ -13,7 +13,8 @@ def main(
     files: Annotated[
         list[Path],
         typer.Argument(
-            help="From `retrofit measure --json`, the base in the first; and of scripts/tasks.py."
+            help="Files of `retrofit measure --json`, the first with the base, and of "
+            "scripts/tasks.py."
         ),
     ],
     report: Annotated[Path | None, typer.Option(help="Write a page for the browser here.")] = None,

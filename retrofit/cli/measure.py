@@ -22,10 +22,11 @@ def main(
         list[str], typer.Argument(help="The base first; then runs, adapters, merged checkpoints.")
     ],
     text: Annotated[Path, typer.Option(help="A .txt or .jsonl file that nothing was trained on.")],
-    length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
-    windows: Annotated[int, typer.Option(help="How many windows, at most.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    windows: Annotated[int, typer.Option(help="How many windows at most.")] = 16,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the base weights.")
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="The dtype of the base weights."),
     ] = "auto",
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Perplexity with a cache that evicts.")
@@ -64,10 +65,10 @@ def main(
     ] = False,
 ) -> None:
     """Measure sinks, activations, gates, perplexity, KL and copied text of several models side by
-    side, and what that is good for.
+    side, and on request what the gates are good for.
 
-    What is done is kept beside the JSON file or the report until all of it is: after an
-    interruption the same command goes on.
+    Finished parts are kept beside the JSON file or the report until all is done: after an
+    interruption, the same command goes on.
     """
     check_output_files([json, report, plot], [text])
     prepare_process(keep_freed_memory=True)
@@ -77,7 +78,7 @@ def main(
     from retrofit.report import table, write_results
     from retrofit.utils.console import PlainConsole
 
-    asked = {
+    flags = {
         "streaming": streaming,
         "quantization": quantization,
         "long_context": long_context,
@@ -86,10 +87,11 @@ def main(
         "examples": examples,
         "chat": chat,
     }
-    names = [name for name, wanted in asked.items() if wanted or everything]
+    names = [name for name, is_set in flags.items() if is_set or everything]
     evaluations = chosen_evaluations([*names, *names_in(parts or "")], settings or ())
-    named = json or report
-    kept = named and named.with_name(f".{named.name}.parts")
+    # Finished parts are kept beside the first file that the command writes.
+    output = json or report
+    resume_folder = output and output.with_name(f".{output.name}.parts")
     try:
         result = measure(
             models,
@@ -99,21 +101,21 @@ def main(
             dtype=dtype,
             evaluations=evaluations,
             load=partial(load_model, trust_remote_code=trust_remote_code),
-            resume=kept,
+            resume=resume_folder,
         )
     except KeyboardInterrupt:
-        more = "; the same command goes on from here" if kept else ""
-        typer.echo(f"interrupted{more}", err=True)
+        hint = "; the same command goes on from here" if resume_folder else ""
+        typer.echo(f"interrupted{hint}", err=True)
         raise typer.Exit(130) from None
     write_results(result, json, report, plot)
     PlainConsole().print(table(result))
-    if kept:
-        shutil.rmtree(kept, ignore_errors=True)
+    if resume_folder:
+        shutil.rmtree(resume_folder, ignore_errors=True)
 
 
 def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
-    """Compare a finished run with its base as its recipe says: `measure.json`, `measure.png` and
-    `report.html` in the run folder."""
+    """Compare a finished run with its base as its recipe says, and write `measure.json`,
+    `measure.png` and `report.html` into the run folder."""
     from retrofit.measure import measure
     from retrofit.models.loading import load_model
     from retrofit.report import table, write_results
@@ -125,7 +127,7 @@ def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
         expanded(recipe.measure.text),
         length=recipe.measure.length,
         windows=recipe.measure.windows,
-        # The recipe is what the user gave, not what a folder says.
+        # The recipe comes from the user; what a model folder says is not trusted.
         load=partial(load_model, trust_remote_code=recipe.model.trust_remote_code),
     )
     write_results(result, run / "measure.json", run / "report.html", run / "measure.png")

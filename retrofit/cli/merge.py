@@ -22,13 +22,17 @@ def main(
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "q8_0"] | None,
-        typer.Option(help="Stored; the base's by default. q8_0 only for gguf."),
+        typer.Option(help="The stored dtype; the base's by default. q8_0 is only for gguf."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="The largest size of one safetensors file.")
+    ] = "5GB",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Publish the folder when it is whole.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Publish as a private repository.")
+    ] = False,
 ) -> None:
     """Write base and gates as one checkpoint, compared with the trained model before it appears."""
     prepare_process()
@@ -49,9 +53,9 @@ def main(
     )
     figures = report["verification"]
     checkpoint = report["checkpoint"]
-    what = checkpoint.get("file") or f"{checkpoint['model_type']} in {checkpoint['dtype']}"
+    form = checkpoint.get("file") or f"{checkpoint['model_type']} in {checkpoint['dtype']}"
     say(
-        f"{out}: {what}; against the trained model: KL {figures['kl']:.1e}, largest difference of "
+        f"{out}: {form}; against the trained model: KL {figures['kl']:.1e}, largest difference of "
         f"a log probability {figures['max_logprob_difference']:.1e}, same top token "
         f"{figures['top1_agreement']:.1%}"
     )

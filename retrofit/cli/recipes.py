@@ -1,4 +1,4 @@
-"""`retrofit recipes`: list, show and copy the bundled ones."""
+"""`retrofit recipes` lists, shows and copies the bundled recipes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ def _default(context: typer.Context) -> None:
 
 @app.command()
 def ls() -> None:
-    """Name and first comment line of each recipe."""
+    """List the bundled recipes with their titles."""
     from retrofit.recipe import bundled_recipes
 
     for name, path in bundled_recipes():

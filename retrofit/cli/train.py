@@ -14,7 +14,8 @@ from retrofit.utils.process import prepare_process
 def main(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a bundled recipe's name.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.max_steps=40.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.max_steps=40."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
@@ -26,11 +27,11 @@ def main(
     from retrofit.training.run import Interrupted, train
     from retrofit.utils.console import PlainConsole, say
 
-    is_main = os.environ.get("RANK", "0") == "0"  # of the ranks that a launcher has started
+    is_main = os.environ.get("RANK", "0") == "0"  # a launcher starts several ranks
     console = PlainConsole(quiet=not is_main)
     run = expanded(resolved.output_dir)
     try:
-        # A run stopped while it was measured has nothing left to train.
+        # A run that was interrupted while it was measured has nothing left to train.
         if not (resume and resolved.measure and _trained_but_not_measured(run)):
             run = train(resolved, resume=resume, console=console)
     except Interrupted as stop:
@@ -48,5 +49,6 @@ def main(
 
 
 def _trained_but_not_measured(run: Path) -> bool:
-    """The JSON file is written last of what a measurement leaves."""
+    """Tells whether a run is trained but its measurement is missing, of which `measure.json` is
+    written last."""
     return (run / "run.json").is_file() and not (run / "measure.json").is_file()

@@ -10,10 +10,10 @@ from retrofit.utils.process import prepare_process
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="A model in that layout.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The model's folder.")],
     out: Annotated[Path, typer.Option(help="The folder to write `base` and `adapter` in.")],
 ) -> None:
-    """Take a model in the layout of qiuzh20/gated_attention apart: a base, and gates for PEFT."""
+    """Split a model in the layout of qiuzh20/gated_attention into a base and gates for PEFT."""
     prepare_process()
     from retrofit.models.published import unpack
 

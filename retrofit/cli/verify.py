@@ -14,13 +14,15 @@ def main(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that `retrofit merge` wrote.")],
     engine: Annotated[
         Literal["transformers", "llama.cpp", "vllm"] | None,
-        typer.Option(help="That runs it; llama.cpp for GGUF, else transformers by default."),
+        typer.Option(
+            help="The engine that runs it; by default llama.cpp for GGUF, else transformers."
+        ),
     ] = None,
     python: Annotated[
         str, typer.Option(help="The Python that has the engine, if it is another one.")
     ] = sys.executable,
 ) -> None:
-    """Prove again that a merged checkpoint computes what was trained, from what lies beside it."""
+    """Prove again that a merged checkpoint computes what was trained, from the files beside it."""
     prepare_process()
     from retrofit.export.verify.report import read_report
     from retrofit.export.verify.verify import verify

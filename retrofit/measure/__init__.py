@@ -1,7 +1,7 @@
-"""`retrofit measure`: models side by side. Each evaluation has a file of its own.
+"""`retrofit measure` compares models side by side. Each evaluation has a file of its own.
 
-What this package exports is imported when it is first asked for: a check of the text that a recipe
-wants measured needs no charts.
+The package imports what it exports only when it is first asked for: checking the text that a recipe
+names for measuring needs no charts.
 """
 
 from importlib import import_module

@@ -1,6 +1,7 @@
-"""Reads a running model: attention, gates and hidden states of whatever passes run inside `probe`.
+"""Reads attention, gates and hidden states from a running model.
 
-Nothing about the model changes but its attention implementation, which is put back afterwards.
+`collect_layer_statistics` reads every forward pass that runs inside it. It changes nothing about
+the model except its attention implementation, which it restores afterwards.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,10 +28,10 @@ from retrofit.measure.metrics import (
 from retrofit.measure.sink_attention import sdpa_with_sinks, sink_logits
 from retrofit.utils.errors import UserError
 
-# transformers refuses a name with "sdpa" in it to the models that SDPA alone would get wrong, those
-# with sink logits among them.
-_IMPLEMENTATION = "retrofit_probe"
-# Stock attention whose `q_proj` packs `[q ; gate]` for each head.
+# The name must not contain "sdpa": transformers refuses such a name for models that plain SDPA
+# would compute wrongly, which includes those with sink logits.
+_IMPLEMENTATION = "retrofit_watched"
+# In these stock attention classes, `q_proj` packs `[q ; gate]` for each head.
 _PACKED_GATES = ("Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen3NextAttention")
 
 AttentionWatcher = Callable[
@@ -40,12 +41,18 @@ GateWatcher = Callable[[int, torch.Tensor], None]
 
 
 class LayerStatistics:
-    """What one decoder layer shows: `None` for the parts it does not have.
+    """Statistics of one decoder layer, `None` for the parts that the layer does not have.
 
-    A pass calls `see_gate` and `see_attention` in either order, then `finish`.
+    A forward pass calls `record_gate` and `record_attention` in either order, then `finish`.
 
     Args:
-        residual_scale: what the model's residual stream is multiplied by.
+        residual_scale: the factor that the model's residual stream is multiplied by.
+
+    Attributes:
+        activation: statistics of the hidden states that the layer puts out.
+        down_proj: statistics of the inputs of the MLP's `down_proj`.
+        attention: statistics of the attention matrix.
+        gate: statistics of the gate scores.
     """
 
     def __init__(self, residual_scale: float = 1.0):
@@ -56,18 +63,18 @@ class LayerStatistics:
         self._columns: AttentionColumns | None = None
         self._gate_scores: torch.Tensor | None = None
 
-    def see_attention(self, columns: AttentionColumns) -> None:
+    def record_attention(self, columns: AttentionColumns) -> None:
         self._columns = columns
 
-    def see_gate(self, scores: torch.Tensor) -> None:
+    def record_gate(self, scores: torch.Tensor) -> None:
         self._gate_scores = scores
 
-    def see_down_proj(self, inputs: torch.Tensor) -> None:
+    def record_down_proj(self, inputs: torch.Tensor) -> None:
         self.down_proj = self.down_proj or ActivationStatistics()
         self.down_proj.add(inputs)
 
     def finish(self, hidden_states: torch.Tensor) -> None:
-        """Take in the layer's output, and join its attention with its gate."""
+        """Record the layer's output, and combine its attention with its gate."""
         self.activation.add(hidden_states)
         if self._columns is not None:
             self.attention = self.attention or AttentionStatistics()
@@ -79,59 +86,72 @@ class LayerStatistics:
 
 
 @contextmanager
-def probe(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
-    """Statistics of each decoder layer, over unpadded batches of one sequence length.
+def collect_layer_statistics(model: PreTrainedModel) -> Iterator[list[LayerStatistics]]:
+    """Collect the statistics of each decoder layer while the model runs.
+
+    All batches must be unpadded and have the same sequence length.
 
     Args:
         model: a causal language model, without a PEFT wrapper around it.
 
+    Yields:
+        One entry for each decoder layer, filled by the forward passes.
+
     Raises:
-        UserError: if its attention cannot be watched.
+        UserError: if the model's attention cannot be watched.
     """
     decoder_layers = getattr(model.get_decoder(), "layers", None)
     if decoder_layers is None:
         raise UserError(f"cannot measure a {model.config.model_type!r} model: it has no `layers`")
-    # Merging scales the residual stream of families without query and key norms, which nothing in
-    # the model can tell: activations are given in the base's units.
-    constant = _constant_heads(model)
+    # Merging scales the residual stream of families without query and key norms. The scale is
+    # divided out here, so that activations are in the base's units.
+    constant_heads = _constant_heads(model)
     residual_scale = getattr(model.config, "retrofit_residual_scale", 1.0)
     statistics = [LayerStatistics(residual_scale) for _ in decoder_layers]
 
-    def watch(module, *attention):
-        statistics[module.layer_idx].see_attention(attention_columns(*attention))
+    def record_attention(module, *attention_inputs):
+        statistics[module.layer_idx].record_attention(attention_columns(*attention_inputs))
 
-    def see_gate(index, scores):
-        statistics[index].see_gate(scores[..., :-constant, :] if constant else scores)
+    def record_gate(layer_idx, scores):  # [batch, T, heads, channels]
+        base_scores = scores[..., :-constant_heads, :] if constant_heads else scores
+        statistics[layer_idx].record_gate(base_scores)
 
     with ExitStack() as stack:
-        stack.enter_context(attention_watched(model, watch))
-        for handle in _gate_hooks(model, see_gate):
+        stack.enter_context(attention_watched(model, record_attention))
+        for handle in _gate_hooks(model, record_gate):
             stack.enter_context(handle)
         for layer, layer_statistics in zip(decoder_layers, statistics, strict=True):
             stack.enter_context(layer.register_forward_hook(_output_hook(layer_statistics.finish)))
-            # Experts of a mixture have none that is a module of its own.
+            # A mixture of experts has no `down_proj` that is a module of its own.
             down_proj = getattr(getattr(layer, "mlp", None), "down_proj", None)
             if isinstance(down_proj, nn.Module):
-                hook = _input_hook(layer_statistics.see_down_proj)
+                hook = _input_hook(layer_statistics.record_down_proj)
                 stack.enter_context(down_proj.register_forward_pre_hook(hook))
         yield statistics
 
 
 @contextmanager
 def attention_watched(model: PreTrainedModel, watch: AttentionWatcher) -> Iterator[None]:
-    """Run the model on SDPA and show `watch` the inputs of every attention call: the module,
-    query and key states after RoPE, the scaling, the mask (bool, or `None` if causal), and the sink
-    logits (`None` without). Heads that a merge added are not shown.
+    """Run the model on SDPA and call `watch` with the inputs of every attention call.
+
+    Heads that a merge added are left out.
+
+    Args:
+        model: the model that runs.
+        watch: receives the module, the query states `[batch, heads, T, head_dim]` and key states
+            `[batch, kv_heads, T, head_dim]` after RoPE, the scaling, the mask (bool, or `None` if
+            causal), and the sink logits (`None` if there are none).
 
     Raises:
         UserError: if the model does not go through transformers' attention interface.
     """
-    constant = _constant_heads(model)
+    constant_heads = _constant_heads(model)
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        own = (query[:, :-constant], key[:, :-1]) if constant else (query, key)
-        watch(module, *own, scaling, attention_mask, sink_logits(**kwargs))
+        # The constant heads share one key head, the last.
+        base_states = (query[:, :-constant_heads], key[:, :-1]) if constant_heads else (query, key)
+        watch(module, *base_states, scaling, attention_mask, sink_logits(**kwargs))
         return sdpa_with_sinks(module, query, key, value, attention_mask, scaling, **kwargs)
 
     with attention_replaced(model, attention):
@@ -140,7 +160,7 @@ def attention_watched(model: PreTrainedModel, watch: AttentionWatcher) -> Iterat
 
 @contextmanager
 def without_matrices(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model that has no SDPA, for its sink logits, without `T x T` matrices all the same.
+    """Run the model without `T x T` matrices, even if its sink logits keep it from using SDPA.
 
     Raises:
         UserError: if the model does not go through transformers' attention interface.
@@ -154,13 +174,17 @@ def without_matrices(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def attention_replaced(model: PreTrainedModel, attention: Callable) -> Iterator[None]:
-    """Run the model with `attention`, which is called as those of `ALL_ATTENTION_FUNCTIONS` are.
+    """Run the model with another attention function.
+
+    Args:
+        model: the model that runs.
+        attention: a function with the signature of those in `ALL_ATTENTION_FUNCTIONS`.
 
     Raises:
         UserError: if the model does not go through transformers' attention interface.
     """
     before = model.config._attn_implementation
-    # Without its own mask function an implementation gets no mask at all, and no error.
+    # Without a mask function of its own, an implementation gets no mask at all, and no error.
     ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, sdpa_mask)
     SINK_ATTENTION_FUNCTIONS[_IMPLEMENTATION] = attention
@@ -175,17 +199,19 @@ def attention_replaced(model: PreTrainedModel, attention: Callable) -> Iterator[
 
 
 def _constant_heads(model: PreTrainedModel) -> int:
-    """The last heads of each layer that a merge added to hold a constant: they are none of the
-    base's, and attend evenly."""
+    """Returns how many heads a merge added to each layer to hold a constant.
+
+    They are the layer's last query heads, do not belong to the base, and attend evenly.
+    """
     return getattr(model.config, "retrofit_constant_heads", 0)
 
 
 def _set_implementation(model: PreTrainedModel) -> None:
-    # What has neither SDPA nor sink logits does something else in its attention.
+    # A model with neither SDPA nor sink logits computes something else in its attention.
     if model._supports_sdpa or any(hasattr(module, "sinks") for module in model.modules()):
         with suppress(ValueError, ImportError):
             model.set_attn_implementation(_IMPLEMENTATION)
-    # Models outside the interface are not an error to transformers, only a warning.
+    # transformers only warns about a model that does not go through the interface.
     if model.config._attn_implementation != _IMPLEMENTATION:
         raise UserError(
             f"cannot watch the attention of {type(model).__name__}: it does not run on SDPA "
@@ -194,47 +220,52 @@ def _set_implementation(model: PreTrainedModel) -> None:
 
 
 def _gate_hooks(model: PreTrainedModel, watch: GateWatcher) -> Iterator[RemovableHandle]:
-    """Show `watch` each layer's gate scores in (0, 1), `[batch, T, heads, channels]`."""
+    """Register hooks that call `watch` with each layer's index and its gate scores in (0, 1),
+    `[batch, T, heads, channels]`."""
 
-    def hook(index: int, scores: Callable[[torch.Tensor], torch.Tensor]):
-        return lambda _module, _args, output: watch(index, scores(output.float()))
+    def hook(layer_idx: int, to_scores: Callable[[torch.Tensor], torch.Tensor]):
+        return lambda _module, _args, output: watch(layer_idx, to_scores(output.float()))
 
-    for index, projection, scores in _gate_projections(model):
-        yield projection.register_forward_hook(hook(index, scores))
+    for layer_idx, projection, to_scores in _gate_projections(model):
+        yield projection.register_forward_hook(hook(layer_idx, to_scores))
 
 
 def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, Callable]]:
-    """Each G1 gate's layer index, the module that computes it, and what makes its output the
-    scores."""
+    """Yields, for each G1 gate, the layer index, the module that computes the gate, and the
+    function that turns the module's output into scores."""
     module: Any
     for module in model.modules():
         gate: Any = getattr(module, "g1", None)
         if isinstance(gate, GateLayer):
             for projection in gate.g_proj.values():
                 if projection.position == "G1" and projection.weight is not None:
-                    yield module.layer_idx, projection, _half
-        elif getattr(gate, "g_proj", None) is not None:  # of a checkpoint with its own code
-            yield module.layer_idx, gate.g_proj, partial(_unflatten, num_heads=gate.num_heads)
+                    yield module.layer_idx, projection, _scores_of_doubled_gate
+        elif getattr(gate, "g_proj", None) is not None:  # in a checkpoint with its own code
+            to_scores = partial(_scores_of_logits, num_heads=gate.num_heads)
+            yield module.layer_idx, gate.g_proj, to_scores
         elif type(module).__name__ in _PACKED_GATES:
-            yield module.layer_idx, module.q_proj, partial(_unpack, head_dim=module.head_dim)
+            to_scores = partial(_scores_of_packed, head_dim=module.head_dim)
+            yield module.layer_idx, module.q_proj, to_scores
 
 
-def _half(gate: torch.Tensor) -> torch.Tensor:
-    return gate / 2
+def _scores_of_doubled_gate(gate: torch.Tensor) -> torch.Tensor:
+    return gate / 2  # [batch, T, heads, channels]
 
 
-def _unflatten(logits: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _scores_of_logits(logits: torch.Tensor, num_heads: int) -> torch.Tensor:
+    # [batch, T, heads * channels] -> [batch, T, heads, channels]
     return logits.unflatten(-1, (num_heads, -1)).sigmoid()
 
 
-def _unpack(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
+def _scores_of_packed(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
+    # [batch, T, heads * 2 * head_dim] -> [batch, T, heads, head_dim]
     return query_and_gate.unflatten(-1, (-1, 2 * head_dim))[..., head_dim:].sigmoid()
 
 
-def _input_hook(see: Callable[[torch.Tensor], None]):
-    return lambda _module, args: see(args[0])
+def _input_hook(record: Callable[[torch.Tensor], None]):
+    return lambda _module, args: record(args[0])
 
 
-def _output_hook(see: Callable[[torch.Tensor], None]):
-    # Decoder layers return their hidden states, bare or first in a tuple.
-    return lambda _module, _args, output: see(output[0] if isinstance(output, tuple) else output)
+def _output_hook(record: Callable[[torch.Tensor], None]):
+    # A decoder layer returns its hidden states by themselves or first in a tuple.
+    return lambda _module, _args, output: record(output[0] if isinstance(output, tuple) else output)

@@ -1,4 +1,4 @@
-"""What a model costs to run beside its base: time and memory of prefill and decoding, as ratios."""
+"""Measures what a model costs to run: time and memory of prefill and decoding, beside its base."""
 
 import gc
 import statistics
@@ -19,11 +19,12 @@ from retrofit.report.sections.cost import CostFigures, Ratio
 
 @dataclass(frozen=True)
 class Cost:
-    """
+    """Measures the speed and the memory of a model.
+
     Attributes:
-        prompt: tokens of the prefill.
-        new_tokens: decoded one by one after it.
-        repeats: of both, in turn with the base's.
+        prompt: how many tokens the prefill reads.
+        new_tokens: how many tokens are decoded after it, one by one.
+        repeats: how often both are timed, in turn with the base.
     """
 
     prompt: Annotated[int, Field(ge=128)] = 1024
@@ -32,9 +33,10 @@ class Cost:
     name = "cost"
 
     def measure(self, measured: MeasuredModel, track: Track) -> CostFigures:
-        """This model's seconds over the base's, by pairs of runs one after the other: median and
-        the quarter on either side, with both models in memory. Bytes of all weights, and those
-        that a token takes in the cache.
+        """Returns speeds, the bytes of all weights, and the bytes that a token takes in the cache.
+
+        The ratios are this model's seconds over the base's. Each pair of runs, one right after the
+        other with both models in memory, gives one ratio; the median and the quartiles are kept.
         """
         input_ids = cut_windows(measured.documents, measured.tokenizer, self.prompt, 1)
         models = [measured.inner]
@@ -42,7 +44,7 @@ class Cost:
             models.append(unwrapped(measured.open_base()[0]))
         seconds: list[list[tuple[float, float]]] = [[] for _ in models]
         for model in models:
-            prefill_and_decode(model, input_ids, self.new_tokens)  # what only the first run costs
+            prefill_and_decode(model, input_ids, self.new_tokens)  # a warm-up
         for _ in track(range(self.repeats), "speed"):
             for model, runs in zip(models, seconds, strict=True):
                 runs.append(prefill_and_decode(model, input_ids, self.new_tokens))
@@ -64,7 +66,8 @@ class Cost:
 
 @torch.inference_mode()
 def prefill_and_decode(model: Any, input_ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of a prompt `[batch, T]` in an empty cache, and of so many tokens after it."""
+    """Returns the seconds that it takes to read a prompt `[batch, T]` into an empty cache, and to
+    decode `new_tokens` tokens after it."""
     input_ids = input_ids.to(model.device)
     cache = DynamicCache(config=model.config)
     prefill = timed(lambda: _next_token(model, input_ids, cache))
@@ -78,12 +81,12 @@ def prefill_and_decode(model: Any, input_ids: torch.Tensor, new_tokens: int) -> 
 
 
 def _next_token(model: Any, input_ids: torch.Tensor, cache: DynamicCache) -> None:
-    """One pass, with the logits of the last position alone, as `generate` makes it."""
+    """Run one forward pass with the logits of only the last position, as `generate` does."""
     model(input_ids=input_ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds, the GPU's work included."""
+    """Returns the seconds that `work` takes, the GPU's part included."""
     _synchronize()
     start = time.perf_counter()
     work()
@@ -98,14 +101,18 @@ def _synchronize() -> None:
 
 @torch.inference_mode()
 def _cache_bytes(model: Any, input_ids: torch.Tensor) -> int:
-    """Those that one more token adds to the keys and values of all layers."""
+    """Returns the bytes that one more token adds to the keys and values of all layers."""
     cache = DynamicCache(config=model.config)
     sizes = []
     for tokens in (input_ids[:, :64], input_ids[:, 64:128]):
         _next_token(model, tokens.to(model.device), cache)
-        held = [t for layer in cache.layers for t in (getattr(layer, "keys", None),
-                getattr(layer, "values", None)) if t is not None]  # fmt: skip
-        sizes.append(sum(tensor.nbytes for tensor in held))
+        states = [
+            state
+            for layer in cache.layers
+            for state in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            if state is not None
+        ]
+        sizes.append(sum(state.nbytes for state in states))
     return (sizes[1] - sizes[0]) // 64
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation is given, and what it gives back."""
+"""The types of an evaluation: its inputs and its interface."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,22 +15,23 @@ Opener = Callable[..., tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBas
 
 
 class Track(Protocol):
-    """Goes through a sequence, shown as a progress bar that says what is done."""
+    """Iterates over a sequence and shows a progress bar with the text `doing`."""
 
     def __call__(self, sequence: Sequence[T], doing: str) -> Iterable[T]: ...
 
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """One of the models that are measured, open.
+    """One loaded model, and the text to measure it on.
 
     Attributes:
-        name: as it is shown.
-        source: what `load_model` opened.
-        model: in eval mode, perhaps a PEFT model.
-        documents: the text.
+        name: the name that reports show.
+        source: the path or hub id that `load_model` opened.
+        model: the model in eval mode, with or without a PEFT wrapper.
+        tokenizer: the model's tokenizer.
+        documents: the documents of the text.
         reload: opens the same source again in another form: `reload(quantization="nf4")`.
-        open_base: opens the model that this one is compared with; `None` if this is it.
+        open_base: opens the base that this model is compared with; `None` if this is the base.
     """
 
     name: str
@@ -43,7 +44,7 @@ class MeasuredModel:
 
     @property
     def inner(self) -> Any:
-        """The transformers model, with gates in it but without PEFT around it."""
+        """The transformers model, with its gates but without a PEFT wrapper."""
         return unwrapped(self.model)
 
     @property
@@ -56,16 +57,16 @@ class MeasuredModel:
 
 
 class Evaluation(Protocol):
-    """One thing to measure beside sinks: a dataclass whose fields are its settings.
+    """One optional measurement: a dataclass whose fields are its settings.
 
     Attributes:
-        name: the key of its figures in the result, and of its settings.
+        name: the key of the evaluation's figures and of its settings in the result.
     """
 
     name: str
 
     def measure(self, measured: MeasuredModel, track: Track) -> BaseModel:
-        """The figures of one model, of the type that is their part's in `retrofit.report`."""
+        """Returns the figures of one model, of the type that `retrofit.report` has for them."""
         ...
 
 

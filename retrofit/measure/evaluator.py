@@ -1,4 +1,4 @@
-"""Several models side by side, on the same windows of one text. The first is the base."""
+"""Measures several models on the same windows of one text. The first model is the base."""
 
 import gc
 import hashlib
@@ -51,19 +51,19 @@ def measure(
         length: tokens in a window, with the BOS token where the tokenizer prepends one.
         windows: how many windows at most, from as many documents as possible.
         batch_size: windows in a forward pass.
-        dtype: of all base weights; `auto` is the one that the first source is stored in.
+        dtype: the dtype of all base weights; `auto` is the one that the first source is stored in.
         evaluations: what to measure besides sinks.
-        load: opens a source in a dtype, as a model and its tokenizer.
-        progress: show a progress bar on stderr.
-        resume: a folder for what is done, so that the same call goes on from there. It is the
-            caller's to remove, once the result is safe.
+        load: opens a source in a dtype and returns the model and its tokenizer.
+        progress: whether to show a progress bar on stderr.
+        resume: a folder that keeps finished figures, so that the same call can go on from there.
+            The caller removes it once the result is safe.
 
     Returns:
         `{"models": [{"name", "metrics", "per_layer", "nll_by_window", "copied_nats_by_window"}],
-        "settings"}`, ready for JSON: `None` for what a model does not have. Lists in `per_layer`
-        have an entry for each decoder layer. `retrofit.measure.metrics` defines the metrics, and
-        `retrofit.measure.copied` that of copied text. Each evaluation adds its figures to the
-        models and its settings to the settings, under its name.
+        "settings"}`, ready for JSON, with `None` for what a model does not have. Lists in
+        `per_layer` have an entry for each decoder layer. `retrofit.measure.metrics` defines the
+        metrics, and `retrofit.measure.copied` the one of copied text. Each evaluation adds its
+        figures to each model and its settings to the settings, under its name.
 
     Raises:
         UserError: if a model is named twice, the text is missing, empty or too short, the length is
@@ -94,11 +94,11 @@ def measure(
         for name, source in plan.named.items():
             if not (todo := plan.todo(name)):
                 continue
-            held = plan.settings.get("dtype", dtype)
-            model, tokenizer = load(source, held)
-            opener, of_base = (partial(load, each, held) for each in (source, sources[0]))
-            compared = None if source == sources[0] else of_base
-            measured = MeasuredModel(name, source, model, tokenizer, documents, opener, compared)
+            base_dtype = plan.settings.get("dtype", dtype)
+            model, tokenizer = load(source, base_dtype)
+            reload = partial(load, source, base_dtype)
+            open_base = None if source == sources[0] else partial(load, sources[0], base_dtype)
+            measured = MeasuredModel(name, source, model, tokenizer, documents, reload, open_base)
             _check_positions(measured, length)
             check_texts(tokenizer, embedded_tokens(measured.inner.config), documents)
             input_ids = cut_windows(documents, tokenizer, length, windows)
@@ -107,14 +107,14 @@ def measure(
                 plan.settings = _settings(asked, measured, input_ids)
             track = _track(bar, name)
             if _SINKS in todo:
-                with _numbers_expected(_SINKS, name):
-                    found, predictions = measure_sinks(measured, input_ids, batch_size, base, track)
-                plan.put(name, _SINKS, _ready_for_json(found))
+                with _finite_figures_expected(_SINKS, name):
+                    sinks, predictions = measure_sinks(measured, input_ids, batch_size, base, track)
+                plan.put(name, _SINKS, _ready_for_json(sinks))
                 base = base or predictions
                 del predictions
             for evaluation in evaluations:
                 if evaluation.name in todo:
-                    with _numbers_expected(evaluation.name, name):
+                    with _finite_figures_expected(evaluation.name, name):
                         figures = evaluation.measure(measured, track)
                     plan.put(name, evaluation.name, {evaluation.name: _ready_for_json(figures)})
             del model, measured  # before the next one is loaded
@@ -123,8 +123,9 @@ def measure(
 
 
 @contextmanager
-def _numbers_expected(evaluation: str, name: str) -> Iterator[None]:
-    """A model that breaks, such as one in int8, may give infinities."""
+def _finite_figures_expected(evaluation: str, name: str) -> Iterator[None]:
+    """Turn a validation error into a `UserError`: a broken model, such as one in int8, may give
+    infinities."""
     try:
         yield
     except ValidationError as error:
@@ -133,12 +134,12 @@ def _numbers_expected(evaluation: str, name: str) -> Iterator[None]:
 
 
 def _ready_for_json(figures: BaseModel) -> dict[str, Any]:
-    """What was measured, and not what might have been."""
+    """Returns the figures that were measured, without the fields that were left at a default."""
     return figures.model_dump(exclude_unset=True)
 
 
 def names(sources: Sequence[str]) -> list[str]:
-    """The last part of each path or hub id, or the whole where that is ambiguous."""
+    """Returns the last part of each path or hub id, or the whole where that part is ambiguous."""
     short = [Path(source).name or source for source in sources]
     return [
         name if short.count(name) == 1 else source
@@ -147,11 +148,12 @@ def names(sources: Sequence[str]) -> list[str]:
 
 
 class KeptFigures:
-    """Figures that were measured already: in memory, and in a folder where one is given.
+    """Keeps figures that are already measured: in memory, and in a folder if one is given.
 
     Args:
-        folder: where they are kept for another try.
-        identity: what all of them depend on. Those of something else are not found.
+        folder: the folder that keeps the figures for another try.
+        identity: what all figures depend on. Figures that were kept under another identity are not
+            found.
     """
 
     def __init__(self, folder: Path | None, identity: dict[str, Any]):
@@ -164,7 +166,7 @@ class KeptFigures:
         return self._figures.get(self._file(key))
 
     def put(self, value: Any, *key: Any) -> None:
-        # A round through JSON, so that what is returned does not depend on whether it was kept.
+        # A round trip through JSON makes fresh figures equal to those read from the folder.
         self._figures[self._file(key)] = json.loads(json.dumps(value))
         if self._folder:
             with writing(self._folder):
@@ -176,14 +178,17 @@ class KeptFigures:
 
 
 def _readable(folder: Path) -> Iterator[tuple[str, Any]]:
-    """A figure that a power failure damaged is measured again."""
+    """Yields the name and the figures of each readable file.
+
+    A file that a power failure damaged is skipped, and its figures are measured again.
+    """
     for path in folder.glob("*.json"):
         with suppress(OSError, ValueError):
             yield path.stem, read_json(path)
 
 
 class _Plan:
-    """What is measured of whom, and what of it is done."""
+    """Knows what to measure of each model, and which of these figures are there already."""
 
     def __init__(
         self, sources: Sequence[str], evaluations: Sequence[Evaluation], done: KeptFigures
@@ -191,9 +196,9 @@ class _Plan:
         self.named = dict(zip(names(sources), sources, strict=True))
         self.base = next(iter(self.named))
         self.done = done
-        options = {each.name: asdict(each) for each in evaluations}  # type: ignore[call-overload]
+        options = {part.name: asdict(part) for part in evaluations}  # type: ignore[call-overload]
         self._options = json.loads(json.dumps(options))
-        # What is measured of a model depends on the base too, and on what their files are now.
+        # The figures of a model depend on its files and on those of the base.
         self._states = {name: _state(source) for name, source in self.named.items()}
 
     @property
@@ -208,21 +213,28 @@ class _Plan:
         self.done.put(value, *self._key(name, evaluation))
 
     def todo(self, name: str) -> set[str]:
-        """What is missing of one model. What others are compared with is measured again for
-        them."""
-        missing = {one for one in self._options if self.done.get(*self._key(name, one)) is None}
-        waiting = self.named if name == self.base else [name]
-        if any(self.done.get(*self._key(each, _SINKS)) is None for each in waiting):
+        """Returns the evaluations that are missing for one model.
+
+        The base's sinks are measured again if those of any other model are missing, because that
+        model is compared with the base's predictions.
+        """
+        missing = {
+            evaluation
+            for evaluation in self._options
+            if self.done.get(*self._key(name, evaluation)) is None
+        }
+        compared = self.named if name == self.base else [name]
+        if any(self.done.get(*self._key(other, _SINKS)) is None for other in compared):
             missing.add(_SINKS)
         return missing
 
     def result(self) -> dict[str, Any]:
         models = []
         for name in self.named:
-            figures = [self.done.get(*self._key(name, one)) for one in (_SINKS, *self._options)]
-            models.append(
-                {"name": name} | {key: value for of_one in figures for key, value in of_one.items()}
-            )
+            model = {"name": name}
+            for evaluation in (_SINKS, *self._options):
+                model |= self.done.get(*self._key(name, evaluation))
+            models.append(model)
         sources = {"sources": list(self.named.values())}
         return {"models": models, "settings": sources | self.settings | self._options}
 
@@ -232,7 +244,7 @@ class _Plan:
 
 
 def _state(source: str) -> list:
-    """Changes when the files of a local source do."""
+    """Returns the names, sizes and times of a local source's files: they change as the files do."""
     files = sorted(path for path in expanded(source).rglob("*") if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 

@@ -1,9 +1,10 @@
-"""Head collapse: how many heads a model could do without.
+"""Measures head collapse: how many heads a model could do without.
 
 The sink makes attention a mixture of experts: heads that look at the first token add nothing, and a
-few do the work (arXiv:2602.01203). Heads are ranked by their load; the least loaded are set to zero
-before `o_proj`, beside as many drawn at random, the same ones in every model: the smaller the first
-loss against the second, the more of the work is left to few.
+few heads do the work (arXiv:2602.01203). Heads are ranked by their load, and the least loaded are
+set to zero before `o_proj`. For comparison, as many random heads are zeroed, the same ones in every
+model. The less the least loaded heads cost compared with the random ones, the fewer heads do the
+work.
 """
 
 import random
@@ -26,19 +27,20 @@ from retrofit.measure.sinks import read_model
 from retrofit.measure.texts import cut_windows
 from retrofit.report.sections.heads import HeadsFigures, Zeroed
 
-Head = tuple[int, int]  # its layer, and its number there
+Head = tuple[int, int]  # the layer's index, and the head's index in that layer
 
 
 @dataclass(frozen=True)
 class Heads:
-    """
+    """Measures what a model loses without some of its heads.
+
     Attributes:
-        shares: of all heads, that are zeroed.
+        shares: the shares of all heads to zero.
         length: tokens of a window.
-        windows: how many, at most.
+        windows: how many windows at most.
         batch_size: windows in a forward pass.
-        draws: of random heads.
-        seed: of the draws.
+        draws: how often random heads are drawn.
+        seed: the seed of the draws.
     """
 
     shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
@@ -54,36 +56,36 @@ class Heads:
     name = "heads"
 
     def measure(self, measured: MeasuredModel, track: Track) -> HeadsFigures:
-        """Perplexity, and KL from the whole model, by share of the heads that are zeroed; of
-        random ones the means over the draws, and the range of the KL."""
+        """Returns the perplexity, and the KL divergence from the whole model, by share of zeroed
+        heads. Figures of random heads are means over the draws, with the range of the KL."""
         model = measured.inner
         input_ids = cut_windows(measured.documents, measured.tokenizer, self.length, self.windows)
         batches = input_ids.split(self.batch_size)
         layers, whole = read_model(model, track(batches, "loads of heads"), None)
         loads = [layer.attention.head_load if layer.attention else None for layer in layers]
         by_load = ranked(loads)
-        lost = partial(self._lost, model, batches, whole, track)
+        predict_without = partial(self._predict_without, model, batches, whole, track)
         rng = random.Random(self.seed)
         shuffled = [rng.sample(sorted(by_load), len(by_load)) for _ in range(self.draws)]
-        drawn = [lost(order, "random") for order in shuffled]
-        kl = [[each[1] for each in by_share] for by_share in zip(*drawn, strict=True)]
-        least = lost(by_load, "least used")
+        by_draw = [predict_without(order, "random") for order in shuffled]
+        by_share = list(zip(*by_draw, strict=True))
+        random_kl = [[kl for _, kl in draws] for draws in by_share]
+        least_used = predict_without(by_load, "least used")
         return HeadsFigures(
             shares=list(self.shares),
             perplexity=whole.perplexity,
             least_used=Zeroed(
-                perplexity=[each[0] for each in least], kl=[each[1] for each in least]
+                perplexity=[perplexity for perplexity, _ in least_used],
+                kl=[kl for _, kl in least_used],
             ),
             random=Zeroed(
-                perplexity=[
-                    fmean(each[0] for each in by_share) for by_share in zip(*drawn, strict=True)
-                ],
-                kl=[fmean(each) for each in kl],
-                kl_range=[[min(each), max(each)] for each in kl],
+                perplexity=[fmean(perplexity for perplexity, _ in draws) for draws in by_share],
+                kl=[fmean(draws) for draws in random_kl],
+                kl_range=[[min(draws), max(draws)] for draws in random_kl],
             ),
         )
 
-    def _lost(
+    def _predict_without(
         self,
         model: Any,
         batches: Sequence[torch.Tensor],
@@ -92,44 +94,49 @@ class Heads:
         order: Sequence[Head],
         kind: str,
     ) -> list[tuple[float, float]]:
-        """Perplexity and KL without the first heads of an order, by share."""
-        found = []
+        """Returns perplexity and KL divergence without the first heads of `order`, by share."""
+        figures = []
         for share in self.shares:
             with zeroed(model, order[: round(share * len(order))]):
-                left = predict(
+                predictions = predict(
                     model, track(batches, f"without {share:.0%} of heads, {kind}"), whole
                 )
-            found.append((left.perplexity, left.kl_to_base or 0.0))
-        return found
+            figures.append((predictions.perplexity, predictions.kl_to_base or 0.0))
+        return figures
 
 
 def ranked(loads: Sequence[Sequence[float] | None]) -> list[Head]:
-    """All heads of all layers, the least loaded first.
+    """Returns all heads of all layers, the least loaded first.
 
     Args:
-        loads: by layer and head, `None` for a layer without softmax attention.
+        loads: the load by layer and head, `None` for a layer without softmax attention.
     """
-    heads = [(layer, head) for layer, each in enumerate(loads) for head in range(len(each or ()))]
+    heads = [
+        (layer, head)
+        for layer, head_loads in enumerate(loads)
+        for head in range(len(head_loads or ()))
+    ]
     return sorted(heads, key=lambda head: loads[head[0]][head[1]])  # type: ignore[index]
 
 
 @contextmanager
 def zeroed(model: Any, heads: Sequence[Head]) -> Iterator[None]:
-    """These heads put out zeros: what `o_proj` reads of them, behind gate and center."""
+    """Run the model with zeros in place of the outputs of these heads, where `o_proj` reads them:
+    after the gate and the center."""
     by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
         by_layer.setdefault(layer, []).append(head)
     with ExitStack() as stack:
-        for layer, own in by_layer.items():
+        for layer, layer_heads in by_layer.items():
             o_proj = _o_proj(model.get_decoder().layers[layer])
             head_dim = head_dim_of(model.config)
-            stack.enter_context(o_proj.register_forward_pre_hook(_zeroing(own, head_dim)))
+            stack.enter_context(o_proj.register_forward_pre_hook(_zeroing(layer_heads, head_dim)))
         yield
 
 
 def _zeroing(heads: Sequence[int], head_dim: int):
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        by_head = inputs[0].unflatten(-1, (-1, head_dim)).clone()
+        by_head = inputs[0].unflatten(-1, (-1, head_dim)).clone()  # [batch, T, heads, head_dim]
         by_head[..., heads, :] = 0
         return (by_head.flatten(-2),)
 

@@ -1,8 +1,8 @@
-"""Long context: RULER's tasks and perplexity by position, up to and beyond the trained length.
+"""Measures RULER's tasks and perplexity by position, up to and beyond the trained length.
 
-Beyond it RoPE is stretched, as a user would stretch it: by YaRN (arXiv:2309.00071) or linearly
-(arXiv:2306.15595), computed by transformers, without any training. Models with gates at their
-attention are said to lose less then (arXiv:2505.06708, section 4.4).
+Beyond the trained length, RoPE is stretched as a user would stretch it: by YaRN (arXiv:2309.00071)
+or linearly (arXiv:2306.15595), computed by transformers, without any training. Gated attention is
+reported to lose less from this (arXiv:2505.06708, section 4.4).
 """
 
 import hashlib
@@ -38,20 +38,21 @@ from retrofit.utils.errors import UserError
 
 Scaling = Literal["yarn", "linear"]
 
-_SHORTEST = 256  # tokens; below, hardly a task has room for its question
+_SHORTEST = 256  # tokens: in a shorter context, hardly any task has room for its question
 _BINS = 16
 
 
 @dataclass(frozen=True)
 class LongContext:
-    """
+    """Measures a model on long prompts and long windows of text.
+
     Attributes:
-        lengths: of prompts with their answers, and of windows of text, in tokens.
-        samples: of each task at each length.
-        tasks: of `retrofit.measure.ruler.TASKS`.
-        documents: windows of each length whose perplexity is taken, at most.
-        scaling: of RoPE beyond the trained length.
-        seed: of the tasks.
+        lengths: the lengths of prompts with their answers, and of windows of text, in tokens.
+        samples: how many samples of each task there are at each length.
+        tasks: names from `retrofit.measure.ruler.TASKS`.
+        documents: how many windows of each length perplexity is measured on, at most.
+        scaling: how RoPE is stretched beyond the trained length.
+        seed: the seed of the tasks.
     """
 
     lengths: Annotated[tuple[Count, ...], Field(min_length=1)] = (4096, 8192, 16384)
@@ -67,19 +68,21 @@ class LongContext:
             raise UserError(f"long context: no task {min(unknown)!r}; there are {', '.join(TASKS)}")
         if not self.lengths or min(self.lengths) < _SHORTEST:
             raise UserError(f"long context: lengths must be at least {_SHORTEST} tokens")
-        for several in (self.lengths, self.tasks):
-            if len(set(several)) < len(several):
-                raise UserError(f"long context: {', '.join(map(str, several))} must all differ")
+        for values in (self.lengths, self.tasks):
+            if len(set(values)) < len(values):
+                raise UserError(f"long context: {', '.join(map(str, values))} must all differ")
 
     def measure(self, measured: MeasuredModel, track: Track) -> LongContextFigures:
-        """For each length: what RoPE it was read with; of each task the mean recall with its
-        standard error (`None` for one sample) and the mean negative log-likelihood of the answers
-        in nats a token, both by sample too; and the perplexity in 16 equal ranges of positions,
-        with their centers. `prompts_sha256` tells whether two models saw the same samples.
+        """Returns the figures of each length.
+
+        They are the RoPE that was used; for each task, the mean recall with its standard error
+        (`None` for one sample) and the mean negative log-likelihood of the answers in nats per
+        token, both also by sample; and the perplexity in 16 equal ranges of positions, with the
+        centers of the ranges. `prompts_sha256` tells whether two models saw the same samples.
 
         Raises:
             UserError: if a length is too short for a task, longer than the text, or beyond the
-                trained one of a model whose RoPE cannot be stretched.
+                trained length of a model whose RoPE cannot be stretched.
         """
         config = measured.inner.get_decoder().config
         rope = {str(length): _label(config, length, self.scaling) for length in self.lengths}
@@ -97,42 +100,45 @@ class LongContext:
 
     def _tasks(self, measured: MeasuredModel, track: Track) -> dict[str, dict[str, Scores]]:
         ruler = Ruler(measured.tokenizer, measured.documents, self.seed)
-        wanted = [
+        numbers = [
             (length, task, index)
             for length in self.lengths
             for task in self.tasks
             for index in range(self.samples)
         ]
-        # All prompts first: a length that does not fit shows before hours of reading.
-        made = [
+        # All prompts are made first, so that a length that does not fit shows before hours of
+        # reading.
+        samples = [
             (length, task, ruler.sample(task, length, index))
-            for length, task, index in track(wanted, "long context, prompts")
+            for length, task, index in track(numbers, "long context, prompts")
         ]
-        found: dict[tuple[str, int], list[_Scored]] = {}
-        for length, task, sample in track(made, "long context, tasks"):
+        scored: dict[tuple[str, int], list[_ScoredSample]] = {}
+        for length, task, sample in track(samples, "long context, tasks"):
             with rope_scaled(measured.inner, length, self.scaling):
-                scored = _scored(measured.inner, measured.tokenizer, sample)
-            found.setdefault((task, length), []).append(scored)
+                scored_sample = _score(measured.inner, measured.tokenizer, sample)
+            scored.setdefault((task, length), []).append(scored_sample)
         return {
-            task: {str(length): _figures(found[task, length]) for length in self.lengths}
+            task: {str(length): _figures(scored[task, length]) for length in self.lengths}
             for task in self.tasks
         }
 
     def _perplexity(
         self, model: Any, windows: dict[int, torch.Tensor], track: Track
     ) -> dict[str, ByPosition]:
-        wanted = [(length, row) for length, rows in windows.items() for row in rows]
-        nll: dict[int, list[torch.Tensor]] = {}
-        for length, row in track(wanted, "long context, perplexity"):
+        by_length = [(length, window) for length, group in windows.items() for window in group]
+        nll: dict[int, list[torch.Tensor]] = {}  # by length, `[1, T - 1]` for each window
+        for length, window in track(by_length, "long context, perplexity"):
             with rope_scaled(model, length, self.scaling):
-                nll.setdefault(length, []).append(predict(model, [row[None]]).nll)
-        return {str(length): _by_position(torch.cat(found)) for length, found in nll.items()}
+                nll.setdefault(length, []).append(predict(model, [window[None]]).nll)
+        return {str(length): _by_position(torch.cat(rows)) for length, rows in nll.items()}
 
 
 @contextmanager
 def rope_scaled(model: PreTrainedModel, length: int, kind: Scaling) -> Iterator[None]:
-    """Let a model read `length` tokens: as it is up to the trained length, beyond it with RoPE
-    stretched by `length / trained`. Its config says so too, and both are put back afterwards.
+    """Let a model read `length` tokens.
+
+    Up to the trained length the model stays as it is. Beyond it, RoPE is stretched by
+    `length / trained`, also in the model's config; both are restored afterwards.
 
     Raises:
         UserError: if the model's RoPE cannot be stretched.
@@ -155,19 +161,22 @@ def rope_scaled(model: PreTrainedModel, length: int, kind: Scaling) -> Iterator[
 
 def _set_rotary(decoder: Any, rotary: nn.Module) -> None:
     decoder.rotary_emb = rotary
-    if hasattr(decoder, "rotary_embs"):  # one for each theta that layers have: here there is one
+    if hasattr(decoder, "rotary_embs"):  # one for each theta of the layers, of which there is one
         decoder.rotary_embs = nn.ModuleList([rotary])
 
 
 def has_rope_by_layer(config: PreTrainedConfig) -> bool:
-    """Whether the layers of a model differ in their RoPE, or in having one."""
+    """Tells whether the layers of a model differ in their RoPE, or in having one."""
     thetas = getattr(config, "layer_rope_theta", None)
     return thetas is not None and set(thetas) != {config.rope_parameters["rope_theta"]}
 
 
 def positions_of(config: PreTrainedConfig) -> int:
-    """The length that a model reads as it is. With YaRN in its config that is what it stretches to,
-    which not every config says in `max_position_embeddings`."""
+    """Returns the length that a model reads as it is.
+
+    With YaRN in its config this is the stretched length, which not every config has in
+    `max_position_embeddings`.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "yarn":
         return config.max_position_embeddings
@@ -176,7 +185,8 @@ def positions_of(config: PreTrainedConfig) -> int:
 
 
 def _scaled(config: PreTrainedConfig, length: int, kind: Scaling) -> dict[str, Any] | None:
-    """What changes in a config for this length, or `None` if it reads it as it is."""
+    """Returns the values that change in a config for this length, or `None` if the model reads that
+    length as it is."""
     trained = positions_of(config)
     if length <= trained:
         return None
@@ -204,8 +214,8 @@ def _obstacle(config: PreTrainedConfig, rope: dict[str, Any]) -> str:
 def _label(config: PreTrainedConfig, length: int, kind: Scaling) -> str:
     if _scaled(config, length, kind):
         return f"{kind} x{length / positions_of(config):g}"
-    own = (getattr(config, "rope_parameters", None) or {}).get("rope_type") or "default"
-    return "as trained" if own == "default" else f"as configured ({own})"
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type") or "default"
+    return "as trained" if rope_type == "default" else f"as configured ({rope_type})"
 
 
 def _update(config: PreTrainedConfig, values: dict[str, Any]) -> None:
@@ -214,28 +224,28 @@ def _update(config: PreTrainedConfig, values: dict[str, Any]) -> None:
 
 
 class _AllFound(StoppingCriteria):
-    """Ends a text when it has every answer: the score cannot change any more."""
+    """Ends generation when the text has every answer, since the score can no longer change."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, answers: Sequence[str]):
         self._tokenizer, self._start, self._answers = tokenizer, start, answers
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         text = self._tokenizer.decode(input_ids[0, self._start :], skip_special_tokens=True)
-        found = recall(text, self._answers) == 1
-        return torch.full((len(input_ids),), found, device=input_ids.device)
+        all_found = recall(text, self._answers) == 1
+        return torch.full((len(input_ids),), all_found, device=input_ids.device)
 
 
-class _Scored(NamedTuple):
+class _ScoredSample(NamedTuple):
     sample: Sample
     recall: float
     nats: float
 
 
-def _scored(model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> _Scored:
+def _score(model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> _ScoredSample:
     cache = DynamicCache(config=model.get_decoder().config)
     text = answer(model, tokenizer, sample, cache)
     nats = answer_nats(model, tokenizer, sample, cache)
-    return _Scored(sample, recall(text, sample.answers), nats)
+    return _ScoredSample(sample, recall(text, sample.answers), nats)
 
 
 @torch.inference_mode()
@@ -245,11 +255,13 @@ def answer(
     sample: Sample,
     cache: DynamicCache | None = None,
 ) -> str:
-    """How a model goes on, greedily, until it ends or every answer is there. What its generation
-    config says of sampling or penalties does not count; its ends of text do.
+    """Returns the model's greedy continuation, up to its end of text or the last missing answer.
+
+    Sampling and penalties in the model's generation config are ignored; its end-of-text tokens are
+    not.
 
     Args:
-        cache: an empty one, which is filled.
+        cache: an empty cache, which is filled.
     """
     inputs = tokenizer(sample.prompt, return_tensors="pt", verbose=False).to(model.device)
     start = inputs["input_ids"].shape[1]
@@ -276,29 +288,32 @@ def answer(
 def answer_nats(
     model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample, cache: DynamicCache
 ) -> float:
-    """Mean negative log-likelihood, in nats a token, of going on with all the answers. It tells two
-    models apart long before one of them misses an answer.
+    """Returns the mean negative log-likelihood, in nats per token, of all the answers as the
+    continuation. It tells two models apart long before one of them misses an answer.
 
     Args:
-        cache: holds the prompt and what the model went on with. Where it can go back to the prompt,
-            that is not read again.
+        cache: holds the prompt and the model's continuation. If it can be cropped to the prompt,
+            the prompt is not read again.
     """
     prompt = tokenizer(sample.prompt, verbose=False)["input_ids"]
-    said = tokenizer(sample.continuation, add_special_tokens=False)["input_ids"]
-    input_ids = torch.tensor([prompt + said], device=model.device)
-    before = len(prompt) - 1  # whose last token predicts the first of the answers
-    if _rewind(cache, before):
-        output = model.get_decoder()(input_ids[:, before:], **{CACHE: cache})
+    continuation = tokenizer(sample.continuation, add_special_tokens=False)["input_ids"]
+    input_ids = torch.tensor([prompt + continuation], device=model.device)  # [1, T]
+    kept = len(prompt) - 1  # the prompt's last token predicts the first token of the answers
+    if _rewind(cache, kept):
+        output = model.get_decoder()(input_ids[:, kept:], **{CACHE: cache})
     else:
         output = model.get_decoder()(input_ids, use_cache=False)
     predictions = predictions_of(model)
-    shown = slice(-len(said) - 1, None)
-    predictions.add(output.last_hidden_state[:, shown], input_ids[:, shown])
+    scored = slice(-len(continuation) - 1, None)
+    predictions.add(output.last_hidden_state[:, scored], input_ids[:, scored])
     return predictions.nll.mean().item()
 
 
 def _rewind(cache: DynamicCache, length: int) -> bool:
-    """Take a cache back to its first tokens. Sliding windows and recurrent states cannot go."""
+    """Crop a cache to its first `length` tokens, and return whether that was possible.
+
+    Sliding windows and recurrent states cannot go back.
+    """
     added = cache.get_seq_length() - length
     if added < 0 or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return False
@@ -306,10 +321,11 @@ def _rewind(cache: DynamicCache, length: int) -> bool:
     return True
 
 
-def _figures(found: list[_Scored]) -> Scores:
-    scores, nats = [each.recall for each in found], [each.nats for each in found]
+def _figures(scored: list[_ScoredSample]) -> Scores:
+    scores = [scored_sample.recall for scored_sample in scored]
+    nats = [scored_sample.nats for scored_sample in scored]
     stderr = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
-    asked = json.dumps([[each.sample.prompt, each.sample.continuation] for each in found])
+    prompts = json.dumps([[sample.prompt, sample.continuation] for sample, _, _ in scored])
     return Scores(
         score=statistics.fmean(scores),
         stderr=stderr,
@@ -317,16 +333,20 @@ def _figures(found: list[_Scored]) -> Scores:
         samples=len(scores),
         score_by_sample=scores,
         nats_by_sample=nats,
-        prompts_sha256=hashlib.sha256(asked.encode()).hexdigest(),
+        prompts_sha256=hashlib.sha256(prompts.encode()).hexdigest(),
     )
 
 
 def _by_position(nll: torch.Tensor) -> ByPosition:
-    """Of `[windows, T - 1]`, where the first column is of the token at position 1."""
+    """Returns the perplexity by position.
+
+    Args:
+        nll: `[windows, T - 1]`, whose first column belongs to the token at position 1.
+    """
     positions = torch.arange(1, nll.shape[1] + 1, dtype=torch.float64).tensor_split(_BINS)
     bins = nll.mean(0).tensor_split(_BINS)
     return ByPosition(
         windows=len(nll),
-        positions=[each.mean().item() for each in positions],
-        perplexity=[each.mean().exp().item() for each in bins],
+        positions=[bin_positions.mean().item() for bin_positions in positions],
+        perplexity=[bin_nll.mean().exp().item() for bin_nll in bins],
     )

@@ -1,4 +1,4 @@
-"""What a recipe wants measured when training ends, looked at before it starts."""
+"""Checks, before training starts, the measurement that a recipe asks for at its end."""
 
 import filecmp
 from pathlib import Path
@@ -15,15 +15,16 @@ from retrofit.utils.paths import expanded
 def check_planned_measurement(
     recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """
+    """Check the `measure` section of a recipe, if there is one.
+
     Args:
-        recipe: whose `measure` section is looked at.
-        config: of its base.
-        tokenizer: of its base.
+        recipe: the recipe.
+        config: the config of the recipe's base.
+        tokenizer: the tokenizer of the recipe's base.
 
     Raises:
-        UserError: if the text cannot be read, is too short or trained on, or a window is longer
-            than the base reads.
+        UserError: if the text cannot be read, is too short or is trained on, or a window is longer
+            than the base can read.
     """
     if recipe.measure is None:
         return

@@ -1,4 +1,4 @@
-"""What a model predicts of a text, with whatever is done to the model meanwhile."""
+"""Collects a model's predictions of a text."""
 
 from collections.abc import Iterable
 
@@ -17,25 +17,27 @@ def predict(
     base: PredictionStatistics | None = None,
     last: int | None = None,
 ) -> PredictionStatistics:
-    """Run a model over batches of windows `[batch, T]`.
+    """Run a model over batches of windows and return its predictions.
 
     Args:
-        base: predictions of the same batches, to tell the distance from.
+        model: a transformers or a PEFT model.
+        batches: windows of tokens, `[batch, T]`.
+        base: predictions of the same batches, to measure the distance from.
         last: how many tokens at the end of each window are predicted; all but the first if `None`.
     """
     inner = unwrapped(model)
-    shown = slice(None if last is None else -last - 1, None)
+    scored = slice(None if last is None else -last - 1, None)
     predictions = predictions_of(inner, base)
     for batch in batches:
         input_ids = batch.to(inner.device)
         output = inner.get_decoder()(input_ids, use_cache=False)
-        predictions.add(output.last_hidden_state[:, shown], input_ids[:, shown])
+        predictions.add(output.last_hidden_state[:, scored], input_ids[:, scored])
     return predictions
 
 
 def predictions_of(
     model: PreTrainedModel, base: PredictionStatistics | None = None
 ) -> PredictionStatistics:
-    """Of a transformers model, none so far."""
+    """Returns empty statistics for the predictions of a transformers model."""
     scaling = getattr(model.config, "logits_scaling", 1.0)
     return PredictionStatistics(model.get_output_embeddings(), base, scaling)

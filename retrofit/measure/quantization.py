@@ -1,7 +1,7 @@
-"""What quantization costs a model: perplexity with its linear layers in 8 or 4 bits.
+"""Measures what quantization costs a model: its perplexity with linear layers in 8 or 4 bits.
 
-Outliers are what makes it cost: one activation a thousand times the usual leaves the usual ones few
-of the 255 steps that a tensor of int8 has (SmoothQuant, arXiv:2211.10438, section 3).
+Outliers cause the cost: one activation a thousand times the usual size leaves the others few of the
+255 steps that an int8 tensor has (SmoothQuant, arXiv:2211.10438, section 3).
 """
 
 import math
@@ -28,11 +28,12 @@ _BITSANDBYTES = ("int8", "nf4")
 
 @dataclass(frozen=True)
 class Quantization:
-    """
+    """Measures a model with quantized linear layers.
+
     Attributes:
-        group: input channels that share a scale and a zero in `w4`, at most.
+        group: how many input channels share a scale and a zero in `w4`, at most.
         length: tokens of a window.
-        windows: how many, at most.
+        windows: how many windows at most.
         batch_size: windows in a forward pass.
     """
 
@@ -43,33 +44,33 @@ class Quantization:
     name = "quantization"
 
     def measure(self, measured: MeasuredModel, track: Track) -> QuantizationFigures:
-        """Perplexity of each scheme, its KL from the same model as it is, and the mean difference
-        of the log-likelihood with the standard error over windows.
+        """Returns, for each scheme, the perplexity, the KL divergence from the unquantized model,
+        and the mean difference of the log-likelihood with its standard error over windows.
 
-        - `w8a8_per_tensor`: weights and inputs of linear layers rounded to int8, symmetric, with
-          one scale a weight matrix and one a sequence.
-        - `w8a8_per_token`: with one scale a row of the weights and one a token.
-        - `w4`: weights rounded to 4 bits with a scale and a zero for each `group` input channels.
-        - `int8`, `nf4`: bitsandbytes, as users run it; left out where it is not installed.
+        - `w8a8_per_tensor` rounds weights and inputs of linear layers to symmetric int8, with one
+          scale per weight matrix and one per sequence.
+        - `w8a8_per_token` does so with one scale per row of the weights and one per token.
+        - `w4` rounds weights to 4 bits, with a scale and a zero for each `group` input channels.
+        - `int8` and `nf4` are those of bitsandbytes, left out where it is not installed.
 
-        The output head stays as it is, and so do gates that are not merged, and the experts of a
-        mixture, which are no `nn.Linear`: of one, only attention is rounded here.
+        The output head, unmerged gates and the experts of a mixture, which are no `nn.Linear`, are
+        not rounded. Of a mixture of experts, that leaves only the attention.
         """
         input_ids = cut_windows(measured.documents, measured.tokenizer, self.length, self.windows)
         batches = input_ids.split(self.batch_size)
-        as_it_is = predict(measured.model, track(batches, "as it is"))
-        figures = {"none": _figures(as_it_is, as_it_is)}
-        for scheme, linear in self._simulated().items():
-            with quantized(measured.inner, linear):
-                found = predict(measured.model, track(batches, scheme), as_it_is)
-            figures[scheme] = _figures(found, as_it_is)
+        unquantized = predict(measured.model, track(batches, "as it is"))
+        figures = {"none": _figures(unquantized, unquantized)}
+        for scheme, rounding in self._simulated_schemes().items():
+            with quantized(measured.inner, rounding):
+                predictions = predict(measured.model, track(batches, scheme), unquantized)
+            figures[scheme] = _figures(predictions, unquantized)
         for scheme in _BITSANDBYTES if find_spec("bitsandbytes") else ():
             model, _ = measured.reload(quantization=scheme)
-            found = predict(model, track(batches, f"bitsandbytes {scheme}"), as_it_is)
-            figures[scheme] = _figures(found, as_it_is)
+            predictions = predict(model, track(batches, f"bitsandbytes {scheme}"), unquantized)
+            figures[scheme] = _figures(predictions, unquantized)
         return QuantizationFigures(schemes=figures)
 
-    def _simulated(self) -> dict[str, "Linear"]:
+    def _simulated_schemes(self) -> dict[str, "Rounding"]:
         return {
             "w8a8_per_tensor": lambda x, w: (rounded(x, (-2, -1)), rounded(w, (-2, -1))),
             "w8a8_per_token": lambda x, w: (rounded(x, (-1,)), rounded(w, (-1,))),
@@ -77,21 +78,25 @@ class Quantization:
         }
 
 
-Linear = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Turns a linear layer's input and weight into rounded ones.
+Rounding = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def rounded(values: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """`s * round(x / s)` with `s = max|x| / 127` over `dims`: int8, symmetric, to nearest."""
+    """Rounds to the nearest step of symmetric int8: `s * round(x / s)` with `s = max|x| / 127` over
+    `dims`."""
     scale = values.abs().amax(dims, keepdim=True).float().clamp(min=1e-30) / _INT8
     return ((values / scale).round_() * scale).to(values.dtype)
 
 
 def rounded_in_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """`[out, in]` in 4 bits: 16 even steps from the smallest to the largest of each `group` input
-    channels of a row, as round-to-nearest is in GPTQ (arXiv:2210.17323) and its followers.
+    """Rounds a weight `[out, in]` to 4 bits, as the round-to-nearest baseline of GPTQ does
+    (arXiv:2210.17323): to 16 even steps from the smallest to the largest value of each `group`
+    input channels of a row.
 
-    Groups are as large as divides the input channels.
+    A group is smaller where `group` does not divide the number of input channels.
     """
+    # [out, groups, channels of a group]
     grouped = weight.float().unflatten(1, (-1, math.gcd(group, weight.shape[1])))
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     low, high = low.clamp(max=0), high.clamp(min=0)  # 0 stays 0
@@ -102,20 +107,22 @@ def rounded_in_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
 
 
 @contextmanager
-def quantized(model: Any, linear: Linear) -> Iterator[None]:
-    """Every `nn.Linear` of the decoder's layers computes with what `linear` makes of its input and
-    its weight, one layer at a time: no second copy of the weights is held."""
+def quantized(model: Any, rounding: Rounding) -> Iterator[None]:
+    """Run the model with every `nn.Linear` of its decoder layers on rounded inputs and weights.
+
+    Each layer rounds its weight when it runs, so no second copy of all weights is held.
+    """
     with ExitStack() as stack:
         for module in model.get_decoder().layers.modules():
             if isinstance(module, nn.Linear):
-                stack.enter_context(_replaced(module, linear))
+                stack.enter_context(_replaced(module, rounding))
         yield
 
 
 @contextmanager
-def _replaced(module: nn.Linear, linear: Linear) -> Iterator[None]:
+def _replaced(module: nn.Linear, rounding: Rounding) -> Iterator[None]:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x, weight = linear(x, module.weight)
+        x, weight = rounding(x, module.weight)
         return F.linear(x, weight, module.bias)
 
     module.forward = forward  # type: ignore[method-assign]
@@ -125,11 +132,11 @@ def _replaced(module: nn.Linear, linear: Linear) -> Iterator[None]:
         del module.forward
 
 
-def _figures(found: PredictionStatistics, base: PredictionStatistics) -> Scheme:
-    difference = (found.nll - base.nll).mean(-1)
+def _figures(quantized: PredictionStatistics, unquantized: PredictionStatistics) -> Scheme:
+    difference = (quantized.nll - unquantized.nll).mean(-1)  # [windows]
     return Scheme(
-        perplexity=found.perplexity,
-        kl=found.kl_to_base,
+        perplexity=quantized.perplexity,
+        kl=quantized.kl_to_base,
         log_ratio=difference.mean().item(),
         log_ratio_stderr=(difference.std() / len(difference) ** 0.5).item(),
     )

@@ -1,4 +1,4 @@
-"""The evaluations by name, with the settings that a user gives them."""
+"""Finds evaluations by name and gives them the user's settings."""
 
 import json
 from collections.abc import Sequence
@@ -21,15 +21,16 @@ from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.strict_yaml import parse_value
 
 EVALUATIONS: dict[str, Any] = {
-    each.name: each for each in (Streaming, Quantization, LongContext, Heads, Cost, Chat, Examples)
+    evaluation.name: evaluation
+    for evaluation in (Streaming, Quantization, LongContext, Heads, Cost, Chat, Examples)
 }
 
 
 def names_in(parts: str) -> list[str]:
-    """The names in `streaming,quantization`.
+    """Returns the names in a list such as `streaming,quantization`.
 
     Raises:
-        UserError: if there is no evaluation of a name.
+        UserError: if a name is not that of an evaluation.
     """
     names = [name.strip().replace("-", "_") for name in parts.split(",") if name.strip()]
     for name in names:
@@ -41,11 +42,15 @@ def names_in(parts: str) -> list[str]:
 
 
 def chosen_evaluations(names: Sequence[str], settings: Sequence[str] = ()) -> list[Evaluation]:
-    """The evaluations of these names, with `PART.OPTION=VALUE` set, the values in YAML.
+    """Returns the evaluations of these names, with the settings applied.
+
+    Args:
+        names: keys of `EVALUATIONS`.
+        settings: `PART.OPTION=VALUE` each, with the value in YAML.
 
     Raises:
-        UserError: if there is no such evaluation or option, it was not asked for, or the value is
-            of another type.
+        UserError: if there is no such evaluation or option, the evaluation is not among `names`, or
+            the value has another type.
     """
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in settings:
@@ -61,10 +66,14 @@ def _parsed(setting: str) -> tuple[str, str, Any]:
     name, _, option = key.partition(".")
     if not equals or not option:
         raise UserError(f"--set {setting}: write PART.OPTION=VALUE, such as streaming.cache=256")
-    known = [f"{name}.{field.name}" for name, each in EVALUATIONS.items() for field in fields(each)]
-    if key not in known:
-        close = get_close_matches(key, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+    keys = [
+        f"{part}.{field.name}"
+        for part, evaluation in EVALUATIONS.items()
+        for field in fields(evaluation)
+    ]
+    if key not in keys:
+        close = get_close_matches(key, keys, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(keys)}"
         raise UserError(f"--set {setting}: no such option{hint}")
     try:
         return name, option, parse_value(text)
@@ -74,8 +83,8 @@ def _parsed(setting: str) -> tuple[str, str, Any]:
 
 def _evaluation(name: str, values: dict[str, Any]) -> Evaluation:
     try:
-        # Through JSON, for pydantic is strict with its types and still takes a list for a tuple.
-        told = json.dumps(values, default=str)
-        return TypeAdapter(EVALUATIONS[name]).validate_json(told, strict=True)
+        # From JSON, pydantic accepts a list for a tuple even when it is strict with types.
+        json_values = json.dumps(values, default=str)
+        return TypeAdapter(EVALUATIONS[name]).validate_json(json_values, strict=True)
     except ValidationError as error:
         raise UserError(f"--set {name}.{validation_problem(error)}") from None

@@ -1,9 +1,9 @@
-"""RULER's task families that need no data of others (Hsieh et al., arXiv:2404.06654, section 3 and
-appendices), made from a seed and fitted to a length.
+"""Makes the RULER tasks that need no external data set (Hsieh et al., arXiv:2404.06654, section 3
+and appendices), from a seed and fitted to a length.
 
 Prompts are those for base models: the task, and the beginning of the answer. Templates and sizes
-are RULER's; its essays are replaced by the text that models are measured on, and so is its list of
-words. A score is the share of a sample's answers that occur in what the model goes on with.
+are RULER's. The text that models are measured on replaces RULER's essays and its list of words. A
+score is the share of a sample's answers that occur in the model's continuation.
 """
 
 import math
@@ -24,12 +24,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """
+    """One prompt and its answers.
+
     Attributes:
-        prompt: with the beginning of the answer.
-        answers: what is looked for.
-        max_new_tokens: that the model may go on for.
-        continuation: how it should go on: all the answers, as the prompt asks for them.
+        prompt: the task, with the beginning of the answer.
+        answers: the strings that the continuation should contain.
+        max_new_tokens: how many tokens the model may generate.
+        continuation: the right continuation: all the answers, as the prompt asks for them.
     """
 
     prompt: str
@@ -39,21 +40,24 @@ class Sample:
 
 
 def recall(text: str, answers: Sequence[str]) -> float:
-    """Share of the answers that occur in a text, in upper or lower case (RULER's
+    """Returns the share of the answers that occur in a text, in upper or lower case (RULER's
     `string_match_all`)."""
     return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
 
 
 class Ruler:
-    """Samples of one text for one tokenizer: the same for the same seed, on any machine, with the
-    same needles at the same depths in all lengths.
+    """Makes samples from one text for one tokenizer.
+
+    One seed gives the same samples on any machine, with the same needles at the same depths in all
+    lengths.
 
     Args:
-        tokenizer: what lengths are counted by, with the tokens that it adds.
-        documents: the haystack, and where common words are drawn from.
+        tokenizer: counts the lengths, including the special tokens that it adds.
+        documents: the haystack, and the source of common words.
+        seed: the seed of all samples.
 
     Raises:
-        UserError: if they have no words.
+        UserError: if the documents have no words.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seed: int = 0):
@@ -64,8 +68,8 @@ class Ruler:
             raise UserError("RULER: the text has no words")
 
     def sample(self, task: str, length: int, index: int = 0) -> Sample:
-        """The sample number `index` of one of `TASKS`: the longest whose prompt and answer fit into
-        `length` tokens.
+        """Returns sample number `index` of one of `TASKS`: the longest whose prompt and answer fit
+        into `length` tokens.
 
         Raises:
             UserError: if there is no such task, the length is too short for it, or the text has too
@@ -94,10 +98,16 @@ class Ruler:
 def largest_that_fits(
     tokens: Callable[[int], int], budget: int, smallest: int, largest: int
 ) -> int | None:
-    """The largest size of at most `budget` tokens, or `None` if there is none.
+    """Returns the largest size with at most `budget` tokens, or `None` if there is none.
 
-    Tokens are all but proportional to the size, so a line through two sizes finds it in a few
-    steps; what it has not found by then, halving does.
+    The number of tokens is nearly proportional to the size, so linear interpolation finds the size
+    in a few steps. If it does not, bisection takes over.
+
+    Args:
+        tokens: counts the tokens at a size.
+        budget: how many tokens there may be.
+        smallest: the smallest size.
+        largest: the largest size.
     """
     low, high = smallest, largest + 1
     at_low, at_high = tokens(low), None
@@ -112,18 +122,21 @@ def largest_that_fits(
         else:
             guess = low + (budget - at_low) * (high - low) // (at_high - at_low)
         guess = min(max(guess, low + 1), high - 1)
-        if (found := tokens(guess)) <= budget:
-            low, at_low = guess, found
+        if (at_guess := tokens(guess)) <= budget:
+            low, at_low = guess, at_guess
         else:
-            high, at_high = guess, found
+            high, at_high = guess, at_guess
         steps += 1
     return low
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A sample of any size: `prompt(size)`, with sizes from `smallest`, where the task has an
-    answer, to `largest`."""
+    """A sample whose size is still open.
+
+    `prompt(size)` accepts sizes from `smallest`, the first at which the task has an answer, to
+    `largest`. The other fields are those of `Sample`.
+    """
 
     prompt: Callable[[int], str]
     answers: tuple[str, ...]
@@ -133,7 +146,8 @@ class _Draft:
     smallest: int = 1
 
 
-# Of `Random`, Python promises that `random()` alone stays what it is from version to version.
+# Python promises that `Random.random()` stays the same in all versions, and promises it of no other
+# method.
 def _shuffled(rng: Random, items: Sequence[T]) -> list[T]:
     return sorted(items, key=lambda _: rng.random())
 
@@ -147,12 +161,12 @@ def _number(rng: Random, digits: int) -> str:
 
 
 def _distinct(count: int, draw: Callable[[], str], avoid: str = "") -> list[str]:
-    """Different ones, none of which occurs in what is to be avoided, in upper or lower case."""
-    drawn: dict[str, None] = {}
-    while len(drawn) < count:
-        if (one := draw()).lower() not in avoid.lower():
-            drawn[one] = None
-    return list(drawn)
+    """Draws `count` different strings that do not occur in `avoid`, in upper or lower case."""
+    strings: dict[str, None] = {}
+    while len(strings) < count:
+        if (drawn := draw()).lower() not in avoid.lower():
+            strings[drawn] = None
+    return list(strings)
 
 
 @dataclass(frozen=True)
@@ -161,9 +175,9 @@ class _Text:
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """The different plain words, in the order of the alphabet."""
-        found = {word.strip(string.punctuation).lower() for word in self.words}
-        return sorted(filter(re.compile(r"[a-z]{4,12}").fullmatch, found))
+        """The different words of 4 to 12 plain letters, in alphabetical order."""
+        stripped = {word.strip(string.punctuation).lower() for word in self.words}
+        return sorted(filter(re.compile(r"[a-z]{4,12}").fullmatch, stripped))
 
 
 _NOISE = (
@@ -247,7 +261,8 @@ def _needles(
     values: int = 1,
     queries: int = 1,
 ) -> _Draft:
-    """`keys` with `values` numbers of 7 digits each, of which `queries` keys are asked for."""
+    """Makes a task of `keys` keys with `values` numbers of 7 digits each; the prompt asks for the
+    numbers of `queries` keys."""
     pairs = [f"{adjective}-{noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
     names = _shuffled(rng, pairs)[:keys]
     numbers = _distinct(keys * values, lambda: _number(rng, 7))
@@ -265,22 +280,22 @@ def _needles(
         context = ("\n" if noise else " ").join(_hidden(units, needles, depths))
         return template.format(context=context, query=query)
 
-    asked = numbers[: queries * values]
-    return _Draft(prompt, tuple(asked), 128, ", ".join(asked), largest=length)
+    answers = numbers[: queries * values]
+    return _Draft(prompt, tuple(answers), 128, ", ".join(answers), largest=length)
 
 
 def _variable_tracking(rng: Random, text: _Text, length: int) -> _Draft:
-    """One chain of assignments in noise, after a small example of the same task."""
-    example, shown = _chain(rng, letters=3)
-    answers, asked = _chain(rng, letters=5)
-    shot = f"{shown(2 * len(_NOISE))} {' '.join(example)}\n\n"
+    """Makes a task with one chain of assignments in noise, after a small example of the task."""
+    example_answers, example_prompt = _chain(rng, letters=3)
+    answers, prompt = _chain(rng, letters=5)
+    example = f"{example_prompt(2 * len(_NOISE))} {' '.join(example_answers)}\n\n"
     return _Draft(
-        lambda size: shot + asked(size), tuple(answers), 30, " ".join(answers), largest=length
+        lambda size: example + prompt(size), tuple(answers), 30, " ".join(answers), largest=length
     )
 
 
 def _chain(rng: Random, letters: int) -> tuple[list[str], Callable[[int], str]]:
-    """The names of the variables, and the task in noise of any size."""
+    """Returns the names of the variables, and a function that makes the prompt of a size."""
     avoid = _TRACKING + " ".join(_NOISE)
     names = _distinct(_HOPS + 1, lambda: _code(rng, string.ascii_uppercase, letters), avoid)
     value, depths = _number(rng, 5), sorted(rng.random() for _ in names)
@@ -295,28 +310,29 @@ def _chain(rng: Random, letters: int) -> tuple[list[str], Callable[[int], str]]:
 
 
 def _common_words(rng: Random, text: _Text, length: int) -> _Draft:
-    """Ten words of the text occur 30 times in a list and the others 3 times; below 4096 tokens 6
-    times and once. The example before it has other words."""
+    """Makes a list in which ten words of the text occur 30 times each and others 3 times each, or 6
+    times and once below 4096 tokens. The example before the list has other words."""
     pool = _shuffled(rng, [word for word in text.vocabulary if word not in _COMMON.lower()])
     short = length < 4096
     example_size, example_repeats = (20, (3, 1)) if short else (40, (10, 3))
     repeats = (6, 1) if short else (30, 3)
-    example, pool = pool[:example_size], pool[example_size:]
+    example_words, pool = pool[:example_size], pool[example_size:]
     answers = _unlike(pool, 10)
-    rest = [word for word in pool if not any(answer in word for answer in answers)]
+    others = [word for word in pool if not any(answer in word for answer in answers)]
     order = f"{rng.random()}"
 
-    def listed(common: Sequence[str], others: Sequence[str], repeats: tuple[int, int]) -> str:
-        words = [*common] * repeats[0] + [*others] * repeats[1]
+    def listed(common: Sequence[str], rare: Sequence[str], repeats: tuple[int, int]) -> str:
+        words = [*common] * repeats[0] + [*rare] * repeats[1]
         return _COMMON.format(context=_numbered(_shuffled(Random(order), words)))
 
-    shot = listed(example[:10], example[10:], example_repeats) + f" {_numbered(example[:10])}\n"
+    common, rare = example_words[:10], example_words[10:]
+    example = listed(common, rare, example_repeats) + f" {_numbered(common)}\n"
     return _Draft(
-        lambda size: shot + listed(answers, rest[:size], repeats),
+        lambda size: example + listed(answers, others[:size], repeats),
         tuple(answers),
         120,
         _numbered(answers),
-        largest=len(rest),
+        largest=len(others),
     )
 
 
@@ -325,8 +341,8 @@ def _numbered(words: Sequence[str]) -> str:
 
 
 def _frequent_words(rng: Random, text: _Text, length: int) -> _Draft:
-    """Coded words of which the k-th occurs in proportion to 1 / k**2; the first is a row of dots,
-    and the three after it are the answers."""
+    """Makes a text of coded words, of which the k-th occurs in proportion to 1 / k**2. The first is
+    a row of dots, and the next three are the answers."""
     letters = string.ascii_lowercase
     codes = _distinct(_CODES, lambda: _code(rng, letters, 6), _FREQUENT)
     ranked, order = ["...", *codes], f"{rng.random()}"
@@ -336,17 +352,17 @@ def _frequent_words(rng: Random, text: _Text, length: int) -> _Draft:
         words = [word for word, count in zip(ranked, counts, strict=True) for _ in range(count)]
         return _FREQUENT.format(context=" ".join(_shuffled(Random(order), words)))
 
-    # From 74 words on the fourth of the ranks is more frequent than the fifth.
+    # From size 74 on, the fourth rank is more frequent than the fifth, so the answers are unique.
     return _Draft(
         prompt, tuple(codes[:3]), 50, ", ".join(codes[:3]), largest=2 * length, smallest=74
     )
 
 
 def _unlike(words: Sequence[str], count: int) -> list[str]:
-    """The first words none of which is part of another."""
+    """Returns the first `count` words of which none contains another."""
     chosen: list[str] = []
     for word in words:
-        if len(chosen) < count and not any(word in one or one in word for one in chosen):
+        if len(chosen) < count and not any(word in other or other in word for other in chosen):
             chosen.append(word)
     return chosen
 
@@ -356,16 +372,17 @@ def _cycled(units: Sequence[str], start: int, size: int) -> list[str]:
 
 
 def _hidden(units: list[str], needles: Sequence[str], depths: Sequence[float]) -> list[str]:
-    """The units with needles between sentences, each at its depth in [0, 1)."""
+    """Inserts the needles between sentences, each at its depth in [0, 1), and returns the units."""
     places = [_sentence_end(units, int(depth * (len(units) + 1))) for depth in depths]
-    # From the end, so that places stay what they are, and the first of two at one place is first.
+    # Inserting from the end keeps the remaining places valid, and the order of needles that share
+    # a place.
     for index in sorted(range(len(needles)), key=lambda i: (places[i], i), reverse=True):
         units.insert(places[index], needles[index])
     return units
 
 
 def _sentence_end(units: Sequence[str], place: int) -> int:
-    """The first end of a sentence from a place on; the place itself where there is none near."""
+    """Returns the first sentence end at or after a place, or the place itself if none is near."""
     for end in range(place, min(place + _LONGEST_SENTENCE, len(units)) + 1):
         if end == 0 or units[end - 1].rstrip("\"')]*_\u201d\u2019").endswith((".", "!", "?")):
             return end

@@ -1,4 +1,4 @@
-"""Attention sinks, activations, gates, head loads and predictions: what is always measured."""
+"""Measures what every run has: attention sinks, activations, gates, head loads and predictions."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from retrofit.measure.attention_hooks import LayerStatistics, probe
+from retrofit.measure.attention_hooks import LayerStatistics, collect_layer_statistics
 from retrofit.measure.copied import copied_nats
 from retrofit.measure.evaluation import MeasuredModel, Track, unwrapped
 from retrofit.measure.metrics import PredictionStatistics
@@ -27,11 +27,20 @@ def measure_sinks(
     base: PredictionStatistics | None,
     track: Track,
 ) -> tuple[SinksFigures, PredictionStatistics]:
-    """The `metrics` and `per_layer` of one model over windows `[windows, T]`, what it needs to copy
-    their text, and what it predicts.
+    """Measures one model over windows of tokens.
+
+    Args:
+        measured: the model.
+        input_ids: the windows, `[windows, T]`.
+        batch_size: windows in a forward pass.
+        base: the base's predictions of the same windows; `None` for the base itself.
+        track: shows the progress.
+
+    Returns:
+        The figures, and the predictions that later models are compared with.
 
     Raises:
-        UserError: if what it predicts is not finite.
+        UserError: if the predictions are not finite.
     """
     batches = track(input_ids.split(batch_size), "sinks")
     layers, predictions = read_model(measured.model, batches, base)
@@ -53,9 +62,9 @@ def read_model(
     batches: Iterable[torch.Tensor],
     base: PredictionStatistics | None,
 ) -> tuple[list[LayerStatistics], PredictionStatistics]:
-    """Run a model over batches of windows `[batch, T]`, and gather what each layer shows and what
-    the model predicts."""
-    with probe(unwrapped(model).eval()) as layers:
+    """Run a model over batches of windows `[batch, T]`, and return the statistics of each layer and
+    those of the predictions."""
+    with collect_layer_statistics(unwrapped(model).eval()) as layers:
         predictions = predict(model, batches, base)
     return layers, predictions
 
@@ -63,28 +72,28 @@ def read_model(
 def summarize(
     layers: list[LayerStatistics], predictions: PredictionStatistics
 ) -> dict[str, float | None]:
-    """The figures of one model: means over the layers that have them. `sink_share` is there only
-    where there are sink logits."""
+    """Returns the metrics of one model, which are means over the layers that have them.
+    `sink_share` is among them only for a model with sink logits."""
     attention = [layer.attention for layer in layers if layer.attention]
     gates = [layer.gate for layer in layers if layer.gate]
     activations = [layer.activation for layer in layers]
-    inputs = [layer.down_proj for layer in layers if layer.down_proj]
+    down_proj = [layer.down_proj for layer in layers if layer.down_proj]
     column_share = torch.stack([a.column_share for a in attention]).mean(0)
-    taken = [a.sink_share for a in attention if a.sink_share is not None]
+    sink_share = [a.sink_share for a in attention if a.sink_share is not None]
     return {
         "f_attn": _mean(a.f_attn for a in attention),
         "peak_column_share": column_share.max().item(),
         "peak_column_position": int(column_share.argmax()),
         "peak_share_per_head": _mean(a.peak_share_per_head for a in attention),
         "sink_ratio": _mean(a.sink_ratio for a in attention),
-        **({"sink_share": _mean(taken)} if taken else {}),
+        **({"sink_share": _mean(sink_share)} if sink_share else {}),
         "max_activation": _mean(a.largest for a in activations),
         "max_activation_first_token": _mean(a.largest_first_token for a in activations),
         "max_activation_any_window": _mean(a.largest_of_all for a in activations),
         "kurtosis": _mean(a.kurtosis for a in activations),
         "outlier_share": _mean(a.outlier_share for a in activations),
-        "down_proj_max_activation": _mean(a.largest for a in inputs),
-        "down_proj_kurtosis": _mean(a.kurtosis for a in inputs),
+        "down_proj_max_activation": _mean(a.largest for a in down_proj),
+        "down_proj_kurtosis": _mean(a.kurtosis for a in down_proj),
         "gate_score": _mean(gate.score for gate in gates),
         "gate_below_0.1": _mean(gate.below_a_tenth for gate in gates),
         "head_load_cv": _mean(a.head_load_cv for a in attention),
@@ -95,21 +104,21 @@ def summarize(
 
 
 def by_layer(layers: list[LayerStatistics]) -> dict[str, list]:
-    """The same figures by decoder layer, `None` where a layer has no such part, the loads of its
-    heads, and the mean share of each of the first key positions."""
+    """Returns the metrics by decoder layer, with `None` where a layer lacks the part. The loads of
+    all heads and the mean share of each of the first keys come with them."""
     attention = [layer.attention for layer in layers]
     gates = [layer.gate for layer in layers]
-    inputs = [layer.down_proj for layer in layers]
-    taken = [a and a.sink_share for a in attention]
+    down_proj = [layer.down_proj for layer in layers]
+    sink_share = [a and a.sink_share for a in attention]
     return {
         "f_attn": [a and a.f_attn for a in attention],
         "peak_column_share": [a and a.column_share.max().item() for a in attention],
-        **({"sink_share": taken} if any(share is not None for share in taken) else {}),
+        **({"sink_share": sink_share} if any(s is not None for s in sink_share) else {}),
         "max_activation": [layer.activation.largest for layer in layers],
         "kurtosis": [layer.activation.kurtosis for layer in layers],
         "outlier_share": [layer.activation.outlier_share for layer in layers],
-        "down_proj_max_activation": [a and a.largest for a in inputs],
-        "down_proj_kurtosis": [a and a.kurtosis for a in inputs],
+        "down_proj_max_activation": [a and a.largest for a in down_proj],
+        "down_proj_kurtosis": [a and a.kurtosis for a in down_proj],
         "gate_score": [gate and gate.score for gate in gates],
         "gate_histogram": [gate and gate.histogram for gate in gates],
         "head_load_cv": [a and a.head_load_cv for a in attention],

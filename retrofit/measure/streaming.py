@@ -1,12 +1,13 @@
-"""Streaming: perplexity of a long text read through a cache that holds only the last tokens.
+"""Measures the perplexity of a long text that is read through a cache of only the last tokens.
 
-What is not in the cache is gone for all layers, but what is there was computed when its own
-neighbours were. So a pass over the text with a band for a mask gives what reading it token by token
-through an evicting cache gives, in a fraction of the time; the test does both.
+An evicted token is gone for all layers, but the keys and values that are still in the cache were
+computed while their own neighbours were there. One pass over the text with a banded mask therefore
+gives the same result as reading token by token through an evicting cache, in a fraction of the
+time; the test does both.
 
-The first tokens are evicted too (`window`), or a few are kept (`kept_sinks`, StreamingLLM,
-arXiv:2309.17453): these stand before the others at their place *in the cache*, as if nothing had
-ever been between.
+The first tokens are evicted too (`window`), or a few of them are kept (`kept_sinks`, StreamingLLM,
+arXiv:2309.17453). Kept tokens have the positions of their place *in the cache*, as if no text had
+ever been between them and the recent tokens.
 """
 
 import sys
@@ -34,12 +35,13 @@ _BINS = 16
 
 @dataclass(frozen=True)
 class Streaming:
-    """
+    """Measures a model that reads through a short cache.
+
     Attributes:
-        cache: how many tokens it holds, the newest included.
-        sinks: how many of them are the text's first, where those are kept.
-        length: tokens of a text.
-        windows: texts, at most.
+        cache: how many tokens the cache holds, including the newest.
+        sinks: how many of the cached tokens are the first of the text, where those are kept.
+        length: tokens of a window.
+        windows: how many windows at most.
     """
 
     cache: Count = 512
@@ -56,11 +58,12 @@ class Streaming:
             )
 
     def measure(self, measured: MeasuredModel, track: Track) -> StreamingFigures:
-        """Perplexity from position `cache` on, where tokens have gone, with the whole text in the
-        cache (`full`), the last tokens alone, and with the first ones kept.
+        """Returns the perplexity from position `cache` on, where tokens have been evicted: with the
+        whole text in the cache (`full`), with only the last tokens, and with the first ones kept.
 
         Raises:
-            UserError: if the text is too short, or the model's attention slides by itself.
+            UserError: if the text is too short or longer than the model reads, or if the model has
+                sliding-window attention or layers with different RoPE.
         """
         model = measured.inner
         self._check(measured)
@@ -70,14 +73,17 @@ class Streaming:
         for kind, sinks in (("full", None), ("window", 0), ("kept_sinks", self.sinks)):
             with _cached(model, self.cache, sinks):
                 nll[kind] = predict(model, track(windows, f"streaming, {kind}")).nll
-        evicted = {kind: each[:, self.cache - 1 :] for kind, each in nll.items()}
+        # [windows, T - cache] of each kind of cache
+        after_eviction = {kind: values[:, self.cache - 1 :] for kind, values in nll.items()}
         return StreamingFigures(
             cache=self.cache,
             sinks=self.sinks,
             from_position=self.cache,
-            perplexity=ByCache(**{kind: _perplexity(each) for kind, each in evicted.items()}),
+            perplexity=ByCache(
+                **{kind: _perplexity(values) for kind, values in after_eviction.items()}
+            ),
             nll_by_window=NllByCache(
-                **{kind: each.mean(-1).tolist() for kind, each in evicted.items()}
+                **{kind: values.mean(-1).tolist() for kind, values in after_eviction.items()}
             ),
             by_position=Curves(**_by_position(nll)),
         )
@@ -97,6 +103,8 @@ class Streaming:
 
 @contextmanager
 def _cached(model: PreTrainedModel, cache: int, sinks: int | None) -> Iterator[None]:
+    """Run the model as if it read through a cache of `cache` tokens, the first `sinks` of the text
+    among them; with the whole text in the cache if `sinks` is `None`."""
     if sinks is None:
         with without_matrices(model):
             yield
@@ -111,8 +119,8 @@ def _cached(model: PreTrainedModel, cache: int, sinks: int | None) -> Iterator[N
             moved = _rotated(model, query, (cache - 1 - positions).clamp(max=0))
         else:
             moved = query
-        output, found = streamed_attention(query, moved, key, value, scaling, cache, sinks)
-        return beside_slots(output, found, slots(s_aux, sink)), None
+        output, log_sum_exp = streamed_attention(query, moved, key, value, scaling, cache, sinks)
+        return beside_slots(output, log_sum_exp, slots(s_aux, sink)), None
 
     with attention_replaced(model, attention):
         yield
@@ -127,51 +135,62 @@ def streamed_attention(
     cache: int,
     sinks: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each query to the last `cache - sinks` tokens, itself included, and to the first
-    `sinks`, in O(block * (cache + block)) memory a head.
+    """Computes the attention of each query to the last `cache - sinks` tokens, itself included, and
+    to the first `sinks` tokens, in O(block * (cache + block)) memory per head.
 
     Args:
         query_states: `[batch, heads, T, head_dim]`, after RoPE.
-        moved_states: the same, rotated to where the query stands in the cache: for the first keys.
+        moved_states: the queries rotated to their positions in the cache, from where they see the
+            first keys, `[batch, heads, T, head_dim]`.
         key_states: `[batch, kv_heads, T, head_dim]`, after RoPE.
         value_states: `[batch, kv_heads, T, head_dim]`.
+        scaling: factor of the logits.
+        cache: how many tokens a query sees, itself included.
+        sinks: how many of these tokens are the first of the text.
 
     Returns:
-        `[batch, T, heads, head_dim]`, and the log-sum-exp of the logits `[batch, heads, T]`.
+        The output `[batch, T, heads, head_dim]`, and the log-sum-exp of the logits
+        `[batch, heads, T]`.
     """
     recent, length = cache - sinks, query_states.shape[2]
     groups = (key_states.shape[1], -1)
-    queries, moved = (each.unflatten(1, groups) for each in (query_states, moved_states))
+    # [batch, kv_heads, groups, T, head_dim]
+    queries, moved = query_states.unflatten(1, groups), moved_states.unflatten(1, groups)
+    # [batch, kv_heads, 1, T, head_dim]
     keys, values = key_states.unsqueeze(2), value_states.unsqueeze(2)
-    outputs, found = [], []
+    outputs, log_sum_exp = [], []
     for start in range(0, length, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, length)
         low = max(0, start - recent + 1)
-        distance = _distance(start, end, low, end, queries.device)
+        distance = _distance(start, end, low, end, queries.device)  # [block, end - low]
+        # [batch, kv_heads, groups, block, end - low]
         near = queries[:, :, :, start:end] @ keys[..., low:end, :].mT
         near = near.masked_fill((distance < 0) | (distance >= recent), -torch.inf)
-        # A first token that is among the last ones is read there.
-        gone = _distance(start, end, 0, sinks, queries.device) >= recent
+        # A first token that is still among the recent ones is read only there.
+        evicted = _distance(start, end, 0, sinks, queries.device) >= recent  # [block, sinks]
+        # [batch, kv_heads, groups, block, sinks]
         first = moved[:, :, :, start:end] @ keys[..., :sinks, :].mT
-        logits = torch.cat([first.masked_fill(~gone, -torch.inf), near], -1).float() * scaling
+        logits = torch.cat([first.masked_fill(~evicted, -torch.inf), near], -1).float() * scaling
         weights = logits.softmax(-1).to(values.dtype)
-        seen = torch.cat([values[..., :sinks, :], values[..., low:end, :]], -2)
-        outputs.append((weights @ seen).flatten(1, 2))
-        found.append(logits.logsumexp(-1).flatten(1, 2))
-    return torch.cat(outputs, 2).transpose(1, 2), torch.cat(found, -1)
+        seen_values = torch.cat([values[..., :sinks, :], values[..., low:end, :]], -2)
+        outputs.append((weights @ seen_values).flatten(1, 2))  # [batch, heads, block, head_dim]
+        log_sum_exp.append(logits.logsumexp(-1).flatten(1, 2))  # [batch, heads, block]
+    return torch.cat(outputs, 2).transpose(1, 2), torch.cat(log_sum_exp, -1)
 
 
 def _distance(start: int, end: int, low: int, high: int, device: torch.device) -> torch.Tensor:
-    """How far the keys `low..high` lie behind the queries `start..end`."""
+    """Returns how far the keys `low..high` are behind the queries `start..end`,
+    `[end - start, high - low]`."""
     queries = torch.arange(start, end, device=device)
     return queries[:, None] - torch.arange(low, high, device=device)
 
 
 def _rotated(model: PreTrainedModel, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """RoPE, once more, by `positions` that are added to those that the states have."""
+    """Applies RoPE once more, which adds `positions` `[T]` to those of the states
+    `[batch, heads, T, head_dim]`."""
     rotary: Any = model.get_decoder().rotary_emb
     cos, sin = (part / rotary.attention_scaling for part in rotary(states, positions[None]))
-    # Each family has its own, beside its class of positions.
+    # Each family has a function of its own, in the module of its rotary embedding.
     family = sys.modules[type(rotary).__module__]
     return family.apply_rotary_pos_emb(states, states, cos, sin)[0]
 
@@ -181,9 +200,12 @@ def _perplexity(nll: torch.Tensor) -> float:
 
 
 def _by_position(nll: dict[str, torch.Tensor]) -> dict[str, list]:
-    bins = {kind: each.mean(0).tensor_split(_BINS) for kind, each in nll.items()}
-    sizes = [len(each) for each in bins["full"]]
+    bins = {kind: values.mean(0).tensor_split(_BINS) for kind, values in nll.items()}
+    sizes = [len(bin_nll) for bin_nll in bins["full"]]
     ends = torch.tensor(sizes).cumsum(0)
     centers = [int(end - size // 2) for end, size in zip(ends, sizes, strict=True)]
-    curves = {kind: [each.mean().exp().item() for each in cut] for kind, cut in bins.items()}
+    curves = {
+        kind: [bin_nll.mean().exp().item() for bin_nll in kind_bins]
+        for kind, kind_bins in bins.items()
+    }
     return {"positions": centers, **curves}

@@ -1,4 +1,4 @@
-"""The text that models are measured on, as windows of tokens."""
+"""Reads the text that models are measured on, and cuts it into windows of tokens."""
 
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
@@ -13,12 +13,12 @@ from retrofit.utils.text_files import kind_of, read_json_lines, read_text
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a .txt file (one) or a .jsonl file (the `text` of each line), both also as
-    .gz.
+    """Reads the documents of a .txt file, which is one, or of a .jsonl file, which has one in the
+    `text` of each line. Either may be compressed as .gz.
 
     Raises:
-        UserError: if it is missing, of another kind, not UTF-8, or has no text, or a line is not
-            such an object; the message names the line.
+        UserError: if the file is missing, of another kind, not UTF-8, or has no text, or if a line
+            is not an object with a `text`; the message names the line.
     """
     if not path.is_file():
         raise UserError(f"no text file at {path}")
@@ -32,15 +32,15 @@ def read_documents(path: Path) -> list[str]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    problem = RowCheck(["text"])
+    find_problem = RowCheck(["text"])
     for number, row in read_json_lines(path):
-        if found := problem(row):
-            raise UserError(f'{path}, line {number}: {found}; every line must be {{"text": ...}}')
+        if problem := find_problem(row):
+            raise UserError(f'{path}, line {number}: {problem}; every line must be {{"text": ...}}')
         yield row["text"]
 
 
 def _check_name(path: Path) -> None:
-    """Figures are kept with the name of their text, in UTF-8."""
+    """Check that the file's name is UTF-8, because it is stored with the figures."""
     try:
         path.name.encode()
     except UnicodeEncodeError:
@@ -48,7 +48,7 @@ def _check_name(path: Path) -> None:
 
 
 def prepended_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The BOS token where the tokenizer prepends it by default."""
+    """Returns the BOS token if the tokenizer prepends it by default, else `None`."""
     prepends = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return tokenizer.bos_token if prepends else None
 
@@ -56,8 +56,10 @@ def prepended_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def cut_windows(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, windows: int
 ) -> torch.Tensor:
-    """Windows of exactly `length` tokens, `[windows, length]`: the first of every document that is
-    long enough, then the second of each, and so on. If those are too few, the documents are joined.
+    """Returns windows of exactly `length` tokens, `[windows, length]`.
+
+    They are the first window of every document that is long enough, then the second of each, and so
+    on. If these are too few, the windows are cut from all documents joined together.
 
     Raises:
         UserError: if there is less than one window of text.
@@ -65,24 +67,24 @@ def cut_windows(
     bos = [] if prepended_token(tokenizer) is None else [tokenizer.bos_token_id]
     size = length - len(bos)
     joined: list[int] = []
-    long_enough: list[list[list[int]]] = []
+    by_document: list[list[list[int]]] = []  # the windows of each document that is long enough
     for document in documents:
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         joined += ids
         if len(ids) >= size:
-            long_enough.append(_pieces(ids, size))
-        if len(long_enough) == windows:
+            by_document.append(_pieces(ids, size))
+        if len(by_document) == windows:
             break
-    rows = [row for turn in zip_longest(*long_enough) for row in turn if row is not None]
-    if len(rows) < windows:
-        rows = _pieces(joined, size)
+    pieces = [piece for turn in zip_longest(*by_document) for piece in turn if piece is not None]
+    if len(pieces) < windows:
+        pieces = _pieces(joined, size)
     if not joined:
         raise UserError(
             "the tokenizer makes no tokens of the text; put the one there that belongs to the model"
         )
-    if not rows:
+    if not pieces:
         raise UserError(f"the text has {len(joined)} tokens, less than one window of {length}")
-    return torch.tensor([bos + row for row in rows[:windows]])
+    return torch.tensor([bos + piece for piece in pieces[:windows]])
 
 
 def _pieces(ids: list[int], size: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""What `measure` found, for people."""
+"""Presents the results of `measure` to people."""
 
 from retrofit.report.files import write_results
 from retrofit.report.page import write_report

@@ -1,4 +1,4 @@
-"""The kinds of charts of a report, each with words for those who cannot see it."""
+"""Draws the charts of a report, each with a description for readers who cannot see it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,22 +12,28 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from retrofit.report.svg import INK, MISSING, MUTED, drawing, series_color
 from retrofit.report.wording import figure
 
-WIDE, SMALL = 300, 230  # of drawings, in points: of small ones, more stand in a row
+WIDE, SMALL = 300, 230  # widths of drawings in points; more small ones fit in a row
 _MARKERS = "os^DvP"
-_LOG_FROM = 5.0  # times the smallest: less is shown on a linear axis
+_LOG_FROM = 5.0  # the ratio of largest to smallest value from which an axis is logarithmic
 
 
 class Plot(NamedTuple):
+    """A finished chart and its title."""
+
     title: str
     svg: Markup
 
 
 class Line(NamedTuple):
-    """
+    """One line of a line chart, or the bars of one model in a bar chart.
+
     Attributes:
-        series: its color: a model's place in the result.
-        y: `None` where there is nothing, which becomes a gap.
+        name: the name in the chart's description.
+        series: the number of the line's color: a model's place in the result.
+        x: the horizontal positions.
+        y: the values; `None` becomes a gap.
         errors: half the length of each error bar.
+        dashed: whether the line is dashed.
     """
 
     name: str
@@ -39,7 +45,7 @@ class Line(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A figure and the interval that it lies in."""
+    """A figure and its interval."""
 
     name: str
     series: int
@@ -60,18 +66,18 @@ def line_chart(
     limits: tuple[float, float] | None = None,
     width: int = WIDE,
 ) -> Plot:
-    """Lines with markers, and error bars where there are errors.
+    """Draws lines with markers, and error bars where there are errors.
 
     Args:
-        name: unlike that of any other chart on the page.
-        title: above the chart.
-        lines: at least one with a value.
-        x: label of the axis.
-        y: label of the axis.
-        log: where the values differ by enough for it.
-        log_x: with a tick at each place.
-        limits: of `y`, where several charts must have the same.
-        width: in points.
+        name: a name that no other chart on the page has.
+        title: the title above the chart.
+        lines: the lines, at least one of them with a value.
+        x: the label of the horizontal axis.
+        y: the label of the vertical axis.
+        log: make the vertical axis logarithmic if the values differ by enough.
+        log_x: make the horizontal axis logarithmic, with a tick at each place.
+        limits: the limits of the vertical axis, if several charts must have the same.
+        width: the width in points.
     """
 
     def draw(axes: Axes) -> None:
@@ -105,19 +111,19 @@ def heat_map(
     extent: tuple[float, float] | None = None,
     width: int = WIDE,
 ) -> Plot:
-    """A matrix as colors.
+    """Draws a matrix as colors.
 
     Args:
-        name: unlike that of any other chart on the page.
-        title: above the chart.
-        values: by row; a row that is `None` is drawn as missing.
-        x: label of the axis.
-        y: label of the axis.
-        color: label of the color bar.
-        limits: of the colors, which end there.
-        log: whether colors go with the logarithm.
-        extent: of `x`, where it is not the number of the column.
-        width: in points.
+        name: a name that no other chart on the page has.
+        title: the title above the chart.
+        values: the values by row; a row that is `None` is drawn as missing.
+        x: the label of the horizontal axis.
+        y: the label of the vertical axis.
+        color: the label of the color bar.
+        limits: the values of the first and the last color; values beyond get the same colors.
+        log: whether colors follow the logarithm of the values.
+        extent: the limits of `x`, if `x` is not the number of the column.
+        width: the width in points.
     """
     columns = max(len(row) for row in values if row)
     matrix = np.full((len(values), columns), np.nan)
@@ -140,7 +146,7 @@ def heat_map(
         bar = axes.figure.colorbar(image, ax=axes, label=color, fraction=0.06, pad=0.03)
         bar.outline.set_visible(False)
         if log:
-            bar.ax.yaxis.set_major_formatter(_plainly)
+            bar.ax.yaxis.set_major_formatter(_plain_numbers)
             bar.ax.yaxis.set_minor_locator(NullLocator())
 
     label = f"{title}. Heat map of {color} by {x} and {y}: {_extremes(matrix)}."
@@ -150,14 +156,15 @@ def heat_map(
 def bar_chart(
     name: str, title: str, groups: Sequence[str], lines: Sequence[Line], *, y: str
 ) -> Plot:
-    """Bars beside each other for each group. `lines` have the group's number as `x`."""
+    """Draws the bars of all lines beside each other in each group. The `x` of a line holds the
+    numbers of the groups."""
 
     def draw(axes: Axes) -> None:
-        thick = 0.8 / len(lines)
+        thickness = 0.8 / len(lines)
         for number, line in enumerate(lines):
-            places = np.array(line.x) + (number - (len(lines) - 1) / 2) * thick
+            places = np.array(line.x) + (number - (len(lines) - 1) / 2) * thickness
             axes.barh(
-                places, np.array(line.y, dtype=float), 0.88 * thick, xerr=line.errors,
+                places, np.array(line.y, dtype=float), 0.88 * thickness, xerr=line.errors,
                 color=series_color(line.series), error_kw={"ecolor": INK, "elinewidth": 1},
             )  # fmt: skip
         axes.axvline(0, color=MUTED, linewidth=1)
@@ -174,7 +181,8 @@ def bar_chart(
 
 
 def span_chart(name: str, title: str, spans: Sequence[Span], *, x: str, at: float) -> Plot:
-    """Points with intervals, each a row, and a line at what would be no difference."""
+    """Draws a row with a point and its interval for each span, and a line at `at`, the value that
+    means no difference."""
 
     def draw(axes: Axes) -> None:
         axes.axvline(at, color=MUTED, linewidth=1, linestyle="--")
@@ -188,18 +196,18 @@ def span_chart(name: str, title: str, spans: Sequence[Span], *, x: str, at: floa
         axes.set_xlabel(x)
         axes.tick_params(axis="y", length=0)
 
-    told = "; ".join(
+    description = "; ".join(
         f"{span.name} {figure(span.value)} ({figure(span.low)} to {figure(span.high)})"
         for span in spans
     )
-    return Plot(title, drawing(name, f"{title}. {told}.", draw, WIDE, 60 + 26 * len(spans)))
+    return Plot(title, drawing(name, f"{title}. {description}.", draw, WIDE, 60 + 26 * len(spans)))
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
     color, values = series_color(line.series), np.array(line.y, dtype=float)
     style: dict[str, Any]
     if line.series == 0 and not line.dashed:
-        # Broad and pale, so that a model that did not move is seen to lie on its base.
+        # The base is broad and pale, so that a line that covers it stays visible with it.
         style = {"linewidth": 5, "alpha": 0.45, "solid_capstyle": "round"}
     else:
         style = {"linewidth": 1.6, "marker": _marker(line.series), "markersize": 3.5}
@@ -224,11 +232,11 @@ def _log_scale(axes: Axes, ratio: float) -> None:
     within_decades = (1.0, 2.0, 5.0) if ratio < 200 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=within_decades, numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(_plainly)
+    axes.yaxis.set_major_formatter(_plain_numbers)
 
 
-# Powers of ten in mathematical type would be in a font that a page does not have.
-_plainly = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+# Matplotlib would set powers of ten in a mathematical font, which a page does not have.
+_plain_numbers = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
 
 
 def _marker(series: int) -> str:
@@ -240,12 +248,12 @@ def _shortened(name: str) -> str:
 
 
 def _ranges(lines: Sequence[Line]) -> str:
-    told = []
+    ranges = []
     for line in lines:
-        known = [value for value in line.y if value is not None]
-        if known:
-            told.append(f"{line.name} from {figure(min(known))} to {figure(max(known))}")
-    return "; ".join(told)
+        values = [value for value in line.y if value is not None]
+        if values:
+            ranges.append(f"{line.name} from {figure(min(values))} to {figure(max(values))}")
+    return "; ".join(ranges)
 
 
 def _extremes(matrix: np.ndarray) -> str:

@@ -1,6 +1,6 @@
-"""What the typed figures of an evaluation are made of, as they stand in JSON.
+"""The types that the figures of an evaluation are built from, as they are in JSON.
 
-Text is no number, and no number is NaN or infinite.
+A text is not accepted as a number, and no number may be NaN or infinite.
 """
 
 from collections.abc import Iterable, Sized
@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 Positive = Annotated[FiniteFloat, Field(gt=0)]
-Log = Annotated[FiniteFloat, Field(ge=-300, le=300)]  # exp() of it is a number.
+Log = Annotated[FiniteFloat, Field(ge=-300, le=300)]  # Its exp() is finite.
 Numbers = Annotated[list[FiniteFloat], Field(min_length=1)]
 Length = Annotated[str, Field(pattern=r"^\d{1,9}$")]  # A number of tokens, as a key.
 
@@ -28,13 +28,14 @@ class Estimate(Figures):
 
 
 def check_same_length(what: str, lists: Iterable[Sized | None]) -> None:
-    """
+    """Check that lists have the same length.
+
     Args:
-        what: is said to be of different lengths.
-        lists: those that are `None` are not there.
+        what: what the error message calls the lists.
+        lists: the lists; `None` stands for a list that is not there.
 
     Raises:
-        ValueError: if they are.
+        ValueError: if the lengths differ.
     """
     if len({len(values) for values in lists if values is not None}) > 1:
         raise ValueError(f"{what} are not of the same length")

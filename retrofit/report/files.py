@@ -1,4 +1,4 @@
-"""What `measure` found, in the files that a command was asked for."""
+"""Writes the results of `measure` into the files that a command was asked for."""
 
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ def write_results(
     report: Path | None = None,
     picture: Path | None = None,
 ) -> None:
-    """Write each file that is named; the JSON file last, so that where it is all are.
+    """Write each file that is named.
+
+    The JSON file is written last: where it exists, all files do.
 
     Args:
-        result: from `measure`, or joined from several.
-        json: for the figures.
-        report: for a page for the browser.
-        picture: for a PNG.
+        result: a result of `measure`, or one joined from several.
+        json: the file for the figures.
+        report: the file for the page for the browser.
+        picture: the file for the PNG.
 
     Raises:
-        UserError: if one cannot be written.
+        UserError: if a file cannot be written.
     """
     for path, write in ((report, write_report), (picture, plot), (json, _write_json)):
         if path:

@@ -1,4 +1,4 @@
-"""What is said of a difference between two models, and whether it is more than noise."""
+"""Describes a difference between two models, and judges whether it is more than noise."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,11 +10,12 @@ from retrofit.report.wording import change, figure
 
 Outcome = Literal["better", "worse", "moved", "same"]  # What moved is neither better nor worse.
 OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "moved", "same")
-# Relative changes up to which something is said to be as it was.
+# A relative change up to these counts as none.
 UNCHANGED = 0.05
 PERPLEXITY_UNCHANGED = 0.01
 COST_UNCHANGED = 0.01
-# A factor, of what zeroing heads costs: which heads are drawn makes that much of a difference.
+# The cost of zeroing heads may change by this factor, because it depends that much on which random
+# heads are drawn.
 HEADS_UNCHANGED = 2.0
 CRITERIA = (
     "unchanged: within 5%, perplexity and cost within 1%, nats within 0.01, zeroed heads within a "
@@ -24,8 +25,11 @@ CRITERIA = (
 
 
 class Finding(NamedTuple):
-    """What is said of one thing that was measured; of things with several sides, such as
-    quantization with its schemes, there is one for each outcome that some of them have."""
+    """The verdict on one subject of the measurement.
+
+    A subject with several items, such as the schemes of quantization, has a finding for each
+    outcome among its items.
+    """
 
     subject: str
     outcome: Outcome
@@ -37,7 +41,7 @@ class Finding(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What is said of one side of something."""
+    """The verdict on one figure of a subject."""
 
     outcome: Outcome
     text: str
@@ -45,9 +49,10 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, of the model less the base.
+    """A mean difference, the model's figure less the base's.
 
     Attributes:
+        value: the mean difference.
         stderr: its standard error; `None` if it is not known.
     """
 
@@ -58,7 +63,7 @@ class Difference:
     def is_noise(self) -> bool:
         return self.stderr is not None and abs(self.value) < 2 * self.stderr
 
-    def told(self, decimals: int) -> str:
+    def formatted(self, decimals: int) -> str:
         if self.stderr is None:
             return f"{self.value:+.{decimals}f}"
         noise = f"± {self.stderr:.{decimals}f}{', within noise' if self.is_noise else ''}"
@@ -66,23 +71,30 @@ class Difference:
 
 
 def paired(base: Sequence[float], model: Sequence[float]) -> Difference:
-    """The mean of `model[i] - base[i]` and its standard error, `std / sqrt(n)` with `n - 1` in the
-    denominator of the variance: the noise that the windows share falls out."""
+    """Returns the mean of `model[i] - base[i]` and its standard error.
+
+    The standard error is `std / sqrt(n)`, with `n - 1` in the denominator of the variance. Noise
+    that both models share, such as that of the windows, cancels out.
+    """
     differences = [after - before for before, after in zip(base, model, strict=True)]
-    several = len(differences) > 1
-    stderr = stdev(differences) / math.sqrt(len(differences)) if several else None
+    has_stderr = len(differences) > 1
+    stderr = stdev(differences) / math.sqrt(len(differences)) if has_stderr else None
     return Difference(fmean(differences), stderr)
 
 
 def independent(value: float, *stderrs: float | None) -> Difference:
-    """A sum of figures whose errors are taken as independent. They share a text, so that this is
-    more than the noise really is: it calls nothing a difference that is none."""
-    known = [stderr for stderr in stderrs if stderr is not None]
-    return Difference(value, math.hypot(*known) if len(known) == len(stderrs) else None)
+    """Returns a difference whose standard error combines several errors as if they were
+    independent.
+
+    The figures share a text, so this overestimates the noise: it does not call noise a difference.
+    """
+    known_stderrs = [stderr for stderr in stderrs if stderr is not None]
+    all_known = len(known_stderrs) == len(stderrs)
+    return Difference(value, math.hypot(*known_stderrs) if all_known else None)
 
 
 def grouped(subject: str, items: Iterable[Item]) -> list[Finding]:
-    """A finding for each outcome that some of the items have."""
+    """Returns a finding for each outcome among the items."""
     by_outcome: dict[Outcome, list[str]] = {outcome: [] for outcome in OUTCOMES}
     for outcome, text in items:
         by_outcome[outcome].append(text)
@@ -91,48 +103,65 @@ def grouped(subject: str, items: Iterable[Item]) -> list[Finding]:
     ]
 
 
-def lower(label: str, before: float, after: float) -> Item:
-    """Of what is better when it is less, without a noise that would be known."""
+def lower_is_better(label: str, before: float, after: float) -> Item:
+    """Judges a figure that is better when it is smaller and whose noise is not known."""
     if not before:
         moved = f"{label} {figure(before)} -> {figure(after)}".lstrip()
         return Item("worse" if after else "same", moved)
     ratio = after / before
-    return item(label, figure(before), figure(after), Difference(ratio - 1), ratio, UNCHANGED)
+    return ratio_item(label, figure(before), figure(after), Difference(ratio - 1), ratio, UNCHANGED)
 
 
-def higher(label: str, difference: Difference, decimals: int) -> Item:
-    """Of what is better when it is more, such as an accuracy."""
+def higher_is_better(label: str, difference: Difference, decimals: int) -> Item:
+    """Judges a figure that is better when it is larger, such as an accuracy."""
     same = difference.value == 0 or difference.is_noise
     outcome: Outcome = "better" if difference.value > 0 else "worse"
-    return Item("same" if same else outcome, f"{label} {difference.told(decimals)}")
+    return Item("same" if same else outcome, f"{label} {difference.formatted(decimals)}")
 
 
-def nats(label: str, before: Sequence[float], after: Sequence[float]) -> Item:
-    """Of negative log-likelihoods of the same tokens, which are better when they are less."""
+def nats_item(label: str, before: Sequence[float], after: Sequence[float]) -> Item:
+    """Judges negative log-likelihoods of the same tokens, which are better when smaller."""
     difference = paired(before, after)
     outcome = outcome_of(math.exp(difference.value), difference, PERPLEXITY_UNCHANGED)
     moved = f"{figure(fmean(before))} -> {figure(fmean(after))} nats a token"
-    return Item(outcome, f"{label} {moved}, difference {difference.told(3)}".lstrip())
+    return Item(outcome, f"{label} {moved}, difference {difference.formatted(3)}".lstrip())
 
 
-def costs(label: str, before: float, after: float, difference: Difference) -> Item:
-    """Of what something costs two models, as ratios of perplexities, with the difference of the
-    ratios' logarithms."""
+def cost_item(label: str, before: float, after: float, difference: Difference) -> Item:
+    """Judges what something costs two models.
+
+    Args:
+        label: what has the cost.
+        before: the base's cost, as a ratio of perplexities.
+        after: the model's cost, likewise.
+        difference: the difference of the logarithms of both ratios.
+    """
     outcome = outcome_of(after / before, difference, PERPLEXITY_UNCHANGED)
-    return Item(outcome, f"{label} {change(before)} -> {change(after)}, log {difference.told(3)}")
+    return Item(
+        outcome, f"{label} {change(before)} -> {change(after)}, log {difference.formatted(3)}"
+    )
 
 
-def item(
+def ratio_item(
     label: str, before: str, after: str, difference: Difference, ratio: float, unchanged: float
 ) -> Item:
-    """Of what is better when it is less, in words of its own."""
+    """Judges a figure that is better when it is smaller, with its values already formatted.
+
+    Args:
+        label: what the figure is called.
+        before: the base's value, formatted.
+        after: the model's value, formatted.
+        difference: decides whether the change is noise.
+        ratio: the model's value over the base's.
+        unchanged: the relative change up to which the figure counts as unchanged.
+    """
     moved = "unchanged" if abs(ratio - 1) <= unchanged else change(ratio)
     outcome = outcome_of(ratio, difference, unchanged)
     return Item(outcome, f"{label} {before} -> {after} ({moved})".lstrip())
 
 
 def outcome_of(ratio: float, difference: Difference, unchanged: float) -> Outcome:
-    """Of what is better when it is less."""
+    """Returns the outcome for a figure that is better when it is smaller."""
     if abs(ratio - 1) <= unchanged or difference.is_noise:
         return "same"
     return "better" if ratio < 1 else "worse"

@@ -1,4 +1,4 @@
-"""Results of several measurements as one, where they can be compared."""
+"""Joins the results of several measurements into one, if they can be compared."""
 
 import json
 import math
@@ -13,40 +13,40 @@ from retrofit.report.sections import PARTS
 from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import read_json
 
-# What must be equal for two figures to be of the same thing.
+# Two results can be compared only if these settings are equal.
 _TEXT = {
     "text_sha256": "the text",
     "length": "the tokens a window",
     "windows": "the windows",
     "tokens_sha256": "the tokens",
 }
-_SAME = 1e-5  # relative: the order of sums depends on the number of threads
+_SAME = 1e-5  # relative difference: the order of sums depends on the number of threads
 
 
 def join(paths: Sequence[Path]) -> dict[str, Any]:
-    """The results of `retrofit measure --json` in these files as one: the first file's first model
-    is the base.
+    """Joins files of `retrofit measure --json` into one result. The base is the first model of the
+    first file.
 
-    A model that several files share is there once, with the parts that any of them has. Of models
-    with another base, what was measured against that one is left out. Files of `scripts/tasks.py`
-    after the first add what their models are right in to the models of the same names.
+    A model that several files share appears once, with the parts that any of the files has. Figures
+    that were measured against another base are left out. Files of `scripts/tasks.py` add their
+    accuracies to the models of the same names.
 
     Raises:
-        UserError: if a file is not such a result or given twice, or the text or a part's settings
-            differ.
+        UserError: if a file is not such a result or is given twice, or if the text or the settings
+            of a part differ.
     """
     for place, path in enumerate(paths):
-        if path.resolve() in [each.resolve() for each in paths[:place]]:
+        if path.resolve() in [earlier.resolve() for earlier in paths[:place]]:
             raise UserError(f"{path} is given twice")
-    read = {path: read_result(path) for path in paths}
-    answers = {
-        path: result for path, result in read.items() if "per_layer" not in result["models"][0]
+    results = {path: read_result(path) for path in paths}
+    task_results = {
+        path: result for path, result in results.items() if "per_layer" not in result["models"][0]
     }
-    paths = [path for path in paths if path not in answers]
+    paths = [path for path in paths if path not in task_results]
     if not paths:
-        raise UserError(f"{next(iter(answers))} holds tasks alone; name a measurement too")
-    joined = _join(paths, [read[path] for path in paths])
-    for path, result in answers.items():
+        raise UserError(f"{next(iter(task_results))} holds only tasks; name a measurement too")
+    joined = _join(paths, [results[path] for path in paths])
+    for path, result in task_results.items():
         _add_tasks(joined, path, result)
     try:
         typed_result(joined)
@@ -65,27 +65,27 @@ def _join(paths: Sequence[Path], results: Sequence[dict[str, Any]]) -> dict[str,
     bases: list[dict[str, Any]] = []
     for label, result in zip(_labels(paths), results, strict=True):
         base, *others = result["models"]
-        known = next((each for each in bases if _same(each, base)), None)
-        of_another = bool(bases) and known is not bases[0]
-        if known is None:
-            known = _without_base(base) if of_another else dict(base)
-            bases.append(known)
-            models.append((label, known))
+        known_base = next((earlier for earlier in bases if _same(earlier, base)), None)
+        has_another_base = bool(bases) and known_base is not bases[0]
+        if known_base is None:
+            known_base = _without_base(base) if has_another_base else dict(base)
+            bases.append(known_base)
+            models.append((label, known_base))
         else:
-            _complete(known, base)
-        for each in others:
-            each = _without_base(each) if of_another else dict(each)
-            twin = next((other for _, other in models if _same(other, each)), None)
+            _complete(known_base, base)
+        for model in others:
+            model = _without_base(model) if has_another_base else dict(model)
+            twin = next((earlier for _, earlier in models if _same(earlier, model)), None)
             if twin is None:
-                models.append((label, each))
+                models.append((label, model))
             else:
-                _complete(twin, each)
-    settings = _together([result["settings"] for result in results])
+                _complete(twin, model)
+    settings = _joined_settings([result["settings"] for result in results])
     return {"models": _named(models), "settings": settings}
 
 
 def _complete(model: dict[str, Any], twin: dict[str, Any]) -> None:
-    """Add the parts, and the always measured figures, that only the twin has."""
+    """Add to a model the metrics and parts that only its twin has."""
     for key in ("metrics", "per_layer"):
         model[key] = twin[key] | model[key]
     model |= {part: twin[part] for part in twin if part not in model}
@@ -106,10 +106,10 @@ def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> No
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A file of `retrofit measure --json` or of `scripts/tasks.py --out`.
+    """Reads a file of `retrofit measure --json` or of `scripts/tasks.py --out`.
 
     Raises:
-        UserError: if it is none.
+        UserError: if the file is neither.
     """
     try:
         result = read_json(path)
@@ -117,7 +117,8 @@ def read_result(path: Path) -> dict[str, Any]:
         is_of_tasks = isinstance(settings, dict) and "documents" in settings
         check = TaskResult.model_validate if is_of_tasks else typed_result
         check(result)
-        json.dumps(result, ensure_ascii=False).encode()  # half a character cannot be shown
+        # A lone surrogate could not be printed.
+        json.dumps(result, ensure_ascii=False).encode()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
@@ -140,15 +141,15 @@ def _check_text(first: Path, settings: dict, path: Path, others: dict) -> None:
 
 
 def _check_parts(paths: Sequence[Path], settings: Sequence[dict[str, Any]]) -> None:
-    """Each part against the first file that has it."""
-    seen: dict[str, tuple[Path, dict]] = {}
-    for path, everything in zip(paths, settings, strict=True):
-        for part, own in everything.items():
-            if part == "versions" or not isinstance(own, dict):
+    """Compare the settings of each part with those of the first file that has the part."""
+    first_of_part: dict[str, tuple[Path, dict]] = {}
+    for path, file_settings in zip(paths, settings, strict=True):
+        for part, options in file_settings.items():
+            if part == "versions" or not isinstance(options, dict):
                 continue
-            first, expected = seen.setdefault(part, (path, own))
-            for option in expected | own:
-                before, after = expected.get(option), own.get(option)
+            first, expected = first_of_part.setdefault(part, (path, options))
+            for option in expected | options:
+                before, after = expected.get(option), options.get(option)
                 if before != after:
                     raise UserError(
                         f"{part} was measured differently: {option} is {before} in {first}, "
@@ -157,9 +158,9 @@ def _check_parts(paths: Sequence[Path], settings: Sequence[dict[str, Any]]) -> N
 
 
 def _same(base: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two models are one, whatever they were compared with."""
+    """Tells whether two entries are the same model, whichever base they were compared with."""
     before, after = base["metrics"], other["metrics"]
-    # An older version wrote fewer.
+    # Only shared metrics are compared, because older versions wrote fewer.
     names = (before.keys() & after.keys()) - {"kl_to_base"}
     return base["name"] == other["name"] and all(
         _close(before[name], after[name]) for name in names
@@ -173,7 +174,7 @@ def _close(before: float | None, after: float | None) -> bool:
 
 
 def _without_base(model: dict[str, Any]) -> dict[str, Any]:
-    """Without what was measured against a base that is not this comparison's."""
+    """Returns the model without the figures that were measured against its base."""
     model = model | {"metrics": model["metrics"] | {"kl_to_base": None}}
     for part in PARTS:
         if part.against_base and part.name in model:
@@ -188,7 +189,7 @@ def _pruned(figures: Any, ending: str) -> Any:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """What tells the files apart: the stem, or the path where stems are equal."""
+    """Returns a label for each file: its stem, or its path if another file has the same stem."""
     stems = [path.stem for path in paths]
     return [
         path.stem if stems.count(path.stem) == 1 else str(path.with_suffix("")) for path in paths
@@ -203,16 +204,16 @@ def _named(models: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]
     ]
 
 
-def _together(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All settings; where they differ without harm, such as versions, each one of them."""
+def _joined_settings(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns all settings. A setting that may differ, such as a version, lists its values."""
     joined: dict[str, Any] = {}
-    for key in dict.fromkeys(key for each in settings for key in each):
-        values = [each[key] for each in settings if key in each]
+    for key in dict.fromkeys(key for file_settings in settings for key in file_settings):
+        values = [file_settings[key] for file_settings in settings if key in file_settings]
         if key == "sources":
             joined[key] = list(dict.fromkeys(source for value in values for source in value))
         elif key == "versions":
-            joined[key] = _together(values)
+            joined[key] = _joined_settings(values)
         else:
-            different = [v for place, v in enumerate(values) if v not in values[:place]]
+            different = [value for place, value in enumerate(values) if value not in values[:place]]
             joined[key] = " or ".join(map(str, different)) if len(different) > 1 else values[0]
     return joined

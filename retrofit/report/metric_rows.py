@@ -1,4 +1,4 @@
-"""The metrics of all models, with their changes against the first one, as words."""
+"""Formats the metrics of all models, with their changes from the first model."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from retrofit.report.wording import change, figure
 
 
 def rows(models: Sequence[ModelResult]) -> list[tuple[str, list[str]]]:
-    """For each metric that a model has, its name, indented by two where it belongs to the one
-    above, and a cell for each model.
+    """Returns the label and a cell for each model, for each metric that any model has. The label is
+    indented by two spaces if the metric belongs to the one above it.
 
     Args:
-        models: of a result, the base first.
+        models: the models of a result, the base first.
     """
     base, *others = (model.metrics for model in models)
     return [

@@ -1,5 +1,5 @@
-"""The metrics that are always measured, in one table: what they are called, how they are written,
-which way is better, and where they come from. `retrofit.measure.metrics` has their formulas."""
+"""Describes the metrics that are always measured: their names, their formats, which direction is
+better, and their sources. `retrofit.measure.metrics` has their formulas."""
 
 from typing import Literal, NamedTuple
 
@@ -7,17 +7,17 @@ Better = Literal["less", "more"]
 
 
 class Metric(NamedTuple):
-    """One figure of a model.
+    """The description of one metric.
 
     Attributes:
-        label: its name, as tables have it.
-        meaning: what it is, in a sentence.
-        style: how a document writes it, for `str.format`.
-        better: which way is better; `None` where neither is.
-        source: the paper that has it, or `retrofit`.
-        belongs_to: the metric under which it stands, if it is the same seen from another side.
-        axis: what the axis of a chart by layer says; empty where there is none by layer.
-        has_change: whether a change against the base means anything.
+        label: the metric's name in tables.
+        meaning: what the metric is, in one sentence.
+        style: the format of its values in documents, for `str.format`.
+        better: which direction is better; `None` if neither is.
+        source: the paper that defines the metric, or `retrofit`.
+        belongs_to: the metric below which this one is listed, as another view of the same thing.
+        axis: the label of the axis in a chart by layer; empty if there is no such chart.
+        has_change: whether a change from the base means anything.
     """
 
     label: str
@@ -31,13 +31,13 @@ class Metric(NamedTuple):
 
     @property
     def full_label(self) -> str:
-        """The label where nothing stands above it."""
+        """The label for places where the parent metric is not listed above it."""
         above = METRICS[self.belongs_to].label if self.belongs_to else ""
         return f"{above}, {self.label}".removeprefix(", ")
 
     @property
     def indented(self) -> str:
-        """The label, two spaces to the right where it belongs to another."""
+        """The label, indented by two spaces if the metric belongs to another."""
         return f"  {self.label}" if self.belongs_to else self.label
 
 

@@ -1,4 +1,4 @@
-"""What `measure` found, as one HTML file that needs nothing besides."""
+"""Writes the results of `measure` as one HTML file that needs no other file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from retrofit.report.verdict import verdict
 from retrofit.report.wording import title
 from retrofit.utils.files import write_text
 
-_NAMED = {
+_SETTING_LABELS = {
     "text": "text",
     "length": "tokens a window",
     "windows": "windows",
@@ -30,17 +30,17 @@ _NAMED = {
     "text_sha256": "SHA-256 of the text",
     "tokens_sha256": "of its tokens",
 }
-_HASH_SHOWN = 16  # hexadecimal digits
+_HASH_DIGITS = 16  # how many hexadecimal digits of a hash the page shows
 _HEADINGS = {"better": "Better", "worse": "Worse", "moved": "Moved", "same": "Did not move"}
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
-    """Write a page with the verdict, the settings, all metrics and a section for each part of the
-    measurement that any of the models has. It makes no request and runs no script.
+    """Write a page with the verdict, the settings, all metrics, and sections for each part that any
+    of the models has. The page makes no request and runs no script.
 
     Args:
-        result: from `measure`, or joined from several.
-        path: where the page appears, whole or not at all.
+        result: a result of `measure`, or one joined from several.
+        path: the file, which is written whole or not at all.
     """
     models = typed_result(result).models
     environment = Environment(
@@ -80,8 +80,8 @@ def _sections(models: Sequence[ModelResult]) -> list[Section]:
     ]
     sections = sinks_sections(always)
     for part in PARTS:
-        if shown := measured(models, part):
-            sections += part.sections(shown)
+        if models_of_part := measured(models, part):
+            sections += part.sections(models_of_part)
     return sections
 
 
@@ -90,7 +90,7 @@ def _verdict(base: ModelResult, number: int, model: ModelResult) -> dict[str, An
     return {
         "key": key(number, model.name),
         "groups": [
-            (outcome, _HEADINGS[outcome], [each for each in findings if each.outcome == outcome])
+            (outcome, _HEADINGS[outcome], [f for f in findings if f.outcome == outcome])
             for outcome in OUTCOMES
             if outcome != "moved" or any(each.outcome == outcome for each in findings)
         ],
@@ -98,19 +98,20 @@ def _verdict(base: ModelResult, number: int, model: ModelResult) -> dict[str, An
 
 
 def _settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values, the parts' own settings and the versions as one line each."""
-    told = [
-        (label, _value(settings[k])[: _HASH_SHOWN if k.endswith("sha256") else None])
-        for k, label in _NAMED.items()
+    """Returns labels and values, with one line for the settings of each part and one for the
+    versions."""
+    single = [
+        (label, _value(settings[k])[: _HASH_DIGITS if k.endswith("sha256") else None])
+        for k, label in _SETTING_LABELS.items()
         if k in settings
     ]
     nested = [(k, value) for k, value in settings.items() if isinstance(value, dict)]
-    return told + [(k.replace("_", " "), _value(value)) for k, value in nested if value]
+    return single + [(k.replace("_", " "), _value(value)) for k, value in nested if value]
 
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k.replace('_', ' ')} {_value(each)}" for k, each in value.items())
+        return ", ".join(f"{k.replace('_', ' ')} {_value(inner)}" for k, inner in value.items())
     if isinstance(value, list | tuple):
         return " ".join(map(_value, value))
     return "none" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""How the figures of one evaluation are read, shown and judged: one object for each evaluation."""
+"""Defines `Part`, which reads, shows and judges the figures of one evaluation."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ F = TypeVar("F", bound=BaseModel)
 
 
 class Measured(NamedTuple, Generic[F]):
-    """What one model has of one evaluation.
+    """The figures of one model in one evaluation.
 
     Attributes:
-        number: the model's place in the result, which is its color.
-        name: the model's.
-        figures: of the evaluation.
+        number: the model's place in the result, which decides its color.
+        name: the model's name.
+        figures: the figures of the evaluation.
     """
 
     number: int
@@ -27,24 +27,25 @@ class Measured(NamedTuple, Generic[F]):
 
     @property
     def key(self) -> Key:
-        """Its entry in a legend."""
+        """The model's entry in a legend."""
         return key(self.number, self.name)
 
 
 @dataclass(frozen=True)
 class Part(Generic[F]):
-    """One evaluation, in a result and on a page.
+    """The place of one evaluation in a result and on a page.
 
     Attributes:
-        name: the key of its figures in the result, which is the evaluation's name.
-        figures: their type.
-        sections: makes its sections of a page from the models that have figures, at least one.
-        subject: what the verdict calls it.
-        findings: says what moved from a base to a model; `None` where nothing can be judged. The
-            base's figures may be missing only where `against_base` is not empty.
-        against_base: the ending of figures that were measured against the base, so that they say
-            nothing beside another one.
-        by_window: reads what is compared window by window, and so has one length in all models.
+        name: the key of the figures in the result, which is the evaluation's name.
+        figures: the type of the figures.
+        sections: makes the sections of a page from the models that have figures, at least one.
+        subject: what the verdict calls the evaluation.
+        findings: yields the changes from a base to a model; `None` if nothing can be judged. The
+            base's figures may be missing only if `against_base` is not empty.
+        against_base: the ending of the names of figures that were measured against the base, and
+            that mean nothing beside another base.
+        by_window: returns the figures that are compared window by window, whose number must be the
+            same for all models.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What `measure` found, as one picture."""
+"""Draws the results of `measure` as one picture."""
 
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     model that has gates, and the largest activation.
 
     Args:
-        result: from `measure`.
-        path: where the picture appears, whole or not at all.
+        result: a result of `measure`.
+        path: the file, which is written whole or not at all.
     """
-    # A dollar sign in a name begins no formula.
+    # A dollar sign in a name must not start a formula.
     with rc_context({"text.parse_math": False}):
         _plot(result, path)
 
@@ -48,7 +48,7 @@ def _draw_lines(axes: Axes, models: list[dict], metric: str) -> None:
         # Layers without the metric become gaps.
         values = np.array(model["per_layer"][metric], dtype=float)
         if number == 0:
-            # Broad and pale, so that a model that did not move is seen to lie on its base.
+            # The base is broad and pale, so that a line that covers it stays visible with it.
             axes.plot(values, label=model["name"], color=_BASE_COLOR, linewidth=6, alpha=0.35)
         else:
             color = _COLORS[(number - 1) % len(_COLORS)]

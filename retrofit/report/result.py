@@ -1,6 +1,6 @@
-"""What `retrofit measure --json` and `scripts/tasks.py --out` write, as far as anything reads it.
+"""Types for the files that `retrofit measure --json` and `scripts/tasks.py --out` write.
 
-Parts that were not measured are not there.
+They hold what anything reads of these files. A part that was not measured is left out of a file.
 """
 
 from collections.abc import Sequence
@@ -18,26 +18,26 @@ F = TypeVar("F", bound=BaseModel)
 
 
 class ModelResult(SinksFigures):
-    """One model: what is always measured of it, and by name what else was."""
+    """The figures of one model: those that are always measured, and those of each part by name."""
 
     name: str
 
     @model_validator(mode="before")
     @classmethod
     def _is_there_or_not(cls, value: Any) -> Any:
-        """`null` is not how a part that was not measured is written."""
+        """Reject `null`, since a part that was not measured is left out."""
         for name, figures in value.items() if isinstance(value, dict) else ():
             if figures is None:
                 raise ValueError(f"{name} is null")
         return value
 
     def figures_of(self, part: Part[F]) -> F | None:
-        """`None` where that was not measured."""
+        """Returns the figures of a part, or `None` if it was not measured."""
         return getattr(self, part.name)
 
 
 class Settings(Figures):
-    """What was measured, and how. Each evaluation adds its own settings under its name."""
+    """The settings of a measurement. Each evaluation adds its own under its name."""
 
     text: str
     text_sha256: str
@@ -51,7 +51,7 @@ class Settings(Figures):
 
 
 class Result(Figures):
-    """What `retrofit measure --json` writes. The first model is the base."""
+    """The content of a file of `retrofit measure --json`. The first model is the base."""
 
     models: Annotated[list[ModelResult], Field(min_length=1)]
     settings: Settings
@@ -76,8 +76,7 @@ class Result(Figures):
         check_same_length("the windows of copied text", copied)
         for part in PARTS:
             if part.by_window:
-                shown = measured(self.models, part)
-                by_window = [part.by_window(each.figures) for each in shown]
+                by_window = [part.by_window(m.figures) for m in measured(self.models, part)]
                 check_same_length(f"the windows of {part.subject}", by_window)
         return self
 
@@ -94,7 +93,7 @@ class _TaskSettings(Figures):
 
 
 class TaskResult(Figures):
-    """What `scripts/tasks.py --out` writes."""
+    """The content of a file of `scripts/tasks.py --out`."""
 
     models: Annotated[list[_TaskModel], Field(min_length=1)]
     settings: _TaskSettings
@@ -111,7 +110,8 @@ _ResultWithParts: Any = create_model(
 
 
 def typed_result(result: dict[str, Any]) -> Result:
-    """
+    """Returns a result of `retrofit measure --json` as a typed object.
+
     Raises:
         ValidationError: if this is not what `retrofit measure --json` writes.
     """
@@ -119,12 +119,12 @@ def typed_result(result: dict[str, Any]) -> Result:
 
 
 def typed_model(model: dict[str, Any]) -> ModelResult:
-    """One of the `models` of a result; raises as `typed_result` does."""
+    """Returns one of the `models` of a result as a typed object; raises as `typed_result` does."""
     return _ModelWithParts.model_validate(model)
 
 
 def measured(models: Sequence[ModelResult], part: Part[F]) -> list[Measured[F]]:
-    """The models that were measured in this part, with their places among all."""
+    """Returns the models that have figures of this part, with their places among all models."""
     return [
         Measured(number, model.name, figures)
         for number, model in enumerate(models)

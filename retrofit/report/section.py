@@ -1,4 +1,4 @@
-"""What a section of a report is made of."""
+"""The elements of a report's section."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from retrofit.report.svg import SERIES
 
 
 class Table(NamedTuple):
-    """The first cell of each row is its header."""
+    """A table in which the first cell of each row is the row's header."""
 
     caption: str
     header: Sequence[str]
@@ -24,24 +24,24 @@ class Key(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A prompt, and by model what it wrote."""
+    """A prompt, and the text that each model wrote after it."""
 
     prompt: str
     answers: Sequence[tuple[Key, str]]
 
 
 class Section(NamedTuple):
-    """A heading with what stands below it.
+    """One section of the page.
 
     Attributes:
-        name: its anchor on the page.
+        name: the section's anchor on the page.
         title: the heading.
-        lead: how it is to be read.
-        legend: which color is which model.
-        plots: side by side.
-        table: below the plots.
-        exchanges: below the table.
-        small: whether more of its plots stand in a row.
+        lead: the paragraph that explains how to read the section.
+        legend: the color of each model.
+        plots: the charts, side by side.
+        table: a table below the charts.
+        exchanges: prompts and answers below the table.
+        small: whether the charts are small, so that more of them fit in a row.
     """
 
     name: str
@@ -55,5 +55,6 @@ class Section(NamedTuple):
 
 
 def key(number: int, name: str) -> Key:
-    """The entry of the model at this place in a result. Colors come again after all of them."""
+    """Returns the legend entry of the model at this place in a result. Colors repeat once all are
+    used."""
     return Key(name, number if number < SERIES else 1 + (number - 1) % (SERIES - 1))

@@ -1,5 +1,5 @@
-"""Matplotlib drawings as SVG that becomes part of a page: its text is text, its colors are the
-page's, in light and in dark."""
+"""Turns Matplotlib drawings into SVG that is part of a page: its text stays text, and its colors
+follow the page's light and dark themes."""
 
 import io
 import re
@@ -11,15 +11,15 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-SERIES = 7  # the base, and six others until colors come again
-# Colors that nothing else has, each to be replaced by a variable of the page.
+SERIES = 7  # colors: one for the base and six for other models, which then repeat
+# Nothing else has these colors, and each is replaced by a variable of the page.
 INK, MUTED, GRID, MISSING = "#010101", "#010102", "#010103", "#010104"
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", MISSING: "missing"} | {
     f"#0102{number:02x}": f"series-{number}" for number in range(SERIES)
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",  # to measure with: as wide as any that the page may use
+    "font.family": "DejaVu Sans",  # only measures text: it is as wide as any font of the page
     "font.size": 9,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
@@ -37,7 +37,7 @@ _INCH = 72  # points, which are the SVG's units
 
 
 def series_color(number: int) -> str:
-    """Of the model at this place in the result; the base is 0."""
+    """Returns the color of the model at this place in the result; the base is 0."""
     return f"#0102{number if number < SERIES else 1 + (number - 1) % (SERIES - 1):02x}"
 
 
@@ -45,11 +45,11 @@ def drawing(name: str, label: str, draw: Callable[[Axes], None], width: int, hei
     """Draw into axes, and return an `<svg>` that scales with the page.
 
     Args:
-        name: unlike that of any other drawing on the page; its ids start with it.
-        label: what is to be seen, for those who cannot see it.
-        draw: fills the axes.
-        width: in points, at which text is 9 points high.
-        height: in points.
+        name: a name that no other drawing on the page has; the drawing's ids start with it.
+        label: a description for readers who cannot see the drawing.
+        draw: draws into the axes.
+        width: the width in points, at which text is 9 points high.
+        height: the height in points.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(width / _INCH, height / _INCH), layout="constrained")

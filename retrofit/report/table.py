@@ -1,4 +1,4 @@
-"""What `measure` found, as a table with a verdict under it."""
+"""Shows the results of `measure` as a table with a verdict below it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +14,16 @@ from retrofit.report.sections.sinks import HEADLINE
 from retrofit.report.verdict import verdict
 from retrofit.report.wording import title
 
-_ITEMS_SHOWN = 3  # of those that came out alike in one part; the report and the JSON have all
+_ITEMS_SHOWN = 3  # items of one outcome and part; the report shows all of them
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Metrics as rows and models as columns, each with its change against the first model, and for
-    each further model a line that says what moved and what did not, and one for each other part of
-    the measurement.
+    """Returns a table with metrics as rows and models as columns, each with its change from the
+    first model. Below it, each further model has a line that says what moved and what did not, and
+    lines for the other parts of the measurement.
 
     Args:
-        result: from `measure`.
+        result: a result of `measure`.
     """
     models = typed_result(result).models
     base, *others = models
@@ -45,14 +45,14 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _verdict(base: ModelResult, model: ModelResult) -> list[str]:
-    """`NAME: sink 0.332 -> 0.331 (unchanged); ...`, and below it what the other parts found."""
+    """Returns a line such as `NAME: sink 0.332 -> 0.331 (unchanged); ...`, and a line for each
+    finding of the other parts."""
     findings = verdict(base, model)
-    headline = [each for each in findings if each.subject in HEADLINE]
-    lines = [f"{model.name}: {'; '.join(f'{each.subject} {each.text}' for each in headline)}"]
-    return lines + [
-        f"  {each.outcome}: {each.subject}: {_shortened(each.items)}"
-        for each in findings
-        if each.subject not in HEADLINE
+    headline = [f"{f.subject} {f.text}" for f in findings if f.subject in HEADLINE]
+    return [f"{model.name}: {'; '.join(headline)}"] + [
+        f"  {finding.outcome}: {finding.subject}: {_shortened(finding.items)}"
+        for finding in findings
+        if finding.subject not in HEADLINE
     ]
 
 

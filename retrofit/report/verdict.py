@@ -1,4 +1,4 @@
-"""What moved between a base and another model, by how much, and whether that is more than noise."""
+"""Tells what moved between a base and another model, by how much, and whether it is just noise."""
 
 from retrofit.report.findings import Finding, grouped
 from retrofit.report.result import ModelResult
@@ -7,15 +7,15 @@ from retrofit.report.sections.sinks import sinks_findings
 
 
 def verdict(base: ModelResult, model: ModelResult) -> list[Finding]:
-    """Compare two models of one result, in whatever both of them have.
+    """Compare two models of one result in all parts that both of them have.
 
     Args:
         base: the first of a result's `models`.
-        model: another one.
+        model: another of its `models`.
 
     Returns:
-        `sink`, `largest activation`, `perplexity` and `copied text` in this order, then the other
-        parts.
+        The findings on `sink`, `largest activation`, `perplexity` and `copied text`, in this order,
+        and then those of the other parts.
     """
     findings = list(sinks_findings(base, model))
     for part in PARTS:

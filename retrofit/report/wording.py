@@ -1,9 +1,10 @@
-"""Figures and their changes in words."""
+"""Formats figures and their changes."""
 
 from typing import Any
 
 
 def title(settings: dict[str, Any]) -> str:
+    """Returns one line that describes the measured text."""
     first = settings["first_token"] or "no token"
     return (
         f"{settings['text']}: {settings['windows']} windows of {settings['length']} tokens, "
@@ -12,7 +13,7 @@ def title(settings: dict[str, Any]) -> str:
 
 
 def change(ratio: float) -> str:
-    """In percent, or as a factor where percents would be hard to read."""
+    """Formats a ratio as a change in percent, or as a factor if it is large."""
     if ratio >= 2:
         return f"{figure(ratio)}x higher"
     if 0 < ratio <= 0.5:
@@ -21,7 +22,7 @@ def change(ratio: float) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Three significant digits."""
+    """Formats a figure with three significant digits."""
     if value is None:
         return "-"
     if isinstance(value, int):
@@ -32,7 +33,7 @@ def figure(value: float | None) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes."""
+    """Formats a number of bytes."""
     for unit, bytes_each in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= bytes_each:
             return f"{figure(count / bytes_each)} {unit}"

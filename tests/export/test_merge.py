@@ -29,7 +29,7 @@ from retrofit.export.verify.reference import Reference, compare
 from retrofit.export.verify.report import read_report
 from retrofit.gates import gate_layers
 from retrofit.measure import measure
-from retrofit.measure.attention_hooks import probe
+from retrofit.measure.attention_hooks import collect_layer_statistics
 from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.models.loading import load_model
 from retrofit.utils.errors import UserError
@@ -320,7 +320,7 @@ def test_measure_opens_remote_code_if_it_is_trusted(windowed):
     with pytest.raises(UserError, match="brings code of its own; .* with --trust-remote-code"):
         load_model(str(windowed[0]))
     model, _ = load_model(str(windowed[0]), trust_remote_code=True)
-    with probe(model) as layers, torch.no_grad():
+    with collect_layer_statistics(model) as layers, torch.no_grad():
         model(torch.arange(200)[None] % 250)
     assert all(layer.gate is not None for layer in layers)
 

@@ -20,7 +20,7 @@ from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.layer import GateProjection
 from retrofit.gates.rope import slow_pairs
 from retrofit.gates.sinks import UNIT
-from retrofit.measure.attention_hooks import probe
+from retrofit.measure.attention_hooks import collect_layer_statistics
 from retrofit.models.document_attention import NAME as BY_DOCUMENT
 from retrofit.recipe import load_recipe
 from retrofit.training.calibration import calibrate, closest_logits
@@ -295,7 +295,7 @@ def test_what_a_slot_takes_is_measured_and_counted_as_no_key(family, kind):
     with torch.no_grad():
         expected = model(input_ids, output_attentions=True)
         base.set_attn_implementation(fast)
-        with probe(base) as statistics:
+        with collect_layer_statistics(base) as statistics:
             logits = model(input_ids).logits
     torch.testing.assert_close(logits, expected.logits, rtol=1e-3, atol=1e-3)
     for layer, weights in zip(statistics, expected.attentions, strict=True):

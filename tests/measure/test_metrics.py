@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from retrofit import GateConfig
 from retrofit.adapters.modeling_gated import GatedConfig, GatedForCausalLM
 from retrofit.gates import gate_layers
-from retrofit.measure.attention_hooks import attention_watched, probe
+from retrofit.measure.attention_hooks import attention_watched, collect_layer_statistics
 from retrofit.measure.metrics import ActivationStatistics, AttentionStatistics, attention_columns
 from retrofit.measure.sinks import by_layer, read_model, summarize
 
@@ -265,7 +265,7 @@ def test_the_attention_implementation_is_restored_even_after_an_error(implementa
     model.set_attn_implementation(implementation)
     before = set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS)
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    with pytest.raises(KeyboardInterrupt), probe(model):
+    with pytest.raises(KeyboardInterrupt), collect_layer_statistics(model):
         assert model.config._attn_implementation not in ("sdpa", "eager")
         raise KeyboardInterrupt
     assert model.config._attn_implementation == implementation

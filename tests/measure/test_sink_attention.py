@@ -12,7 +12,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from retrofit.adapters._sinks import Sink, read_log_sum_exp
 from retrofit.measure import measure
-from retrofit.measure.attention_hooks import attention_watched, probe, without_matrices
+from retrofit.measure.attention_hooks import (
+    attention_watched,
+    collect_layer_statistics,
+    without_matrices,
+)
 from retrofit.measure.cost import Cost
 from retrofit.measure.examples import Examples, attention_maps
 from retrofit.measure.heads import Heads
@@ -262,6 +266,6 @@ def test_what_has_neither_sdpa_nor_sink_logits_is_refused():
     model = tiny_model("llama")
     model._supports_sdpa = False
     message = "cannot watch the attention of LlamaForCausalLM"
-    with pytest.raises(UserError, match=message), probe(model):
+    with pytest.raises(UserError, match=message), collect_layer_statistics(model):
         pass
     assert model.config._attn_implementation == "sdpa"

@@ -136,7 +136,7 @@ def test_tasks_are_added_to_the_models_that_they_are_of(write, answers):
 
 def test_tasks_of_other_models_or_alone_are_refused(write, answers):
     measured, alone = write("A.json", synthetic_result("gates")), write("tasks.json", answers)
-    with pytest.raises(UserError, match="holds tasks alone"):
+    with pytest.raises(UserError, match="holds only tasks"):
         join([alone])
     answers["models"][1]["name"] = "other"
     with pytest.raises(UserError, match="has tasks of 'other'.*the models base, gates"):

@@ -1,7 +1,7 @@
-"""An evaluation a file: the type of its figures, its sections of a page, and what is said of them.
+"""One file for each evaluation: the type of its figures, its sections of a page and its findings.
 
-A new one is its file here and a line in `PARTS`, beside its file in `retrofit.measure` and a line
-in `retrofit.measure.registry`.
+A new evaluation needs a file here and a line in `PARTS`, beside its file in `retrofit.measure` and
+a line in `retrofit.measure.registry`.
 """
 
 from typing import Any
@@ -28,4 +28,4 @@ PARTS: tuple[Part[Any], ...] = (
     chat.PART,
     examples.PART,
 )
-"""In the order of the page."""
+"""All parts, in the order of the page."""

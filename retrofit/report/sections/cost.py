@@ -1,12 +1,12 @@
-"""Cost: time and memory of a model beside its base (`measure/cost.py`)."""
+"""Shows the time and memory of a model beside its base (`measure/cost.py`)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import FiniteFloat
 
 from retrofit.report.charts import Span, span_chart
 from retrofit.report.figures import Figures
-from retrofit.report.findings import COST_UNCHANGED, Difference, Item, item
+from retrofit.report.findings import COST_UNCHANGED, Difference, Item, ratio_item
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section, Table
 from retrofit.report.wording import figure, size
@@ -21,7 +21,7 @@ _ROWS = {
 
 
 class Ratio(Figures):
-    """A median, and the quarter of the repeats on either side of it."""
+    """A median and the quartiles of the repeats."""
 
     value: FiniteFloat
     low: FiniteFloat
@@ -29,15 +29,15 @@ class Ratio(Figures):
 
 
 class CostFigures(Figures):
-    """What `retrofit.measure.cost.Cost` finds; a base has no ratios.
+    """The figures of `retrofit.measure.cost.Cost`; a base has no ratios.
 
     Attributes:
-        prefill_ratio: seconds of a prompt over the base's.
-        decode_ratio: seconds of what is decoded after it, over the base's.
-        prefill_tokens_per_second: of the prompt, on this machine.
-        decode_tokens_per_second: of what is decoded.
-        weight_bytes: of all weights.
-        cache_bytes_per_token: that a token adds to the keys and values of all layers.
+        prefill_ratio: the seconds that the prefill takes, over the base's.
+        decode_ratio: the seconds that decoding takes, over the base's.
+        prefill_tokens_per_second: the speed of the prefill on the measuring machine.
+        decode_tokens_per_second: the speed of decoding on the measuring machine.
+        weight_bytes: the bytes of all weights.
+        cache_bytes_per_token: the bytes that a token adds to the keys and values of all layers.
     """
 
     prefill_ratio: Ratio | None = None
@@ -48,31 +48,31 @@ class CostFigures(Figures):
     cache_bytes_per_token: FiniteFloat | None = None
 
 
-def _sections(shown: Sequence[Measured[CostFigures]]) -> list[Section]:
+def _sections(models: Sequence[Measured[CostFigures]]) -> list[Section]:
     spans = [
         Span(f"{phase}, {name}", number, ratio.value, ratio.low, ratio.high)
         for field, phase in _RATIOS.items()
-        for number, name, figures in shown
+        for number, name, figures in models
         if (ratio := getattr(figures, field)) and number
     ]
     rows = [
-        [label, *(_cell(getattr(figures, field), words) for _, _, figures in shown)]
-        for field, (label, words) in _ROWS.items()
+        [label, *(_cell(getattr(figures, field), format_value) for _, _, figures in models)]
+        for field, (label, format_value) in _ROWS.items()
     ]
     section = Section(
         "cost",
         "Cost",
         "Time over the base's, measured in turns in one run: the median, and the middle half "
         "of the repeats. More than 1 is slower.",
-        legend=[each.key for each in shown],
+        legend=[model.key for model in models],
         plots=[span_chart("cost", "Time", spans, x="times the base's", at=1)] if spans else [],
-        table=Table("On this machine", ["", *(name for _, name, _ in shown)], rows),
+        table=Table("On this machine", ["", *(name for _, name, _ in models)], rows),
     )
     return [section]
 
 
-def _cell(value: float | None, words) -> str:
-    return "-" if value is None else words(value)
+def _cell(value: float | None, format_value: Callable[[float], str]) -> str:
+    return "-" if value is None else format_value(value)
 
 
 def _findings(base: CostFigures | None, model: CostFigures) -> Iterator[Item]:
@@ -86,8 +86,8 @@ def _findings(base: CostFigures | None, model: CostFigures) -> Iterator[Item]:
         before, after = (getattr(figures, field, None) for figures in (base, model))
         if before and after is not None:
             ratio = after / before
-            words = (size(before), size(after))
-            yield item(_ROWS[field][0], *words, Difference(ratio - 1), ratio, COST_UNCHANGED)
+            sizes = (size(before), size(after))
+            yield ratio_item(_ROWS[field][0], *sizes, Difference(ratio - 1), ratio, COST_UNCHANGED)
 
 
 PART = Part(

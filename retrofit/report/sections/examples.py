@@ -1,4 +1,4 @@
-"""Examples: attention maps and generations of a model (`measure/examples.py`)."""
+"""Shows attention maps and generations of a model (`measure/examples.py`)."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from retrofit.report.figures import Figures, Numbers, check_same_length
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Exchange, Key, Section
 
-_LIMITS = (1e-3, 1.0)  # Of the colors of attention, which go with its logarithm.
+_LIMITS = (1e-3, 1.0)  # The attention of the first and last color, on a logarithmic scale.
 
 
 class Maps(Figures):
     """Attention at the beginning of one text.
 
     Attributes:
-        layers: that are shown.
-        shares: of each of them what each query pays to each key, mean over heads, `[T, T]`.
+        layers: the indices of the layers.
+        shares: for each layer, the attention of each query to each key, mean over heads, `[T, T]`.
     """
 
     layers: list[int]
@@ -32,19 +32,19 @@ class Maps(Figures):
 
 
 class Generation(Figures):
-    """What a model wrote after a prompt."""
+    """A prompt and the text that a model wrote after it."""
 
     prompt: str
     text: str
 
 
 class ExamplesFigures(Figures):
-    """What `retrofit.measure.examples.Examples` finds.
+    """The figures of `retrofit.measure.examples.Examples`.
 
     Attributes:
-        maps: of four layers.
-        tokens: the text that the maps are of.
-        generations: greedy.
+        maps: the attention maps of four layers.
+        tokens: the tokens of the text that the maps show.
+        generations: greedy continuations of prompts.
     """
 
     maps: Maps | None = None
@@ -52,27 +52,27 @@ class ExamplesFigures(Figures):
     generations: list[Generation] = Field(default_factory=list)
 
 
-def _sections(shown: Sequence[Measured[ExamplesFigures]]) -> list[Section]:
-    with_maps = [each for each in shown if each.figures.maps]
-    with_text = [each for each in shown if each.figures.generations]
+def _sections(models: Sequence[Measured[ExamplesFigures]]) -> list[Section]:
+    with_maps = [model for model in models if model.figures.maps]
+    with_text = [model for model in models if model.figures.generations]
     sections = [_maps(with_maps)] if with_maps else []
     return [*sections, _generations(with_text)] if with_text else sections
 
 
-def _maps(shown: Sequence[Measured[ExamplesFigures]]) -> Section:
+def _maps(models: Sequence[Measured[ExamplesFigures]]) -> Section:
     plots = [
         heat_map(
             f"map-{number}-{place}", f"{name}, layer {layer}", _causal(shares),
             x="key position", y="query position", color="share", limits=_LIMITS,
             log=True, width=SMALL,
         )
-        for number, name, figures in shown
+        for number, name, figures in models
         if figures.maps
         for place, (layer, shares) in enumerate(
             zip(figures.maps.layers, figures.maps.shares, strict=True)
         )
     ]  # fmt: skip
-    text = " ".join("".join(shown[0].figures.tokens).split())
+    text = " ".join("".join(models[0].figures.tokens).split())
     return Section(
         "maps",
         "Attention maps",
@@ -85,15 +85,16 @@ def _maps(shown: Sequence[Measured[ExamplesFigures]]) -> Section:
 
 
 def _causal(shares: list[list[float]]) -> list[list[float]]:
-    """Without the keys that a query cannot see, which would look like keys that it ignores."""
+    """Returns a map without the keys that a query cannot see, since they would look like keys that
+    it ignores."""
     return [row[: query + 1] for query, row in enumerate(shares)]
 
 
-def _generations(shown: Sequence[Measured[ExamplesFigures]]) -> Section:
+def _generations(models: Sequence[Measured[ExamplesFigures]]) -> Section:
     answers: dict[str, list[tuple[Key, str]]] = {}
-    for each in shown:
-        for generation in each.figures.generations:
-            answers.setdefault(generation.prompt, []).append((each.key, generation.text))
+    for model in models:
+        for generation in model.figures.generations:
+            answers.setdefault(generation.prompt, []).append((model.key, generation.text))
     return Section(
         "generations",
         "Generations",

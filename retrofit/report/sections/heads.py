@@ -1,4 +1,4 @@
-"""Zeroed heads: how many heads a model could do without (`measure/heads.py`)."""
+"""Shows how many heads a model could do without (`measure/heads.py`)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,17 +11,17 @@ from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section
 from retrofit.report.wording import figure
 
-_LEAST_KL = 1e-9  # Nats: less is rounding.
+_LEAST_KL = 1e-9  # Nats; anything smaller is rounding.
 _ORDERS = {"least_used": "least used", "random": "random"}
 
 
 class Zeroed(Figures):
-    """By share of the heads that are zeroed, what the others predict.
+    """Predictions of a model without some of its heads, by share of zeroed heads.
 
     Attributes:
-        kl: nats from the whole model.
-        perplexity: without them.
-        kl_range: of random heads, the least and the largest `kl` of the draws.
+        kl: the KL divergence from the whole model in nats.
+        perplexity: the perplexity without the heads.
+        kl_range: the smallest and the largest `kl` of the draws of random heads.
     """
 
     kl: Numbers
@@ -30,13 +30,13 @@ class Zeroed(Figures):
 
 
 class HeadsFigures(Figures):
-    """What `retrofit.measure.heads.Heads` finds.
+    """The figures of `retrofit.measure.heads.Heads`.
 
     Attributes:
-        shares: of all heads that are zeroed.
-        perplexity: of the whole model.
-        least_used: without the heads of the least load.
-        random: without as many drawn at random, means over the draws.
+        shares: the shares of all heads that are zeroed.
+        perplexity: the perplexity of the whole model.
+        least_used: the figures without the heads that have the least load.
+        random: the figures without as many random heads, as means over the draws.
     """
 
     shares: Numbers
@@ -47,12 +47,12 @@ class HeadsFigures(Figures):
     @model_validator(mode="after")
     def _has_one_for_each_share(self):
         zeroed = (self.least_used, self.random)
-        lists = [values for each in zeroed for values in (each.kl, each.perplexity)]
+        lists = [values for order in zeroed for values in (order.kl, order.perplexity)]
         check_same_length("the shares", (self.shares, *lists))
         return self
 
 
-def _sections(shown: Sequence[Measured[HeadsFigures]]) -> list[Section]:
+def _sections(models: Sequence[Measured[HeadsFigures]]) -> list[Section]:
     plots = [
         line_chart(
             f"heads-{what}",
@@ -65,7 +65,7 @@ def _sections(shown: Sequence[Measured[HeadsFigures]]) -> list[Section]:
                     getattr(getattr(figures, order), what),
                     dashed=order == "random",
                 )
-                for number, name, figures in shown
+                for number, name, figures in models
                 for order, label in _ORDERS.items()
             ],
             x="heads zeroed (%)",
@@ -84,8 +84,8 @@ def _sections(shown: Sequence[Measured[HeadsFigures]]) -> list[Section]:
         "at random. Where the least used ones are hardly missed, few heads do the work "
         "(arXiv:2602.01203).",
         legend=[
-            each.key._replace(name=f"{each.name}, {label}", dashed=order == "random")
-            for each in shown
+            model.key._replace(name=f"{model.name}, {label}", dashed=order == "random")
+            for model in models
             for order, label in _ORDERS.items()
         ],
         plots=plots,
@@ -94,14 +94,17 @@ def _sections(shown: Sequence[Measured[HeadsFigures]]) -> list[Section]:
 
 
 def _findings(base: HeadsFigures | None, model: HeadsFigures) -> Iterator[Item]:
-    """How much less the least used heads are missed than others: the less, the more of the work is
-    left to few (arXiv:2602.01203). The random heads are a few draws, and their noise is large: only
-    a large change that all shares agree on counts."""
+    """Judges how much less the model misses its least used heads than random ones: the less it
+    misses them, the fewer heads do the work (arXiv:2602.01203).
+
+    There are only a few draws of random heads, and their noise is large. So only a large change
+    that all shares agree on counts.
+    """
     assert base is not None
     if base.shares != model.shares:
         return
     before, after = _missed(base), _missed(model)
-    ratios = [own / other for own, other in zip(after, before, strict=True)]
+    ratios = [model_kl / base_kl for model_kl, base_kl in zip(after, before, strict=True)]
     outcome: Outcome = "same"
     if min(ratios) > HEADS_UNCHANGED:
         outcome = "better"
@@ -114,6 +117,7 @@ def _findings(base: HeadsFigures | None, model: HeadsFigures) -> Iterator[Item]:
 
 
 def _missed(figures: HeadsFigures) -> list[float]:
+    """Returns the KL without the least used heads over that without random ones, by share."""
     pairs = zip(figures.least_used.kl, figures.random.kl, strict=True)
     return [max(least, _LEAST_KL) / max(others, _LEAST_KL) for least, others in pairs]
 

@@ -1,4 +1,4 @@
-"""Long context: RULER's tasks, and perplexity by position (`measure/long_context.py`)."""
+"""Shows RULER's tasks and perplexity by position in long contexts (`measure/long_context.py`)."""
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
@@ -8,22 +8,30 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from retrofit.report.charts import SMALL, WIDE, Line, line_chart
 from retrofit.report.figures import Figures, Length, Numbers, Positive, check_same_length
-from retrofit.report.findings import Difference, Item, higher, independent, lower, nats, paired
+from retrofit.report.findings import (
+    Difference,
+    Item,
+    higher_is_better,
+    independent,
+    lower_is_better,
+    nats_item,
+    paired,
+)
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section, Table
 from retrofit.report.wording import figure
 
 
 class Scores(Figures):
-    """One task at one length.
+    """The scores of one task at one length.
 
     Attributes:
-        score: share of the answers that are found, mean over samples.
-        stderr: its standard error; `None` of one sample.
-        nats: mean negative log-likelihood of the answers, a token.
-        samples: how many.
-        score_by_sample: sample by sample.
-        nats_by_sample: sample by sample.
+        score: the share of the answers that are found, mean over samples.
+        stderr: the standard error of the score; `None` for one sample.
+        nats: the mean negative log-likelihood of the answers in nats per token.
+        samples: how many samples there are.
+        score_by_sample: the score of each sample.
+        nats_by_sample: the negative log-likelihood of each sample's answers.
         prompts_sha256: tells whether two models saw the same samples.
     """
 
@@ -57,13 +65,13 @@ class ByPosition(Figures):
 
 
 class LongContextFigures(Figures):
-    """What `retrofit.measure.long_context.LongContext` finds, by length in tokens.
+    """The figures of `retrofit.measure.long_context.LongContext`. Lengths are in tokens.
 
     Attributes:
-        lengths: that were asked for.
-        tasks: by task and length.
-        perplexity: by length.
-        rope: by length, in words, with what RoPE it was read.
+        lengths: the lengths that were asked for.
+        tasks: the scores by task and length.
+        perplexity: the perplexity by length.
+        rope: a description of the RoPE that was used, by length.
     """
 
     lengths: list[int] | None = None
@@ -74,23 +82,24 @@ class LongContextFigures(Figures):
     @model_validator(mode="after")
     def _of_the_same_samples(self):
         for lengths in self.tasks.values():
-            check_same_length("the samples", (each.score_by_sample for each in lengths.values()))
+            by_length = (scores.score_by_sample for scores in lengths.values())
+            check_same_length("the samples", by_length)
         return self
 
 
-_Shown = Sequence[Measured[LongContextFigures]]
-_Pairs = dict[str, tuple[Scores, Scores]]  # By length, those of the base and of the model.
+_Models = Sequence[Measured[LongContextFigures]]
+_Pairs = dict[str, tuple[Scores, Scores]]  # The base's and the model's scores, by length.
 
 
-def _sections(shown: _Shown) -> list[Section]:
-    with_tasks = [each for each in shown if each.figures.tasks]
-    with_perplexity = [each for each in shown if each.figures.perplexity]
+def _sections(models: _Models) -> list[Section]:
+    with_tasks = [model for model in models if model.figures.tasks]
+    with_perplexity = [model for model in models if model.figures.perplexity]
     sections = [_tasks(with_tasks)] if with_tasks else []
     return [*sections, _perplexity(with_perplexity)] if with_perplexity else sections
 
 
-def _tasks(shown: _Shown) -> Section:
-    tasks = {task: None for _, _, figures in shown for task in figures.tasks}
+def _tasks(models: _Models) -> Section:
+    tasks = {task: None for _, _, figures in models for task in figures.tasks}
     plots = [
         line_chart(
             f"task-{place}",
@@ -99,12 +108,12 @@ def _tasks(shown: _Shown) -> Section:
                 Line(
                     name,
                     number,
-                    [int(length) for length in scores],
-                    [each.score for each in scores.values()],
-                    [each.stderr or 0 for each in scores.values()],
+                    [int(length) for length in by_length],
+                    [scores.score for scores in by_length.values()],
+                    [scores.stderr or 0 for scores in by_length.values()],
                 )
-                for number, name, figures in shown
-                if (scores := figures.tasks.get(task))
+                for number, name, figures in models
+                if (by_length := figures.tasks.get(task))
             ],
             x="tokens",
             y="score",
@@ -118,15 +127,15 @@ def _tasks(shown: _Shown) -> Section:
         "long-context",
         "Long context: tasks",
         "Share of the answers that a model finds in texts of each length, with standard errors. "
-        + _positions(shown[0].figures),
-        legend=[each.key for each in shown],
+        + _positions(models[0].figures),
+        legend=[model.key for model in models],
         plots=plots,
-        table=_answer_nats(shown),
+        table=_answer_nats(models),
         small=len(plots) > 2,
     )
 
 
-def _answer_nats(shown: _Shown) -> Table | None:
+def _answer_nats(models: _Models) -> Table | None:
     columns = [
         {
             f"{task}, {int(length):,} tokens": figure(scores.nats)
@@ -134,27 +143,27 @@ def _answer_nats(shown: _Shown) -> Table | None:
             for length, scores in lengths.items()
             if scores.nats is not None
         }
-        for _, _, figures in shown
+        for _, _, figures in models
     ]
     rows = {row: None for column in columns for row in column}
     if not rows:
         return None
     return Table(
         "Nats a token of the answers as they should be: less is better",
-        ["task", *(name for _, name, _ in shown)],
+        ["task", *(name for _, name, _ in models)],
         [[row, *(column.get(row, "-") for column in columns)] for row in rows],
     )
 
 
-def _perplexity(shown: _Shown) -> Section:
-    lengths = {length: None for _, _, figures in shown for length in figures.perplexity}
+def _perplexity(models: _Models) -> Section:
+    lengths = {length: None for _, _, figures in models for length in figures.perplexity}
     plots = [
         line_chart(
             f"length-{length}",
             f"{int(length):,} tokens",
             [
                 Line(name, number, curve.positions, curve.perplexity)
-                for number, name, figures in shown
+                for number, name, figures in models
                 if (curve := figures.perplexity.get(length))
             ],
             x="position in the text",
@@ -167,8 +176,8 @@ def _perplexity(shown: _Shown) -> Section:
         "long-perplexity",
         "Long context: perplexity",
         "Perplexity by position in texts of each length: a model that can use the length does not "
-        "rise with it. " + _positions(shown[0].figures),
-        legend=[each.key for each in shown],
+        "rise with it. " + _positions(models[0].figures),
+        legend=[model.key for model in models],
         plots=plots,
     )
 
@@ -182,22 +191,22 @@ def _findings(base: LongContextFigures | None, model: LongContextFigures) -> Ite
     assert base is not None
     shared: dict[str, _Pairs] = {}
     for task, lengths in model.tasks.items():
-        known = base.tasks.get(task, {})
-        if pairs := {at: (known[at], after) for at, after in lengths.items() if at in known}:
+        of_base = base.tasks.get(task, {})
+        if pairs := {at: (of_base[at], after) for at, after in lengths.items() if at in of_base}:
             shared[task] = pairs
     for task, pairs in shared.items():
         yield _score(task, pairs)
     for task, pairs in shared.items():
         if by_sample := _by_sample(pairs, "nats_by_sample"):
-            yield nats(f"{task} at {', '.join(pairs)}, the answers", *by_sample)
+            yield nats_item(f"{task} at {', '.join(pairs)}, the answers", *by_sample)
     for length, after in model.perplexity.items():
         if before := base.perplexity.get(length):
             label = f"perplexity at the end of {length} tokens"
-            yield lower(label, before.perplexity[-1], after.perplexity[-1])
+            yield lower_is_better(label, before.perplexity[-1], after.perplexity[-1])
 
 
 def _score(task: str, pairs: _Pairs) -> Item:
-    """Those of all lengths, and their mean difference."""
+    """Judges the scores of one task: those of all lengths, and their mean difference."""
     before, after = (
         ", ".join(f"{scores.score:.2f}" for scores in lengths)
         for lengths in zip(*pairs.values(), strict=True)
@@ -205,18 +214,21 @@ def _score(task: str, pairs: _Pairs) -> Item:
     if by_sample := _by_sample(pairs, "score_by_sample"):
         difference = paired(*by_sample)
     else:
-        mean = fmean(own.score - other.score for other, own in pairs.values())
-        summed = independent(mean, *(each.stderr for pair in pairs.values() for each in pair))
+        mean = fmean(model.score - base.score for base, model in pairs.values())
+        summed = independent(mean, *(scores.stderr for pair in pairs.values() for scores in pair))
         stderr = None if summed.stderr is None else summed.stderr / len(pairs)
         difference = Difference(mean, stderr)
     label = f"{task} at {', '.join(pairs)} {before} -> {after}, difference"
-    return higher(label, difference, decimals=2)
+    return higher_is_better(label, difference, decimals=2)
 
 
 def _by_sample(pairs: _Pairs, what: str) -> tuple[list[float], list[float]] | None:
-    """Means over the lengths, sample by sample, of the base and of the model: a sample has the same
-    needles at every length, so that its lengths are not independent. `None` where the two did not
-    see the same prompts, or are of a version that did not keep samples."""
+    """Returns means over the lengths for each sample, of the base and of the model.
+
+    A sample has the same needles at every length, so its lengths are not independent. The result is
+    `None` if the two models did not see the same prompts, or if a version that kept no samples
+    measured them.
+    """
     for before, after in pairs.values():
         if getattr(before, what) is None or before.prompts_sha256 != after.prompts_sha256:
             return None

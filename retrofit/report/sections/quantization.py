@@ -1,4 +1,4 @@
-"""Quantization: what rounding to few bits costs a model (`measure/quantization.py`)."""
+"""Shows what rounding to few bits costs a model (`measure/quantization.py`)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,20 +7,20 @@ from pydantic import FiniteFloat, model_validator
 
 from retrofit.report.charts import Line, bar_chart
 from retrofit.report.figures import Figures, Log
-from retrofit.report.findings import Item, costs, independent
+from retrofit.report.findings import Item, cost_item, independent
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section, Table
 from retrofit.report.wording import change, figure
 
 
 class Scheme(Figures):
-    """One way to round.
+    """The figures of one way to round.
 
     Attributes:
-        perplexity: of the rounded model.
-        kl: nats from the same model as it is.
-        log_ratio: mean nats a token that rounding adds; `None` only of the model as it is.
-        log_ratio_stderr: its standard error over windows.
+        perplexity: the perplexity of the rounded model.
+        kl: the KL divergence from the unrounded model in nats.
+        log_ratio: the mean nats per token that rounding adds; `None` only for the unrounded model.
+        log_ratio_stderr: the standard error of `log_ratio` over windows.
     """
 
     perplexity: FiniteFloat
@@ -30,8 +30,8 @@ class Scheme(Figures):
 
 
 class QuantizationFigures(Figures):
-    """What `retrofit.measure.quantization.Quantization` finds, by the name of the scheme; `none` is
-    the model as it is."""
+    """The figures of `retrofit.measure.quantization.Quantization`, by the name of the scheme;
+    `none` is the unrounded model."""
 
     schemes: dict[str, Scheme]
 
@@ -43,13 +43,13 @@ class QuantizationFigures(Figures):
         return self
 
 
-def _sections(shown: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
-    # A dict is an ordered set.
-    every = {scheme: None for _, _, figures in shown for scheme in figures.schemes}
-    schemes = [scheme for scheme in every if scheme != "none"]
-    added, distance = (_lines(shown, schemes, what) for what in ("log_ratio", "kl"))
+def _sections(models: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
+    # The dict serves as an ordered set.
+    all_schemes = {scheme: None for _, _, figures in models for scheme in figures.schemes}
+    schemes = [scheme for scheme in all_schemes if scheme != "none"]
+    added, distance = (_lines(models, schemes, what) for what in ("log_ratio", "kl"))
     rows = [
-        [scheme, *(_cell(figures.schemes.get(scheme), scheme) for _, _, figures in shown)]
+        [scheme, *(_cell(figures.schemes.get(scheme), scheme) for _, _, figures in models)]
         for scheme in ("none", *schemes)
     ]
     section = Section(
@@ -58,14 +58,14 @@ def _sections(shown: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
         "What rounding weights, and in w8a8 activations too, to few bits costs each model over "
         "itself as it is. One scale for a whole tensor is what large activations spoil; one for "
         "each token forgives them. Bars have standard errors.",
-        legend=[each.key for each in shown],
+        legend=[model.key for model in models],
         plots=[
             bar_chart("log-ratio", "Loss", schemes, added, y="log perplexity added (nats)"),
             bar_chart("kl", "Distance", schemes, distance, y="KL from the model as it is (nats)"),
         ],
         table=Table(
             "Perplexity, its change from that of the same model as it is, and KL in nats",
-            ["scheme", *(name for _, name, _ in shown)],
+            ["scheme", *(name for _, name, _ in models)],
             rows,
         ),
     )
@@ -73,18 +73,18 @@ def _sections(shown: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
 
 
 def _lines(
-    shown: Sequence[Measured[QuantizationFigures]], schemes: Sequence[str], what: str
+    models: Sequence[Measured[QuantizationFigures]], schemes: Sequence[str], what: str
 ) -> list[Line]:
     lines = []
-    for number, name, figures in shown:
-        own = [scheme for scheme in schemes if scheme in figures.schemes]
+    for number, name, figures in models:
+        measured = [scheme for scheme in schemes if scheme in figures.schemes]
         lines.append(
             Line(
                 name,
                 number,
-                [schemes.index(scheme) for scheme in own],
-                [getattr(figures.schemes[scheme], what) for scheme in own],
-                [getattr(figures.schemes[scheme], f"{what}_stderr", None) or 0 for scheme in own],
+                [schemes.index(scheme) for scheme in measured],
+                [getattr(figures.schemes[scheme], what) for scheme in measured],
+                [getattr(figures.schemes[s], f"{what}_stderr", None) or 0 for s in measured],
             )
         )
     return lines
@@ -100,7 +100,7 @@ def _cell(scheme: Scheme | None, name: str) -> str:
 
 
 def _findings(base: QuantizationFigures | None, model: QuantizationFigures) -> Iterator[Item]:
-    """What rounding costs each of them over itself as it is."""
+    """Compares what rounding costs both models, each against its unrounded self."""
     assert base is not None
     for name, after in model.schemes.items():
         before = base.schemes.get(name)
@@ -109,7 +109,7 @@ def _findings(base: QuantizationFigures | None, model: QuantizationFigures) -> I
         difference = independent(
             after.log_ratio - before.log_ratio, before.log_ratio_stderr, after.log_ratio_stderr
         )
-        yield costs(name, math.exp(before.log_ratio), math.exp(after.log_ratio), difference)
+        yield cost_item(name, math.exp(before.log_ratio), math.exp(after.log_ratio), difference)
 
 
 PART = Part(

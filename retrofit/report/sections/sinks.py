@@ -1,5 +1,5 @@
-"""What is always measured: attention, activations and gates by layer, predictions and copied text
-(`measure/sinks.py`)."""
+"""Shows what is always measured: attention, activations and gates by layer, predictions and copied
+text (`measure/sinks.py`)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -12,10 +12,10 @@ from retrofit.report.findings import (
     PERPLEXITY_UNCHANGED,
     Finding,
     Item,
-    item,
-    lower,
-    nats,
+    lower_is_better,
+    nats_item,
     paired,
+    ratio_item,
 )
 from retrofit.report.metrics import METRICS
 from retrofit.report.part import Measured
@@ -23,17 +23,17 @@ from retrofit.report.section import Section
 from retrofit.report.wording import figure
 
 HEADLINE = ("sink", "largest activation", "perplexity", "copied text")
-_LEAST_SHARE = 1e-3  # Where the colors of attention begin.
+_LEAST_SHARE = 1e-3  # The attention of the first color.
 
 
 class Metrics(Figures):
-    """The figures of one model: `retrofit.report.metrics` has all of them. Those of another version
-    may be here as well, and some may be missing."""
+    """The metrics of one model, which `retrofit.report.metrics` describes. A file of another
+    version may have other metrics as well, and may lack some."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, FiniteFloat | None] = Field(init=False)
 
-    peak_column_share: Annotated[FiniteFloat, Field(ge=0)]  # 0 where a narrow window slides.
+    peak_column_share: Annotated[FiniteFloat, Field(ge=0)]  # 0 with a narrow sliding window.
     peak_column_position: int
     max_activation: Positive
     perplexity: Positive
@@ -42,17 +42,18 @@ class Metrics(Figures):
         return getattr(self, name, None)
 
     def has(self, name: str) -> bool:
-        """Whether it was measured, be it with `None` for a result."""
+        """Tells whether the metric was measured, even if its value is `None`."""
         return name in self.model_fields_set
 
 
 class PerLayer(Figures):
-    """The same by decoder layer, `None` where a layer has no such part.
+    """The metrics by decoder layer, `None` where a layer lacks the part.
 
     Attributes:
-        column_share: by layer, the mean share of each of the first key positions.
-        gate_histogram: by layer, of gate scores from 0 to 1.
-        head_load: by layer and head.
+        max_activation: the largest activation after each layer.
+        column_share: for each layer, the mean share of each of the first key positions.
+        gate_histogram: for each layer, the histogram of gate scores from 0 to 1.
+        head_load: for each layer, the load of each head.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -71,18 +72,19 @@ class PerLayer(Figures):
         return self
 
     def get(self, name: str) -> list[Any]:
-        """Empty where it was not measured."""
+        """Returns the values of a metric, or an empty list if it was not measured."""
         return getattr(self, name, None) or []
 
 
 class SinksFigures(Figures):
-    """What `retrofit.measure.sinks.measure_sinks` finds.
+    """The figures of `retrofit.measure.sinks.measure_sinks`.
 
     Attributes:
-        metrics: one figure each.
-        per_layer: one a layer each.
-        nll_by_window: mean negative log-likelihood of each window, in nats a token.
-        copied_nats_by_window: the same of the second half of a passage that comes twice.
+        metrics: one value for each metric.
+        per_layer: one value per layer for each metric.
+        nll_by_window: the mean negative log-likelihood of each window, in nats per token.
+        copied_nats_by_window: the mean negative log-likelihood of a passage that is read for the
+            second time, in nats per token.
     """
 
     metrics: Metrics
@@ -91,29 +93,29 @@ class SinksFigures(Figures):
     copied_nats_by_window: Numbers | None = None
 
 
-_Shown = Sequence[Measured[SinksFigures]]
+_Models = Sequence[Measured[SinksFigures]]
 
 
 def sinks_findings(base: SinksFigures, model: SinksFigures) -> Iterator[Finding]:
-    """Those of `HEADLINE` in this order, then the rest."""
+    """Yields the findings of `HEADLINE` in this order, then the rest."""
     yield _finding("sink", _sink(base.metrics, model.metrics))
-    largest = lower("", base.metrics.max_activation, model.metrics.max_activation)
+    largest = lower_is_better("", base.metrics.max_activation, model.metrics.max_activation)
     yield _finding("largest activation", largest)
     yield _finding("perplexity", _perplexity(base, model))
     if base.copied_nats_by_window and model.copied_nats_by_window:
-        copied = nats("", base.copied_nats_by_window, model.copied_nats_by_window)
+        copied = nats_item("", base.copied_nats_by_window, model.copied_nats_by_window)
         yield _finding("copied text", copied)
-    before, after = (each.metrics.get("down_proj_max_activation") for each in (base, model))
+    before, after = (m.metrics.get("down_proj_max_activation") for m in (base, model))
     if before and after:
-        yield _finding("inputs of down_proj", lower("largest", before, after))
+        yield _finding("inputs of down_proj", lower_is_better("largest", before, after))
 
 
-def _finding(subject: str, told: Item) -> Finding:
-    return Finding(subject, told.outcome, (told.text,))
+def _finding(subject: str, item: Item) -> Finding:
+    return Finding(subject, item.outcome, (item.text,))
 
 
 def _sink(base: Metrics, model: Metrics) -> Item:
-    share = lower("", base.peak_column_share, model.peak_column_share)
+    share = lower_is_better("", base.peak_column_share, model.peak_column_share)
     before, after = base.peak_column_position, model.peak_column_position
     moved = f", now at position {after}" if before != after else ""
     return Item(share.outcome, share.text + moved)
@@ -122,18 +124,18 @@ def _sink(base: Metrics, model: Metrics) -> Item:
 def _perplexity(base: SinksFigures, model: SinksFigures) -> Item:
     difference = paired(base.nll_by_window, model.nll_by_window)
     before, after = base.metrics.perplexity, model.metrics.perplexity
-    words = (figure(before), figure(after))
-    moved = item("", *words, difference, after / before, PERPLEXITY_UNCHANGED)
-    return Item(moved.outcome, f"{moved.text}, log {difference.told(4)}")
+    values = (figure(before), figure(after))
+    item = ratio_item("", *values, difference, after / before, PERPLEXITY_UNCHANGED)
+    return Item(item.outcome, f"{item.text}, log {difference.formatted(4)}")
 
 
-def sinks_sections(models: _Shown) -> list[Section]:
-    """Those that the models have figures for, in the order of the page."""
+def sinks_sections(models: _Models) -> list[Section]:
+    """Returns the sections for which the models have figures, in the order of the page."""
     makers = (_first_positions, _sinks, _activations, _gates, _head_loads)
     return [section for section in (make(models) for make in makers) if section]
 
 
-def _first_positions(models: _Shown) -> Section | None:
+def _first_positions(models: _Models) -> Section | None:
     shown = _with_layers(models, "column_share")
     if not shown:
         return None
@@ -155,7 +157,7 @@ def _first_positions(models: _Shown) -> Section | None:
     )
 
 
-def _sinks(models: _Shown) -> Section | None:
+def _sinks(models: _Models) -> Section | None:
     plot = _by_layer(models, "sink_share", "Taken by sink logits")
     if plot is None:
         return None
@@ -165,12 +167,12 @@ def _sinks(models: _Shown) -> Section | None:
         "How much of the attention each layer's sink logits take from the keys: a sink logit joins "
         "the softmax of a head without being a key, as in gpt-oss, so that a head may find "
         "nothing. No share of any position counts it.",
-        legend=[each.key for each in models if each.figures.per_layer.get("sink_share")],
+        legend=[model.key for model in models if model.figures.per_layer.get("sink_share")],
         plots=[plot],
     )
 
 
-def _activations(models: _Shown) -> Section:
+def _activations(models: _Models) -> Section:
     plots = [
         _by_layer(models, "max_activation", "Largest activation"),
         _by_layer(models, "kurtosis", "Kurtosis of activations"),
@@ -184,12 +186,12 @@ def _activations(models: _Shown) -> Section:
         "states, which is 3 where they are normally distributed; means over windows. Both are what "
         "quantization suffers from. The inputs of each layer's down_proj are where outliers may go "
         "that are held off the hidden states.",
-        legend=[each.key for each in models],
+        legend=[model.key for model in models],
         plots=[plot for plot in plots if plot],
     )
 
 
-def _gates(models: _Shown) -> Section | None:
+def _gates(models: _Models) -> Section | None:
     shown = _with_layers(models, "gate_histogram")
     if not shown:
         return None
@@ -210,7 +212,7 @@ def _gates(models: _Shown) -> Section | None:
     )
 
 
-def _head_loads(models: _Shown) -> Section | None:
+def _head_loads(models: _Models) -> Section | None:
     shown = _with_layers(models, "head_load")
     if not shown:
         return None
@@ -232,7 +234,7 @@ def _head_loads(models: _Shown) -> Section | None:
     )
 
 
-def _by_layer(models: _Shown, metric: str, title: str) -> Plot | None:
+def _by_layer(models: _Models, metric: str, title: str) -> Plot | None:
     lines = [
         Line(name, number, range(len(rows)), rows)
         for number, name, rows in _with_layers(models, metric)
@@ -241,7 +243,7 @@ def _by_layer(models: _Shown, metric: str, title: str) -> Plot | None:
     return line_chart(name, title, lines, x="layer", y=y, log=True) if lines else None
 
 
-def _with_layers(models: _Shown, metric: str) -> list[tuple[int, str, list]]:
-    """The models of which any layer has the metric."""
-    by_model = [(each.number, each.name, each.figures.per_layer.get(metric)) for each in models]
-    return [each for each in by_model if any(value is not None for value in each[2])]
+def _with_layers(models: _Models, metric: str) -> list[tuple[int, str, list]]:
+    """Returns number, name and values by layer of each model in which any layer has the metric."""
+    by_model = [(number, name, figures.per_layer.get(metric)) for number, name, figures in models]
+    return [entry for entry in by_model if any(value is not None for value in entry[2])]

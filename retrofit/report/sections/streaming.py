@@ -1,4 +1,4 @@
-"""Streaming: a long text through a cache that holds only some of it (`measure/streaming.py`)."""
+"""Shows perplexity through a cache that holds only some of a text (`measure/streaming.py`)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ from retrofit.report.figures import Figures, Numbers, Positive, check_same_lengt
 from retrofit.report.findings import (
     PERPLEXITY_UNCHANGED,
     Item,
-    costs,
+    cost_item,
     outcome_of,
     paired,
 )
@@ -17,7 +17,7 @@ from retrofit.report.part import Measured, Part
 from retrofit.report.section import Key, Section, Table
 from retrofit.report.wording import change, figure
 
-# By cache, its name and its color, which is no model's here.
+# The label and the color of each kind of cache; the colors do not stand for models here.
 _CACHES = {
     "full": ("full cache", 0),
     "window": ("last tokens only", 5),
@@ -26,8 +26,8 @@ _CACHES = {
 
 
 class ByCache(Figures):
-    """One figure for each cache: with all of the text, with the last tokens only, and with the
-    first ones kept beside them."""
+    """One figure for each kind of cache: with all of the text, with only the last tokens, and with
+    the first ones kept beside them."""
 
     full: Positive
     window: Positive
@@ -59,15 +59,15 @@ class Curves(NllByCache):
 
 
 class StreamingFigures(Figures):
-    """What `retrofit.measure.streaming.Streaming` finds.
+    """The figures of `retrofit.measure.streaming.Streaming`.
 
     Attributes:
-        cache: tokens that the cache holds.
-        sinks: how many of them are the first ones, where those are kept.
-        from_position: where the figures begin: tokens are evicted from there on.
-        perplexity: over all windows.
-        nll_by_window: window by window.
-        by_position: perplexity along the text.
+        cache: how many tokens the cache holds.
+        sinks: how many of the cached tokens are the first of the text, where those are kept.
+        from_position: the position from which tokens are evicted and the figures count.
+        perplexity: the perplexity over all windows.
+        nll_by_window: the mean negative log-likelihood of each window.
+        by_position: the perplexity along the text.
     """
 
     cache: int
@@ -78,10 +78,11 @@ class StreamingFigures(Figures):
     by_position: Curves
 
 
-def _sections(shown: Sequence[Measured[StreamingFigures]]) -> list[Section]:
-    first = shown[0].figures
+def _sections(models: Sequence[Measured[StreamingFigures]]) -> list[Section]:
+    first = models[0].figures
     rows = [
-        [name, *(_cell(figures.perplexity, kind) for kind in _CACHES)] for _, name, figures in shown
+        [name, *(_cell(figures.perplexity, kind) for kind in _CACHES)]
+        for _, name, figures in models
     ]
     section = Section(
         "streaming",
@@ -93,7 +94,7 @@ def _sections(shown: Sequence[Measured[StreamingFigures]]) -> list[Section]:
         legend=[
             Key(label, series, kind == "kept_sinks") for kind, (label, series) in _CACHES.items()
         ],
-        plots=_plots(shown),
+        plots=_plots(models),
         table=Table(
             f"Perplexity from position {first.from_position or first.cache} on, and its change "
             "from that with the full cache",
@@ -104,8 +105,8 @@ def _sections(shown: Sequence[Measured[StreamingFigures]]) -> list[Section]:
     return [section]
 
 
-def _plots(shown: Sequence[Measured[StreamingFigures]]) -> list[Plot]:
-    curves = [figures.by_position for _, _, figures in shown]
+def _plots(models: Sequence[Measured[StreamingFigures]]) -> list[Plot]:
+    curves = [figures.by_position for _, _, figures in models]
     values = [value for curve in curves for kind in _CACHES for value in getattr(curve, kind)]
     return [
         line_chart(
@@ -126,7 +127,7 @@ def _plots(shown: Sequence[Measured[StreamingFigures]]) -> list[Plot]:
             log=True,
             limits=(0.9 * min(values), 1.1 * max(values)),
         )
-        for (number, name, _), curve in zip(shown, curves, strict=True)
+        for (number, name, _), curve in zip(models, curves, strict=True)
     ]
 
 
@@ -138,28 +139,30 @@ def _cell(perplexity: ByCache, kind: str) -> str:
 
 
 def _findings(base: StreamingFigures | None, model: StreamingFigures) -> Iterator[Item]:
-    """The long text as it is, and what a cache that forgets costs each over its own full cache."""
+    """Compares the perplexity of a long text, and what an evicting cache costs both models, each
+    against its own full cache."""
     assert base is not None
     before, after = base.perplexity.full, model.perplexity.full
     whole = paired(base.nll_by_window.full, model.nll_by_window.full)
     moved = f"{figure(before)} -> {figure(after)} ({change(after / before)})"
     outcome = outcome_of(after / before, whole, PERPLEXITY_UNCHANGED)
-    yield Item(outcome, f"all of a long text in the cache {moved}, log {whole.told(4)}")
+    yield Item(outcome, f"all of a long text in the cache {moved}, log {whole.formatted(4)}")
     labels = {
         "window": f"perplexity with the last {model.cache} tokens only",
         "kept_sinks": f"with the first {model.sinks} kept",
     }
     for kind, label in labels.items():
-        lost, still_lost = (
+        base_ratio, model_ratio = (
             getattr(figures.perplexity, kind) / figures.perplexity.full for figures in (base, model)
         )
-        difference = paired(_added(base, kind), _added(model, kind))
-        yield costs(label, lost, still_lost, difference)
+        difference = paired(_added_nats(base, kind), _added_nats(model, kind))
+        yield cost_item(label, base_ratio, model_ratio, difference)
 
 
-def _added(figures: StreamingFigures, kind: str) -> list[float]:
+def _added_nats(figures: StreamingFigures, kind: str) -> list[float]:
+    """Returns the nats per token that a cache adds over the full one, for each window."""
     nll = figures.nll_by_window
-    return [less - full for full, less in zip(nll.full, getattr(nll, kind), strict=True)]
+    return [evicting - full for full, evicting in zip(nll.full, getattr(nll, kind), strict=True)]
 
 
 PART = Part(

@@ -1,4 +1,4 @@
-"""Accuracy on tasks, which `scripts/tasks.py` measures through lm-evaluation-harness."""
+"""Shows accuracy on tasks, which `scripts/tasks.py` measures with lm-evaluation-harness."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from retrofit.report.findings import (
     PERPLEXITY_UNCHANGED,
     Difference,
     Item,
-    higher,
+    higher_is_better,
     outcome_of,
 )
 from retrofit.report.part import Measured, Part
@@ -20,23 +20,24 @@ from retrofit.report.wording import change
 
 
 class TasksFigures(RootModel[dict[str, dict[str, Estimate]]]):
-    """By task and figure: `accuracy` and `nats` of the true answer, and with `_difference` the same
-    less the base's, document by document."""
+    """The figures of one model by task and name: `accuracy` and the `nats` of the true answer. The
+    names with `_difference` are the same less the base's, document by document."""
 
     def get(self, task: str, what: str) -> Estimate | None:
         return self.root.get(task, {}).get(what)
 
 
-def _sections(shown: Sequence[Measured[TasksFigures]]) -> list[Section]:
-    tasks = {task: None for _, _, figures in shown for task in figures.root}
+def _sections(models: Sequence[Measured[TasksFigures]]) -> list[Section]:
+    tasks = {task: None for _, _, figures in models for task in figures.root}
     spans = [
-        Span(task, number, found.value, *_two_errors(found))
+        Span(task, number, difference.value, *_interval(difference))
         for task in tasks
-        for number, _, figures in shown
-        if (found := figures.get(task, "accuracy_difference"))
+        for number, _, figures in models
+        if (difference := figures.get(task, "accuracy_difference"))
     ]
     rows = [
-        [task, *(_cell(figures.get(task, "accuracy")) for _, _, figures in shown)] for task in tasks
+        [task, *(_cell(figures.get(task, "accuracy")) for _, _, figures in models)]
+        for task in tasks
     ]
     section = Section(
         "tasks",
@@ -44,16 +45,17 @@ def _sections(shown: Sequence[Measured[TasksFigures]]) -> list[Section]:
         "Accuracy on multiple-choice and cloze tasks. The chart shows differences from the base, "
         "document by document, and two standard errors to each side: what does not cross the line "
         "is more than noise.",
-        legend=[each.key for each in shown],
+        legend=[model.key for model in models],
         plots=[span_chart("accuracy", "Difference", spans, x="accuracy less the base's", at=0)]
         if spans
         else [],
-        table=Table("Accuracy ± standard error", ["task", *(name for _, name, _ in shown)], rows),
+        table=Table("Accuracy ± standard error", ["task", *(name for _, name, _ in models)], rows),
     )
     return [section]
 
 
-def _two_errors(estimate: Estimate) -> tuple[float, float]:
+def _interval(estimate: Estimate) -> tuple[float, float]:
+    """Returns the interval of two standard errors to each side."""
     return estimate.value - 2 * estimate.stderr, estimate.value + 2 * estimate.stderr
 
 
@@ -64,15 +66,15 @@ def _cell(accuracy: Estimate | None) -> str:
 def _findings(_base: TasksFigures | None, model: TasksFigures) -> Iterator[Item]:
     for task in model.root:
         if accuracy := model.get(task, "accuracy_difference"):
-            yield higher(task, Difference(accuracy.value, accuracy.stderr), decimals=3)
-        # Of choices the likelihood of the true one says little without that of the others.
+            yield higher_is_better(task, Difference(accuracy.value, accuracy.stderr), decimals=3)
+        # With several choices, the likelihood of the true one says little without the others.
         nats = model.get(task, "nats_difference")
         if nats and task.startswith("lambada"):
             difference = Difference(nats.value, nats.stderr)
             ratio = math.exp(difference.value)
             outcome = outcome_of(ratio, difference, PERPLEXITY_UNCHANGED)
-            words = f"{task}, perplexity of the last word {change(ratio)}"
-            yield Item(outcome, f"{words}, log {difference.told(3)}")
+            text = f"{task}, perplexity of the last word {change(ratio)}"
+            yield Item(outcome, f"{text}, log {difference.formatted(3)}")
 
 
 PART = Part(
