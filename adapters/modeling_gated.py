@@ -116,7 +116,7 @@ def _add_gates(decoder: nn.Module, config: GatedConfig) -> None:
     for index in config.gated_layers:
         attention = decoder.layers[index].self_attn
         attention.__class__ = FAMILY.gated
-        attention.g1 = Gate(config, attention.head_dim)
+        attention.attn_gate = Gate(config, attention.head_dim)
 
 
 class GatedModel(FAMILY.decoder):

@@ -1,4 +1,4 @@
-"""G1 gates as a PEFT method: `GateConfig`, the tuner `GateModel` and its layer `GateLayer`.
+"""Gates as a PEFT method: `GateConfig`, the tuner `GateModel` and its layer `GateLayer`.
 
 Layout and registration follow PEFT's own tuners. PEFT keeps its methods in a closed enum, so one
 member is added to it first.
@@ -8,6 +8,7 @@ member is added to it first.
 import peft
 from peft.utils import register_peft_method
 
+from retrofit.gates._former_names import rename_in_transformers
 from retrofit.gates._peft_type import G1_GATE
 from retrofit.gates.config import GateConfig
 from retrofit.gates.layer import GateLayer, GateProjection
@@ -19,3 +20,4 @@ if G1_GATE not in peft.PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(
         name=G1_GATE.lower(), config_cls=GateConfig, model_cls=GateModel, prefix=GateModel.prefix
     )
+    rename_in_transformers()

@@ -208,7 +208,7 @@ def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, 
     scores."""
     module: Any
     for module in model.modules():
-        gate: Any = getattr(module, "g1", None)
+        gate = _gate_of(module)
         if isinstance(gate, GateLayer):
             for projection in gate.g_proj.values():
                 if projection.position == "G1" and projection.weight is not None:
@@ -217,6 +217,11 @@ def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, 
             yield module.layer_idx, gate.g_proj, partial(_unflatten, num_heads=gate.num_heads)
         elif type(module).__name__ in _PACKED_GATES:
             yield module.layer_idx, module.q_proj, partial(_unpack, head_dim=module.head_dim)
+
+
+def _gate_of(module: nn.Module) -> Any:
+    """The gate of an attention module, under its former name in the code of older checkpoints."""
+    return getattr(module, "attn_gate", None) or getattr(module, "g1", None)
 
 
 def _half(gate: torch.Tensor) -> torch.Tensor:

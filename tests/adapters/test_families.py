@@ -90,11 +90,11 @@ def test_gate_scales_each_head_before_o_proj(family, granularity):
         if len(args) == 2:  # no position: G1
             seen.update(y=args[0], x=args[1])
 
-    attention.g1.register_forward_pre_hook(see)
+    attention.attn_gate.register_forward_pre_hook(see)
     attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(gated=args[0]))
     with torch.no_grad():
         model(batch(padded=False)["input_ids"])
-    scores = 2 * torch.sigmoid(seen["x"] @ attention.g1.g_proj["default"].matrix().T)
+    scores = 2 * torch.sigmoid(seen["x"] @ attention.attn_gate.g_proj["default"].matrix().T)
     if granularity == "headwise":
         scores = scores.repeat_interleave(attention.head_dim, dim=-1)
     torch.testing.assert_close(seen["gated"], seen["y"].flatten(-2) * scores)
@@ -121,7 +121,8 @@ def test_only_gates_train_and_base_keys_stay(family):
     model = get_peft_model(base, GateConfig())
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {
-        f"base_model.model.model.layers.{i}.self_attn.g1.g_proj.default.weight" for i in range(3)
+        f"base_model.model.model.layers.{i}.self_attn.attn_gate.g_proj.default.weight"
+        for i in range(3)
     }
     assert keys < set(model.base_model.model.state_dict())
 
@@ -314,7 +315,7 @@ def test_sinks_refuse_what_would_change_attention_beside_them(attention, name):
     with pytest.raises(ValueError, match=f"do not heed '{name}'"):
         sink_attention(
             eager_attention_forward,
-            module.g1.sink(torch.zeros(1, 5, 64)),
+            module.attn_gate.sink(torch.zeros(1, 5, 64)),
             module,
             *torch.randn(3, 1, 4, 5, 16),
             None,
