@@ -66,7 +66,7 @@ def _named(forward: Callable) -> set[str]:
 
 class GatedAttention(nn.Module):
     """Softmax attention with a slot for a sink logit, whose output passes the gate `attn_gate`
-    before `o_proj`; or what else `GateConfig` says.
+    before `o_proj`.
 
     A mixin before a transformers attention class. Its forward is that class's forward, operation
     by operation, plus the gate; the tests hold a zero gate bitwise equal to the original, so that
@@ -109,15 +109,10 @@ class GatedAttention(nn.Module):
             cached, update = past_key_values, {}
             if cache is not None:  # pages, which the kernel fills
                 kwargs["cache"] = cache
+        query_states, key_states, value_states = self.project(hidden_states)
+        key_states = self.attn_gate.bias_keys(key_states)
         query_states, key_states, value_states = (
-            self.attn_gate(states, hidden_states, position)
-            for states, position in zip(
-                self.project(hidden_states), ("G4", "G3", "G2"), strict=True
-            )
-        )
-        query_states, key_states, value_states = (
-            states.transpose(1, 2)
-            for states in (query_states, self.attn_gate.bias_keys(key_states), value_states)
+            states.transpose(1, 2) for states in (query_states, key_states, value_states)
         )
         cos, sin = position_embeddings
         query_states, key_states = self.apply_rotary_pos_emb(query_states, key_states, cos, sin)
@@ -151,9 +146,7 @@ class GatedAttention(nn.Module):
                 self, hidden_states, query_states, key_states, sink, attn_output
             )
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        attn_output = self.o_proj(attn_output)
-        attn_output = self.attn_gate(attn_output.unsqueeze(-2), hidden_states, "G5").squeeze(-2)
-        return attn_output, attn_weights
+        return self.o_proj(attn_output), attn_weights
 
 
 class NormedGatedAttention(GatedAttention):

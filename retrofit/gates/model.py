@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from retrofit.adapters import family_of, supported_model_types
+from retrofit.gates.ablations import ablated
 from retrofit.gates.config import GateConfig
 from retrofit.gates.layer import GateLayer
 from retrofit.gates.rope import slow_pairs
@@ -73,6 +74,8 @@ class GateModel(BaseTuner):
         if not isinstance(target, family.gated):
             slow = slow_pairs(self.model.get_decoder(), target.layer_idx)
             _insert_gate(target, family, current_key, slow)
+        if peft_config.position != "G1":
+            _set_class(target, ablated(type(target)))
         target.attn_gate.update_layer(adapter_name, peft_config)
 
     @classmethod

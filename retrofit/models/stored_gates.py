@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from retrofit.gates import GateConfig, GateProjection
+from retrofit.gates import GateConfig, GateProjection, new_projection
 from retrofit.models.safetensors_io import StoredWeights
 from retrofit.stored_names import by_current_name
 from retrofit.utils.errors import UserError
@@ -145,7 +145,7 @@ def _gate(config: PreTrainedConfig, gate_config: GateConfig, tensors: Tensors) -
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     # How many pairs of channels are slow is known to the model alone, of which there is none here.
     slow_pairs = min(tensors.get("key_bias", torch.empty(0)).shape[-1], head_dim // 2)
-    return GateProjection(config.hidden_size, heads, head_dim, kv_heads, gate_config, slow_pairs)
+    return new_projection(gate_config, config.hidden_size, heads, kv_heads, head_dim, slow_pairs)
 
 
 def _check_gate(layer: int, weight: torch.Tensor | None, shape: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ from retrofit import GateConfig
 from retrofit.adapters import family_of, llama
 from retrofit.adapters._sinks import sink_attention
 from retrofit.gates import gate_layers, gates_off
-from retrofit.gates.layer import ACTIVATIONS
+from retrofit.gates.ablations import ACTIVATIONS, AblatedAttention
 from retrofit.measure.attention_hooks import attention_replaced
 from retrofit.utils.errors import UserError
 
@@ -209,6 +209,23 @@ def test_positions_scale_what_the_paper_says(position, module):
     input_ids = batch(padded=False)["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids).logits, scaled(input_ids).logits)
+
+
+def test_only_gates_elsewhere_than_at_g1_change_the_gated_class(family):
+    base = tiny_model(family)
+    attention = type(base.model.layers[0].self_attn)
+    model = get_peft_model(base, GateConfig(init_weights=False))
+    gated = base.model.layers[0].self_attn
+    assert type(gated) is family_of(family).gated
+    model.add_adapter("on_values", GateConfig(position="G2", init_weights=False))
+    assert isinstance(gated, AblatedAttention) and isinstance(gated, family_of(family).gated)
+    inputs = batch(padded=False)
+    expected = model(**inputs).logits
+    model.set_adapter("on_values")
+    assert not torch.equal(model(**inputs).logits, expected)
+    model.set_adapter("default")
+    assert torch.equal(model(**inputs).logits, expected)
+    assert type(model.unload().model.layers[0].self_attn) is attention
 
 
 def test_an_unsupported_architecture_is_refused_with_the_list():

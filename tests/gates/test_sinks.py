@@ -17,7 +17,7 @@ from retrofit.adapters._sinks import (
     read_log_sum_exp,
 )
 from retrofit.gates import gate_layers, gates_off
-from retrofit.gates.layer import GateProjection
+from retrofit.gates.projection import GateProjection
 from retrofit.gates.rope import slow_pairs
 from retrofit.gates.sinks import UNIT
 from retrofit.measure.attention_hooks import probe
