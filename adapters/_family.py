@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from ._sinks import sink_attention
+from ._sink_attention import sink_attention
 
 # From transformers 5.24 on `past_key_values` is called `cache`, and a paged one is no exception.
 _CACHE_IS_UPDATED_HERE = "cache" in inspect.signature(LlamaAttention.forward).parameters

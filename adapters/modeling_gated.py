@@ -8,7 +8,7 @@ does vLLM's Transformers backend, but for sinks: its attention tells nothing of 
 import torch
 from torch import nn
 
-from ._sinks import Sink
+from ._sink import Sink
 from .llama import FAMILY
 
 try:

@@ -30,6 +30,9 @@ CLASSES = {
     "AutoModelForCausalLM": "modeling_gated.GatedForCausalLM",
 }
 
+# The files of `retrofit.adapters` that every family imports.
+_SHARED = ("_family", "_flash_on_cpu", "_log_sum_exp", "_sink", "_sink_attention")
+
 # `_digest` of the code that was written while the gate's module was called `g1`, by the base's
 # family. It is run as it is, so the tensors of those checkpoints keep their names.
 _FORMER_CODE = {
@@ -63,9 +66,7 @@ vllm serve {name} --trust-remote-code --model-impl transformers
 def code_of(model_type: str) -> dict[str, str]:
     """The Python files of a checkpoint by name: what all families share, the base's, and the
     model."""
-    files = {
-        f"{name}.py": _text(name) for name in ("_family", "_sinks", model_type, "modeling_gated")
-    }
+    files = {f"{name}.py": _text(name) for name in (*_SHARED, model_type, "modeling_gated")}
     as_llama, as_ours = "from .llama import FAMILY", f"from .{model_type} import FAMILY"
     model = files["modeling_gated.py"]
     assert as_llama in model
@@ -158,7 +159,7 @@ class RemoteCode(CheckpointFormat):
 
     def how_to_load(self, report, name):
         return (
-            "Its four Python files are the model; read them, then:\n\n"
+            "Its Python files are the model; read them, then:\n\n"
             + LOAD.format(name=name, imports="", options=TRUST)
             + _how_to_serve(report, name)
         )

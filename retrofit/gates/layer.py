@@ -4,7 +4,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from retrofit.adapters._sinks import Sink
+from retrofit.adapters._sink import Sink
 from retrofit.gates.ablations import new_projection
 from retrofit.gates.config import GateConfig
 from retrofit.gates.projection import GateProjection

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from retrofit.adapters._family import GatedAttention
-from retrofit.adapters._sinks import Sink
+from retrofit.adapters._sink import Sink
 from retrofit.losses.head_balance import (
     balance_loss,
     effective_load,

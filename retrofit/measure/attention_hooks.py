@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS
+from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS
 from retrofit.gates import GateLayer
 from retrofit.measure.metrics import (
     ActivationStatistics,

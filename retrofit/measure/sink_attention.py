@@ -1,7 +1,7 @@
 """The slots in what a model's attention is called with.
 
 They are sink logits of its own, as in gpt-oss and Granite, and those of gates. The attention itself
-is in `retrofit.adapters._sinks`.
+is in `retrofit.adapters._sink_attention`.
 """
 
 from functools import reduce
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from retrofit.adapters._sinks import Sink, read_log_sum_exp, sdpa_with_sink, towards
+from retrofit.adapters._log_sum_exp import read_log_sum_exp
+from retrofit.adapters._sink import Sink, towards
+from retrofit.adapters._sink_attention import sdpa_with_sink
 
 
 def slots(s_aux: torch.Tensor | None = None, sink: Sink | None = None, **_) -> list[Sink]:

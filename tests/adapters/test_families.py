@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from retrofit import GateConfig
 from retrofit.adapters import family_of, llama
-from retrofit.adapters._sinks import sink_attention
+from retrofit.adapters._sink_attention import sink_attention
 from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.ablations import ACTIVATIONS, AblatedAttention
 from retrofit.measure.attention_hooks import attention_replaced
