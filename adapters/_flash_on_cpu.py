@@ -1,8 +1,8 @@
 """Attention with a sink by the CPU's flash kernel, exact in both directions.
 
 The kernel runs as it does without a sink. It gives the log-sum-exp as well, and its own backward is
-right for the softmax with the slot, if it is given that softmax's log-sum-exp and output. So nothing
-is padded and no cache is copied.
+right for the softmax with the slot, if it is given that softmax's log-sum-exp and output. So
+nothing is padded and no cache is copied.
 
 This file also lies in the checkpoints that `retrofit merge --format remote-code` writes, where
 nothing else of this package is to be had.

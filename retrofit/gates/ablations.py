@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from retrofit.adapters import family_of
 from retrofit.gate_settings import Position
 from retrofit.gates.config import GateConfig
 from retrofit.gates.functional import double_sigmoid
@@ -103,10 +104,9 @@ class AblatedAttention(nn.Module):
 
 
 @cache
-def ablated(gated: type[nn.Module]) -> type[nn.Module]:
+def ablated(model_type: str) -> type[nn.Module]:
     """The class of a family's gated attention that has gates at G2 to G5 as well."""
-    if issubclass(gated, AblatedAttention):
-        return gated
+    gated = family_of(model_type).gated
     return type(f"Ablated{gated.__name__}", (AblatedAttention, gated), {})
 
 

@@ -75,7 +75,7 @@ class GateModel(BaseTuner):
             slow = slow_pairs(self.model.get_decoder(), target.layer_idx)
             _insert_gate(target, family, current_key, slow)
         if peft_config.position != "G1":
-            _set_class(target, ablated(type(target)))
+            _set_class(target, ablated(family.model_type))
         target.attn_gate.update_layer(adapter_name, peft_config)
 
     @classmethod
