@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from ._sinks import sink_attention
+from ._sink_attention import sink_attention
 
 # From transformers 5.24 on `past_key_values` is called `cache`, and a paged one is no exception.
 _CACHE_IS_UPDATED_HERE = "cache" in inspect.signature(LlamaAttention.forward).parameters
@@ -65,8 +65,8 @@ def _named(forward: Callable) -> set[str]:
 
 
 class GatedAttention(nn.Module):
-    """Softmax attention with a slot for a sink logit, whose output passes the gate `g1` before
-    `o_proj`; or what else `GateConfig` says.
+    """Softmax attention with a slot for a sink logit, whose output passes the gate `attn_gate`
+    before `o_proj`.
 
     A mixin before a transformers attention class. Its forward is that class's forward, operation
     by operation, plus the gate; the tests hold a zero gate bitwise equal to the original, so that
@@ -109,15 +109,10 @@ class GatedAttention(nn.Module):
             cached, update = past_key_values, {}
             if cache is not None:  # pages, which the kernel fills
                 kwargs["cache"] = cache
+        query_states, key_states, value_states = self.project(hidden_states)
+        key_states = self.attn_gate.bias_keys(key_states)
         query_states, key_states, value_states = (
-            self.g1(states, hidden_states, position)
-            for states, position in zip(
-                self.project(hidden_states), ("G4", "G3", "G2"), strict=True
-            )
-        )
-        query_states, key_states, value_states = (
-            states.transpose(1, 2)
-            for states in (query_states, self.g1.bias_keys(key_states), value_states)
+            states.transpose(1, 2) for states in (query_states, key_states, value_states)
         )
         cos, sin = position_embeddings
         query_states, key_states = self.apply_rotary_pos_emb(query_states, key_states, cos, sin)
@@ -129,7 +124,7 @@ class GatedAttention(nn.Module):
         attention_interface = ALL_ATTENTION_FUNCTIONS.get(
             self.config._attn_implementation, self.eager_attention_forward
         )
-        sink = self.g1.sink(hidden_states)
+        sink = self.attn_gate.sink(hidden_states)
         if sink is not None:
             attention_interface = partial(sink_attention, attention_interface, sink)
         attn_output, attn_weights = attention_interface(
@@ -145,15 +140,13 @@ class GatedAttention(nn.Module):
         )
         # That of vLLM comes with heads and channels in one.
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
-        attn_output = self.g1(attn_output, hidden_states)
+        attn_output = self.attn_gate(attn_output, hidden_states)
         if self.observer is not None:
             attn_output = self.observer(
                 self, hidden_states, query_states, key_states, sink, attn_output
             )
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        attn_output = self.o_proj(attn_output)
-        attn_output = self.g1(attn_output.unsqueeze(-2), hidden_states, "G5").squeeze(-2)
-        return attn_output, attn_weights
+        return self.o_proj(attn_output), attn_weights
 
 
 class NormedGatedAttention(GatedAttention):

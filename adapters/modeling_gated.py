@@ -8,7 +8,7 @@ does vLLM's Transformers backend, but for sinks: its attention tells nothing of 
 import torch
 from torch import nn
 
-from ._sinks import Sink
+from ._sink import Sink
 from .llama import FAMILY
 
 try:
@@ -80,17 +80,16 @@ class Gate(nn.Module):
         if config.gate_centered:
             self.center = nn.Parameter(torch.zeros(by_kv_head))
 
-    def forward(
-        self, states: torch.Tensor, hidden_states: torch.Tensor, position: str = "G1"
-    ) -> torch.Tensor:
-        """Scale `[..., num_heads, head_dim]`; the other places where training can gate are as they
-        were."""
-        if position != "G1" or self.g_proj is None:
-            return states
+    def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Gate the output of attention `[..., num_heads, head_dim]`."""
+        if self.g_proj is None:
+            return attn_output
         gate = 2 * torch.sigmoid(self.g_proj(hidden_states))
         gate = gate.unflatten(-1, (self.num_heads, -1))
         center = self._center_by_head()
-        return states * gate if center is None else states + (gate - 1) * (states - center)
+        if center is None:
+            return attn_output * gate
+        return attn_output + (gate - 1) * (attn_output - center)
 
     def bias_keys(self, key_states: torch.Tensor) -> torch.Tensor:
         """Keys `[..., num_key_value_heads, head_dim]` before RoPE, with their bias."""
@@ -116,7 +115,7 @@ def _add_gates(decoder: nn.Module, config: GatedConfig) -> None:
     for index in config.gated_layers:
         attention = decoder.layers[index].self_attn
         attention.__class__ = FAMILY.gated
-        attention.g1 = Gate(config, attention.head_dim)
+        attention.attn_gate = Gate(config, attention.head_dim)
 
 
 class GatedModel(FAMILY.decoder):

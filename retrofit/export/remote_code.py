@@ -5,6 +5,7 @@ For bases that no stock architecture can hold, and for engines too old for the o
 Headwise gates stay as small as they were trained. The code is that of `retrofit.adapters`.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -29,6 +30,21 @@ CLASSES = {
     "AutoModelForCausalLM": "modeling_gated.GatedForCausalLM",
 }
 
+# The files of `retrofit.adapters` that every family imports.
+_SHARED = ("_family", "_flash_on_cpu", "_log_sum_exp", "_sink", "_sink_attention")
+
+# `_digest` of the code that was written while the gate's module was called `g1`, by the base's
+# family. It is run as it is, so the tensors of those checkpoints keep their names.
+_FORMER_CODE = {
+    "gemma3_text": "28b50e4a55bd8c529704415ffdff2ba95b9d705b626d44eebab207fde3a83e17",
+    "gpt_oss": "21b96b9065addd137687851a933505eabbba7b3c0e1a10451c94372e09586ffd",
+    "llama": "01eab4e8655b39847e6510d1e5f0f2fb8d78c3605a85c8d84b48935f2ec1a934",
+    "mistral": "6c616ab62bd4769228e23e8553ab1196f54463d7b67d0840f75cc1d5a9f46fcd",
+    "qwen2": "a5083eeae4daf5493168df3fd807768b1b62335d599f0b05e4bb4bf9b2436c72",
+    "qwen3": "e6e355cfd79fe48a50bbc4a0f2d6845fcfb587dc1ca59e16c0e37412eb7ff0ac",
+    "qwen3_moe": "61286a02129860da1fe42acbf7b10dee0efa599506180dd060d7f2f57175483b",
+}
+
 _SERVE_PLUGIN = """
 
 vLLM (0.32) runs it on its own classes, without this code, once it has a plugin:
@@ -50,13 +66,21 @@ vllm serve {name} --trust-remote-code --model-impl transformers
 def code_of(model_type: str) -> dict[str, str]:
     """The Python files of a checkpoint by name: what all families share, the base's, and the
     model."""
-    files = {
-        f"{name}.py": _text(name) for name in ("_family", "_sinks", model_type, "modeling_gated")
-    }
+    files = {f"{name}.py": _text(name) for name in (*_SHARED, model_type, "modeling_gated")}
     as_llama, as_ours = "from .llama import FAMILY", f"from .{model_type} import FAMILY"
     model = files["modeling_gated.py"]
     assert as_llama in model
     return files | {"modeling_gated.py": model.replace(as_llama, as_ours)}
+
+
+def _code_in(folder: Path) -> dict[str, str]:
+    """The text of each Python file of a checkpoint, by its path in the folder."""
+    paths = (path for path in folder.rglob("*.py") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in paths}
+
+
+def _digest(code: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
 
 
 def _text(name: str) -> str:
@@ -96,7 +120,7 @@ def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, tor
     }
     for name, by_layer in parts.items():
         for layer, tensor in by_layer.items():
-            yield f"model.layers.{layer}.self_attn.g1.{name}", tensor.to(dtype).contiguous()
+            yield f"model.layers.{layer}.self_attn.attn_gate.{name}", tensor.to(dtype).contiguous()
 
 
 class RemoteCode(CheckpointFormat):
@@ -120,14 +144,14 @@ class RemoteCode(CheckpointFormat):
     def check_code(self, folder, model_type):
         """What would be run is what a merge writes, and nobody else's: other files, and classes
         that the configs name elsewhere, would be run unseen."""
-        ours = code_of(model_type)
-        for name in ours.keys() | {str(path.relative_to(folder)) for path in folder.rglob("*.py")}:
-            path = folder / name
-            if name not in ours or not path.is_file() or path.read_text() != ours[name]:
-                raise MergeMismatchError(
-                    f"{path} is not the file that this version of retrofit writes, so it is not "
-                    "run; merge again"
-                )
+        ours, found = code_of(model_type), _code_in(folder)
+        if _digest(found) != _FORMER_CODE.get(model_type):
+            for name in sorted(ours.keys() | found.keys()):
+                if ours.get(name) != found.get(name):
+                    raise MergeMismatchError(
+                        f"{folder / name} is not the file that this version of retrofit writes, so "
+                        "it is not run; merge again"
+                    )
         for name, classes in (("config.json", CLASSES), ("tokenizer_config.json", None)):
             path = folder / name
             if path.is_file() and read_json(path).get("auto_map") != classes:
@@ -135,7 +159,7 @@ class RemoteCode(CheckpointFormat):
 
     def how_to_load(self, report, name):
         return (
-            "Its four Python files are the model; read them, then:\n\n"
+            "Its Python files are the model; read them, then:\n\n"
             + LOAD.format(name=name, imports="", options=TRUST)
             + _how_to_serve(report, name)
         )

@@ -11,9 +11,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from retrofit.adapters import family_of, supported_model_types
+from retrofit.gates.ablations import ablated
 from retrofit.gates.config import GateConfig
 from retrofit.gates.layer import GateLayer
 from retrofit.gates.rope import slow_pairs
+from retrofit.stored_names import by_current_name
 from retrofit.utils.errors import UserError
 
 
@@ -21,11 +23,11 @@ class GateModel(BaseTuner):
     """PEFT tuner for `GateConfig`. Base state-dict keys do not change.
 
     The attention module keeps its parameters; only its class becomes the gated one, whose forward
-    calls the child `g1`. The class that trains is thus the class that runs and exports.
+    calls the child `attn_gate`. The class that trains is thus the class that runs and exports.
     """
 
     # PEFT and transformers rename checkpoint keys by this: it must name the container exactly.
-    prefix = "g1.g_proj"
+    prefix = "attn_gate.g_proj"
     tuner_layer_cls = GateLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {
         model_type: ["self_attn"] for model_type in supported_model_types()
@@ -61,8 +63,8 @@ class GateModel(BaseTuner):
             gated = [module for module in self.model.modules() if _has_gate(module)]
             for attention in gated:
                 dtype = attention.o_proj.weight.dtype
-                if adapter_name in attention.g1.g_proj and dtype.is_floating_point:
-                    attention.g1.g_proj[adapter_name].to(dtype)
+                if adapter_name in attention.attn_gate.g_proj and dtype.is_floating_point:
+                    attention.attn_gate.g_proj[adapter_name].to(dtype)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _create_and_replace(
@@ -72,7 +74,19 @@ class GateModel(BaseTuner):
         if not isinstance(target, family.gated):
             slow = slow_pairs(self.model.get_decoder(), target.layer_idx)
             _insert_gate(target, family, current_key, slow)
-        target.g1.update_layer(adapter_name, peft_config)
+        if peft_config.position != "G1":
+            _set_class(target, ablated(family.model_type))
+        target.attn_gate.update_layer(adapter_name, peft_config)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """PEFT's, of adapters with former names as well."""
+        return super()._remap_adapter_state_dict_for_load(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=by_current_name(state_dict),
+        )
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         """`unload` replaces tuner layers by their base; here the gate's parent gets its class
@@ -101,7 +115,7 @@ def _insert_gate(attention: nn.Module, family, name: str, slow_pairs: int) -> No
     head_dim = attention.head_dim
     device = _device_of(attention.o_proj)
     _set_class(attention, family.gated)
-    attention.g1 = GateLayer(
+    attention.attn_gate = GateLayer(
         hidden_size=attention.q_proj.in_features,
         num_heads=attention.o_proj.in_features // head_dim,
         num_key_value_heads=attention.k_proj.out_features // head_dim,
@@ -141,11 +155,11 @@ def _device_of(projection: nn.Module) -> torch.device:
 
 def gate_layers(model: nn.Module) -> dict[int, GateLayer]:
     """The gates of a model by layer index."""
-    return {module.layer_idx: module.g1 for module in model.modules() if _has_gate(module)}
+    return {module.layer_idx: module.attn_gate for module in model.modules() if _has_gate(module)}
 
 
 def _has_gate(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "g1", None), GateLayer)
+    return isinstance(getattr(module, "attn_gate", None), GateLayer)
 
 
 @contextmanager

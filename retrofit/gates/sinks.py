@@ -4,7 +4,7 @@ A head that pays the attention sink a share `A` keeps `1 - A = sigmoid(LSE - s)`
 log-sum-exp of its logits over all other keys and `s` the logit of the sink. A head that copies pays
 the sink until it finds what to copy, which a gate that reads the layer's input cannot know. A slot
 in the softmax with a logit of its own, as gpt-oss has it, computes this gate exactly
-(arXiv:2602.01203, section 3; the attention itself is in `retrofit.adapters._sinks`).
+(arXiv:2602.01203, section 3; the attention itself is in `retrofit.adapters._sink_attention`).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from retrofit.adapters._sinks import Sink
+from retrofit.adapters._sink import Sink
 from retrofit.gates.config import GateConfig
 
 # Optimizers move every number alike. What is counted in nats is stored in units of 10, so that a

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from retrofit.adapters._family import GatedAttention
-from retrofit.adapters._sinks import Sink
+from retrofit.adapters._sink import Sink
 from retrofit.losses.head_balance import (
     balance_loss,
     effective_load,
@@ -113,7 +113,7 @@ class LayerLosses:
         """`attn_output`, unchanged but for the gradients that start where it is."""
         gates, self.gates = self.gates, []
         index = attention.layer_idx
-        if attention.g1.disable_adapters:  # the base's own pass
+        if attention.attn_gate.disable_adapters:  # the base's own pass
             if "hidden" in self.weights:
                 self.base[index] = hidden_states.detach()
             return attn_output
@@ -129,7 +129,7 @@ class LayerLosses:
     def before_layer(self, layer: nn.Module, args: tuple) -> tuple | None:
         """Forward pre-hook of a decoder layer, whose first argument is the residual stream."""
         attention = layer.self_attn
-        if attention.g1.disable_adapters:
+        if attention.attn_gate.disable_adapters:
             if "hidden" in self.weights:
                 self.kept[attention.layer_idx] = self._kept(args[0])
             return None
@@ -209,7 +209,7 @@ def add_layer_losses(model: nn.Module, objective: Objective) -> LayerLosses:
         layer.self_attn.observer = layer_losses
         layer.register_forward_pre_hook(layer_losses.before_layer)
         if objective.balance:
-            for projection in layer.self_attn.g1.g_proj.values():
+            for projection in layer.self_attn.attn_gate.g_proj.values():
                 projection.register_forward_hook(layer_losses.keep_gate)
     return layer_losses
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from retrofit.adapters._family import GatedAttention
-from retrofit.adapters._sinks import Sink
+from retrofit.adapters._sink import Sink
 
 NEAR = 64  # attention to a key less than this far back is honest local attention
 

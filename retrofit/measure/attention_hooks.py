@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS
+from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS
 from retrofit.gates import GateLayer
 from retrofit.measure.metrics import (
     ActivationStatistics,
@@ -235,7 +235,7 @@ def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, 
     function that turns the module's output into scores."""
     module: Any
     for module in model.modules():
-        gate: Any = getattr(module, "g1", None)
+        gate = _gate_of(module)
         if isinstance(gate, GateLayer):
             for projection in gate.g_proj.values():
                 if projection.position == "G1" and projection.weight is not None:
@@ -246,6 +246,11 @@ def _gate_projections(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, 
         elif type(module).__name__ in _PACKED_GATES:
             to_scores = partial(_scores_of_packed, head_dim=module.head_dim)
             yield module.layer_idx, module.q_proj, to_scores
+
+
+def _gate_of(module: nn.Module) -> Any:
+    """Returns the gate of an attention module, which older checkpoints' own code calls `g1`."""
+    return getattr(module, "attn_gate", None) or getattr(module, "g1", None)
 
 
 def _scores_of_doubled_gate(gate: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from retrofit.adapters._sinks import Sink
+from retrofit.adapters._sink import Sink
 from retrofit.losses.sampled_attention import NEAR
 
 TAIL = 128  # the last keys have too few far queries behind them, so they are left out

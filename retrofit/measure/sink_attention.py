@@ -1,7 +1,7 @@
 """Computes attention with the slots that a model passes to its attention function.
 
 Slots are the sink logits that a model was trained with, as in gpt-oss and Granite, and those of
-gates. The attention with one slot is in `retrofit.adapters._sinks`.
+gates. The attention with one slot is in `retrofit.adapters._sink_attention`.
 """
 
 from functools import reduce
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from retrofit.adapters._sinks import Sink, read_log_sum_exp, sdpa_with_sink, towards
+from retrofit.adapters._log_sum_exp import read_log_sum_exp
+from retrofit.adapters._sink import Sink, towards
+from retrofit.adapters._sink_attention import sdpa_with_sink
 
 
 def slots(s_aux: torch.Tensor | None = None, sink: Sink | None = None, **_) -> list[Sink]:

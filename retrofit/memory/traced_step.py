@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.models import enable_selective_activation_checkpointing
 
 from retrofit.adapters._family import sliding_window_of
-from retrofit.adapters._sinks import SINK_ATTENTION_FUNCTIONS, sdpa_with_sink
+from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS, sdpa_with_sink
 from retrofit.gates import gate_layers
 from retrofit.losses.distillation import BLOCK_BYTES, CHUNK_BYTES, add_objectives
 from retrofit.losses.layer_losses import add_layer_losses

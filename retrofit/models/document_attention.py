@@ -17,14 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import flash_attention_mask
 
 from retrofit.adapters._family import sliding_window_of
-from retrofit.adapters._sinks import (
-    SINK_ATTENTION_FUNCTIONS,
-    Sink,
-    attend_on_cpu,
-    check_heeded,
-    read_log_sum_exp,
-    towards,
-)
+from retrofit.adapters._flash_on_cpu import attend_on_cpu
+from retrofit.adapters._log_sum_exp import read_log_sum_exp
+from retrofit.adapters._sink import Sink, towards
+from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS, check_heeded
 
 NAME = "sdpa_by_document"
 

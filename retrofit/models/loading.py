@@ -37,6 +37,7 @@ from retrofit.models.safetensors_io import StoredWeights, read_index, weights_fi
 from retrofit.models.source import check_ungated, has_published_gates
 from retrofit.models.tokenizer_file import check_tokenizer
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
+from retrofit.stored_names import current_name
 from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import temporary_folder
 from retrofit.utils.paths import expanded
@@ -220,7 +221,8 @@ def load_adapter(base: PreTrainedModel, adapter: Path, **options: Any) -> PeftMo
         model = PeftModel.from_pretrained(base, str(adapter), **options)
         # PEFT only warns of a missing weight, and the gate would stay the identity.
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            wrong = set(file.keys()) ^ set(get_peft_model_state_dict(model))
+            stored = {current_name(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        wrong = stored ^ set(get_peft_model_state_dict(model))
     except (UserError, torch.OutOfMemoryError):
         raise
     except DAMAGES as error:

@@ -189,7 +189,7 @@ def _gate_tensors(
         else:
             projection.channel_weight.data = gate / projection.channel_scale
         for name, tensor in projection.state_dict().items():
-            yield f"base_model.model.{prefix}g1.g_proj.{name}", tensor.contiguous()
+            yield f"base_model.model.{prefix}attn_gate.g_proj.{name}", tensor.contiguous()
 
 
 def _split(rows: torch.Tensor, config: dict) -> tuple[torch.Tensor, torch.Tensor]:

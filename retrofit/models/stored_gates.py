@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from retrofit.gates import GateConfig, GateProjection
+from retrofit.gates import GateConfig, GateProjection, new_projection
 from retrofit.models.safetensors_io import StoredWeights
+from retrofit.stored_names import by_current_name
 from retrofit.utils.errors import UserError
 
 _GATE_KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(0|[1-9]\d*)\.self_attn\.g1\.g_proj\.(\w+)"
+    r"base_model\.model\.model\.layers\.(0|[1-9]\d*)\.self_attn\.attn_gate\.g_proj\.(\w+)"
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -124,7 +125,11 @@ def _gate_config(trained: dict[str, Any], adapter: Path) -> GateConfig:
 
 def _by_layer(adapter: Path) -> dict[int, Tensors]:
     layers: dict[int, Tensors] = {}
-    for key, tensor in StoredWeights(adapter, "adapter_model.safetensors").items():
+    try:
+        stored = by_current_name(StoredWeights(adapter, "adapter_model.safetensors"))
+    except ValueError as error:
+        raise UserError(f"{adapter}: {error}") from error
+    for key, tensor in stored.items():
         match = _GATE_KEY.fullmatch(key)
         if match is None:
             raise UserError(f"{adapter} also holds {key}; only gates can be merged")
@@ -140,7 +145,7 @@ def _gate(config: PreTrainedConfig, gate_config: GateConfig, tensors: Tensors) -
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     # Only a model knows how many pairs of channels are slow, and there is none here.
     slow_pairs = min(tensors.get("key_bias", torch.empty(0)).shape[-1], head_dim // 2)
-    return GateProjection(config.hidden_size, heads, head_dim, kv_heads, gate_config, slow_pairs)
+    return new_projection(gate_config, config.hidden_size, heads, kv_heads, head_dim, slow_pairs)
 
 
 def _check_gate(layer: int, weight: torch.Tensor | None, shape: tuple[int, ...]) -> None:

@@ -21,6 +21,7 @@ from transformers.trainer import (
 )
 
 from retrofit.models.pickles import pickles_in, refuse_pickles
+from retrofit.stored_names import current_name
 from retrofit.training.checkpoints import (
     OPTIMIZER,
     STATE,
@@ -168,7 +169,10 @@ def _check_gates(path: Path, model: PeftModel) -> None:
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
     gates = {name: list(gate.shape) for name, gate in held.items()}
     with safe_open(path, framework="pt") as file:
-        stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        stored = {
+            current_name(name): file.get_slice(name).get_shape()
+            for name in file.keys()  # noqa: SIM118 - not a dict
+        }
     wrong = {name for name in gates.keys() | stored.keys() if gates.get(name) != stored.get(name)}
     if wrong:
         raise _of_another_run(path, f"{min(wrong)} differs")

@@ -1,8 +1,8 @@
 """vLLM's plugin: checkpoints of `retrofit merge --format remote-code` on vLLM's own model classes.
 
 vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. Of
-this package nothing else is imported there, so that it may be installed without what the rest of it
-needs: vLLM wants an older transformers than training does.
+the rest of this package only `retrofit.stored_names` is imported there, so that it may be installed
+without what the others need: vLLM wants an older transformers than training does.
 
     pip install --no-deps gate-retrofit
     vllm serve CHECKPOINT

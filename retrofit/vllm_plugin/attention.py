@@ -25,10 +25,10 @@ class GatedAttention(nn.Module):
         self.q_norm = getattr(attention, "q_norm", None)
         self.k_norm = getattr(attention, "k_norm", None)
         self.rotary_emb = attention.rotary_emb
-        self.g1 = Gate(vllm_config.model_config.hf_config, attention, f"{prefix}.g1")
+        self.attn_gate = Gate(vllm_config.model_config.hf_config, attention, f"{prefix}.attn_gate")
         self.attn = attention.attn
-        if self.g1.sinks is not None:
-            self.attn = with_sinks(self.attn, attention.scaling, self.g1.sinks, vllm_config)
+        if self.attn_gate.sinks is not None:
+            self.attn = with_sinks(self.attn, attention.scaling, self.attn_gate.sinks, vllm_config)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, **kwargs
@@ -37,9 +37,9 @@ class GatedAttention(nn.Module):
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         if self.q_norm is not None:
             q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
-        k, v = self.g1.before(k, v)
+        k, v = self.attn_gate.before(k, v)
         q, k = self.rotary_emb(positions, q, k)
-        attn_output = self.g1(self.attn(q, k, v), hidden_states)
+        attn_output = self.attn_gate(self.attn(q, k, v), hidden_states)
         output, _ = self.o_proj(attn_output)
         return output
 

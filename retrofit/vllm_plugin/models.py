@@ -1,5 +1,6 @@
 """vLLM's model classes with gates, one for each family. vLLM imports this file itself."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
+from retrofit.stored_names import current_name
 from retrofit.vllm_plugin.attention import GatedAttention
 
 
@@ -31,6 +33,10 @@ class Gated(nn.Module):
                 layer = decoder.layers[index]
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{index}.self_attn"
                 layer.self_attn = GatedAttention(layer.self_attn, vllm_config, name)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """vLLM's, of checkpoints with former names as well."""
+        return super().load_weights((current_name(name), tensor) for name, tensor in weights)
 
 
 class GatedGemma3TextForCausalLM(Gated, Gemma3ForCausalLM):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import retrofit.gates.layer
+import retrofit.gates.projection
 import retrofit.training.trainer
 from paired import Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report
 from retrofit.losses import distillation
@@ -82,9 +82,8 @@ def patch(target: object, name: str, value: object) -> Patch:
     return lambda: mock.patch.object(target, name, value)
 
 
-def plain_sigmoid() -> AbstractContextManager:
-    plain = {"sigmoid": lambda logits: 2 * torch.sigmoid(logits)}
-    return mock.patch.dict(retrofit.gates.layer.ACTIVATIONS, plain)
+def plain_sigmoid(logits):
+    return 2 * torch.sigmoid(logits)
 
 
 LEVERS = {
@@ -96,7 +95,10 @@ LEVERS = {
     ),
     "losses in the CPU's cache": Lever((patch(distillation, "BLOCK_BYTES", 2**40),)),
     "gate's own backward (elementwise, centered)": Lever(
-        (patch(retrofit.gates.layer, "scale", plain_scale), plain_sigmoid),
+        (
+            patch(retrofit.gates.projection, "scale", plain_scale),
+            patch(retrofit.gates.projection, "double_sigmoid", plain_sigmoid),
+        ),
         recipe={"gate": {"granularity": "elementwise", "centered": True}},
         spares=True,
     ),

@@ -122,7 +122,7 @@ def write_gates(folder: Path, base: Path, layers: int) -> None:
     )
     config.save_pretrained(str(folder))
     shape = LLAMA_31_8B["num_attention_heads"], LLAMA_31_8B["hidden_size"]
-    name = "base_model.model.model.layers.{}.self_attn.g1.g_proj.weight"
+    name = "base_model.model.model.layers.{}.self_attn.attn_gate.g_proj.weight"
     gates = {name.format(i): torch.randn(shape) * shape[1] ** -0.5 for i in range(layers)}
     write_shards(iter(gates.items()), folder, SHARD)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")

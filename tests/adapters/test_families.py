@@ -13,9 +13,9 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from retrofit import GateConfig
 from retrofit.adapters import family_of, llama
-from retrofit.adapters._sinks import sink_attention
+from retrofit.adapters._sink_attention import sink_attention
 from retrofit.gates import gate_layers, gates_off
-from retrofit.gates.layer import ACTIVATIONS
+from retrofit.gates.ablations import ACTIVATIONS, AblatedAttention
 from retrofit.measure.attention_hooks import attention_replaced
 from retrofit.utils.errors import UserError
 
@@ -90,11 +90,11 @@ def test_gate_scales_each_head_before_o_proj(family, granularity):
         if len(args) == 2:  # no position: G1
             seen.update(y=args[0], x=args[1])
 
-    attention.g1.register_forward_pre_hook(see)
+    attention.attn_gate.register_forward_pre_hook(see)
     attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(gated=args[0]))
     with torch.no_grad():
         model(batch(padded=False)["input_ids"])
-    scores = 2 * torch.sigmoid(seen["x"] @ attention.g1.g_proj["default"].matrix().T)
+    scores = 2 * torch.sigmoid(seen["x"] @ attention.attn_gate.g_proj["default"].matrix().T)
     if granularity == "headwise":
         scores = scores.repeat_interleave(attention.head_dim, dim=-1)
     torch.testing.assert_close(seen["gated"], seen["y"].flatten(-2) * scores)
@@ -121,7 +121,8 @@ def test_only_gates_train_and_base_keys_stay(family):
     model = get_peft_model(base, GateConfig())
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {
-        f"base_model.model.model.layers.{i}.self_attn.g1.g_proj.default.weight" for i in range(3)
+        f"base_model.model.model.layers.{i}.self_attn.attn_gate.g_proj.default.weight"
+        for i in range(3)
     }
     assert keys < set(model.base_model.model.state_dict())
 
@@ -208,6 +209,23 @@ def test_positions_scale_what_the_paper_says(position, module):
     input_ids = batch(padded=False)["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids).logits, scaled(input_ids).logits)
+
+
+def test_only_gates_elsewhere_than_at_g1_change_the_gated_class(family):
+    base = tiny_model(family)
+    attention = type(base.model.layers[0].self_attn)
+    model = get_peft_model(base, GateConfig(init_weights=False))
+    gated = base.model.layers[0].self_attn
+    assert type(gated) is family_of(family).gated
+    model.add_adapter("on_values", GateConfig(position="G2", init_weights=False))
+    assert isinstance(gated, AblatedAttention) and isinstance(gated, family_of(family).gated)
+    inputs = batch(padded=False)
+    expected = model(**inputs).logits
+    model.set_adapter("on_values")
+    assert not torch.equal(model(**inputs).logits, expected)
+    model.set_adapter("default")
+    assert torch.equal(model(**inputs).logits, expected)
+    assert type(model.unload().model.layers[0].self_attn) is attention
 
 
 def test_an_unsupported_architecture_is_refused_with_the_list():
@@ -314,7 +332,7 @@ def test_sinks_refuse_what_would_change_attention_beside_them(attention, name):
     with pytest.raises(ValueError, match=f"do not heed '{name}'"):
         sink_attention(
             eager_attention_forward,
-            module.g1.sink(torch.zeros(1, 5, 64)),
+            module.attn_gate.sink(torch.zeros(1, 5, 64)),
             module,
             *torch.randn(3, 1, 4, 5, 16),
             None,

@@ -295,7 +295,10 @@ def test_remote_code_is_all_that_its_folder_needs(windowed):
     out, report = windowed
     assert {path.name for path in out.glob("*.py")} == {
         "_family.py",
-        "_sinks.py",
+        "_flash_on_cpu.py",
+        "_log_sum_exp.py",
+        "_sink.py",
+        "_sink_attention.py",
         "mistral.py",
         "modeling_gated.py",
     }
@@ -358,7 +361,7 @@ def test_every_family_merges_with_its_own_code(
     assert report["verification"]["max_logprob_difference"] < 1e-4
     width = 64 if granularity == "elementwise" else 4
     gate = load_file(tmp_path / "out/model.safetensors")[
-        "model.layers.1.self_attn.g1.g_proj.weight"
+        "model.layers.1.self_attn.attn_gate.g_proj.weight"
     ]
     assert gate.shape == (width, 64)
 
@@ -372,7 +375,7 @@ def test_the_decoder_alone_has_gates_too(windowed):
     with torch.no_grad():
         expected = model.model(input_ids).last_hidden_state
         assert torch.equal(decoder(input_ids).last_hidden_state, expected)
-    assert decoder.layers[1].self_attn.g1.g_proj.weight.any()
+    assert decoder.layers[1].self_attn.attn_gate.g_proj.weight.any()
 
 
 def test_a_mixture_of_experts_goes_native(tmp_path, tiny_base, in_process):

@@ -66,6 +66,18 @@ def test_files_of_a_checkpoint_import_what_an_older_transformers_has(family):
         assert imports(ast.parse(code)) - tried <= IN_5_19, name
 
 
+@pytest.mark.parametrize("family", supported_model_types())
+def test_files_of_a_checkpoint_import_one_another_and_none_is_left_out_or_unused(family):
+    code = code_of(family)
+    imported = {
+        f"{each.module}.py"
+        for text in code.values()
+        for each in ast.walk(ast.parse(text))
+        if isinstance(each, ast.ImportFrom) and each.level == 1
+    }
+    assert imported | {"modeling_gated.py"} == code.keys()
+
+
 @pytest.mark.parametrize("name", sorted(TRIED))
 def test_a_name_that_may_be_missing_is_tried(name):
     assert any(name in tried_imports(code) for code in code_of("llama").values())

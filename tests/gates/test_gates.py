@@ -55,7 +55,7 @@ def test_the_adapter_file_holds_gates_alone_and_says_what_they_are(adapter, fami
     folder, _ = adapter
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         assert {key for key in file.keys() if not key.endswith(".channel_weight")} == {  # noqa: SIM118
-            f"base_model.model.model.layers.{i}.self_attn.g1.g_proj.weight" for i in range(3)
+            f"base_model.model.model.layers.{i}.self_attn.attn_gate.g_proj.weight" for i in range(3)
         }
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "G1_GATE"

@@ -10,14 +10,11 @@ from tiny import tiny_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from retrofit import GateConfig
-from retrofit.adapters._sinks import (
-    _LEAST_ODDS,
-    SINK_ATTENTION_FUNCTIONS,
-    Sink,
-    read_log_sum_exp,
-)
+from retrofit.adapters._log_sum_exp import read_log_sum_exp
+from retrofit.adapters._sink import _LEAST_ODDS, Sink
+from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS
 from retrofit.gates import gate_layers, gates_off
-from retrofit.gates.layer import GateProjection
+from retrofit.gates.projection import GateProjection
 from retrofit.gates.rope import slow_pairs
 from retrofit.gates.sinks import UNIT
 from retrofit.measure.attention_hooks import collect_layer_statistics
@@ -163,7 +160,7 @@ def test_a_query_that_sees_nothing_has_no_slot_either():
 
 
 def test_log_sum_exp_in_blocks_is_the_whole(monkeypatch):
-    monkeypatch.setattr("retrofit.adapters._sinks._BLOCK", 7)
+    monkeypatch.setattr("retrofit.adapters._log_sum_exp._BLOCK", 7)
     query, key, _ = states(40, 40)
     logits = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).mT * SCALING
     logits = logits.masked_fill(~allowed(None, 40, 40), -torch.inf)

@@ -38,7 +38,7 @@ class Added(LayerLosses):
         load = sink_load(weights)
         if not hasattr(attention, "sinks"):
             load = vanilla_load(weights, self.sampled.starts, load if sink else 1.0)
-        projection = attention.g1.g_proj["default"]
+        projection = attention.attn_gate.g_proj["default"]
         if projection.weight is not None:
             gate = projection(hidden_states)
             rows = zip(gate, self.sampled.rows, strict=True)
@@ -53,7 +53,7 @@ class Added(LayerLosses):
         return attn_output
 
     def before_layer(self, layer, args):
-        if layer.self_attn.g1.disable_adapters:
+        if layer.self_attn.attn_gate.disable_adapters:
             return
         self.total = (
             self.total + 0.7 * massive_activations.excess_activation(args[0], POSITION_IDS) / 3

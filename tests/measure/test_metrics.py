@@ -158,7 +158,7 @@ def test_checkpoints_with_code_of_their_own_show_their_gates(granularity):
     config = GatedConfig(**SHAPE, gated_layers=[0, 2], gate_granularity=granularity)
     torch.manual_seed(0)
     model = GatedForCausalLM(config).eval()
-    gates = {index: model.model.layers[index].self_attn.g1.g_proj for index in (0, 2)}
+    gates = {index: model.model.layers[index].self_attn.attn_gate.g_proj for index in (0, 2)}
     with recorded(gates) as logits:
         layers, _ = read_model(model, [tokens()], None)
     assert layers[1].gate is None

@@ -10,7 +10,8 @@ from test_streaming import CACHE, SINKS, SinkLayer, opened, token_by_token
 from tiny import tiny_model, tiny_tokenizer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from retrofit.adapters._sinks import Sink, read_log_sum_exp
+from retrofit.adapters._log_sum_exp import read_log_sum_exp
+from retrofit.adapters._sink import Sink
 from retrofit.measure import measure
 from retrofit.measure.attention_hooks import (
     attention_watched,

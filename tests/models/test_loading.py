@@ -84,7 +84,7 @@ def test_a_base_of_another_shape_or_family_is_refused(run, base, message):
 def test_an_adapter_that_lacks_a_gate_is_refused(run):
     path = run / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
-    name = "base_model.model.model.layers.1.self_attn.g1.g_proj.weight"
+    name = "base_model.model.model.layers.1.self_attn.attn_gate.g_proj.weight"
     tensors.pop(name)
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"{name} is in one alone"):

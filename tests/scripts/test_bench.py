@@ -72,7 +72,7 @@ def test_both_first_steps_are_the_same_loss_down_to_the_embeddings(arm, tiny_bas
     if arm == "plain":
         assert not trained and reached[0].abs().max() > 0
     else:
-        assert len(trained) == 3 and all(".g1." in name for name in trained)
+        assert len(trained) == 3 and all(".attn_gate." in name for name in trained)
 
 
 def test_a_start_is_told_in_parts_by_a_process_of_its_own(tiny_base, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from former_names import rename_gates
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -100,7 +102,7 @@ def test_nothing_is_pickled(make_recipe):
 def test_checkpoints_hold_adapters_alone(make_recipe):
     run = train(make_recipe())
     tensors = load_file(run / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
-    assert all(".g1.g_proj." in name for name in tensors)
+    assert all(".attn_gate.g_proj." in name for name in tensors)
     final = adapter_of(run)
     assert all(torch.equal(tensors[name], final[name]) for name in final)
 
@@ -148,6 +150,19 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monke
     halves = adapter_of(run)
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     assert json.loads((run / "run.json").read_text())["steps"] == 6
+
+
+def test_a_run_whose_checkpoint_has_the_former_names_of_gates_goes_on_bitwise(make_recipe):
+    recipe = make_recipe()
+    run = train(recipe)
+    whole = adapter_of(run)
+    shutil.rmtree(run / "adapter")
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    rename_gates(run / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
+    resumed = adapter_of(train(recipe, resume=True))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(whole[name], gate) for name, gate in resumed.items())
 
 
 def test_a_signal_during_the_exchange_between_ranks_is_not_forgotten(monkeypatch):
@@ -224,7 +239,7 @@ def test_every_gate_must_get_a_gradient_or_the_run_stops_and_names_it(make_recip
     monkeypatch.setattr(GateLayer, "forward", bypassed)
     trainer = gate_trainer(make_recipe(), callbacks=[GradientCheck()])
     gate_layers(trainer.model)[1].bypass = True
-    with pytest.raises(DeadGateError, match=r"1 of 3 gates.*layers\.1\.self_attn\.g1"):
+    with pytest.raises(DeadGateError, match=r"1 of 3 gates.*layers\.1\.self_attn\.attn_gate"):
         trainer.train()
 
 

@@ -41,6 +41,32 @@ ours = sorted(name for name in sys.modules if name.startswith("retrofit"))
 print(json.dumps([models, ours, config.architectures, config.gated_layers]))
 """
 
+# A vLLM of classes that do nothing but take weights and say which.
+LOAD = """
+import importlib.abc, importlib.machinery, json, sys, types
+from torch import nn
+
+class Module(types.ModuleType):
+    __path__ = []
+    def __getattr__(self, name):
+        load_weights = lambda self, weights: [stored for stored, _ in weights]
+        return type(name, (nn.Module,), {"load_weights": load_weights})
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "vllm":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+    def create_module(self, spec):
+        return Module(spec.name)
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.insert(0, Finder())
+from retrofit.vllm_plugin.models import GatedQwen3ForCausalLM as Gated
+
+print(json.dumps(Gated.load_weights(object.__new__(Gated), [(name, 0) for name in sys.argv[1:]])))
+"""
+
 
 @pytest.fixture
 def checkpoint(tiny_base, tmp_path, in_process) -> Path:
@@ -64,6 +90,19 @@ def test_registering_needs_transformers_alone_and_knows_the_checkpoint(checkpoin
     for name, where in models.items():
         assert where == f"retrofit.vllm_plugin.models:{name}" and f"class {name}(" in source
     assert len(models) == len(CONFIGS)
+
+
+def test_weights_of_a_gate_are_taken_under_its_former_name_too():
+    names = [
+        f"model.layers.0.self_attn.{name}"
+        for name in ("g1.g_proj.weight", "attn_gate.sinks", "q_proj.weight")
+    ]
+    run = subprocess.run([sys.executable, "-c", LOAD, *names], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == [
+        f"model.layers.0.self_attn.{name}"
+        for name in ("attn_gate.g_proj.weight", "attn_gate.sinks", "q_proj.weight")
+    ]
 
 
 def test_vllm_finds_it():

@@ -116,20 +116,26 @@ def gates(model) -> Iterator[tuple[str, nn.Module, AbstractContextManager]]:
 
 
 def _gates_of(module: nn.Module) -> Iterator[AbstractContextManager]:
-    if hasattr(module, "g1") and isinstance(module.g1.g_proj, nn.ModuleDict):  # of an adapter
-        adapter = module.g1.g_proj["default"]
+    gate = _gate_of(module)
+    if gate is not None and isinstance(gate.g_proj, nn.ModuleDict):  # of an adapter
+        adapter = gate.g_proj["default"]
         if adapter.weight is not None:  # it tells the gates, not their logits
             yield _changed(adapter, lambda gate: gate / 100)
         if adapter.sink_odds is not None and (adapter.sink_odds > 0).any():
             yield _raised(adapter.sink_logits)
-    elif hasattr(module, "g1"):
-        if module.g1.g_proj is not None:
-            yield _changed(module.g1.g_proj, lambda logits: logits - 5)
-        yield from _sinks_of(module.g1)
+    elif gate is not None:
+        if gate.g_proj is not None:
+            yield _changed(gate.g_proj, lambda logits: logits - 5)
+        yield from _sinks_of(gate)
     elif hasattr(module, "q_proj") and hasattr(module, "q_norm"):
         yield _changed(module.q_proj, partial(_close_packed, head_dim=module.head_dim))
     elif hasattr(module, "q_proj"):
         yield from _sinks_of(module)
+
+
+def _gate_of(module: nn.Module) -> Any:
+    """The gate of an attention module, under its former name in the code of older checkpoints."""
+    return getattr(module, "attn_gate", None) or getattr(module, "g1", None)
 
 
 def _sinks_of(module: nn.Module) -> Iterator[AbstractContextManager]:

@@ -1,0 +1,29 @@
+"""Adapters with former names, where transformers loads them without PEFT's loader.
+
+PEFT asks the tuner what a stored name is in the model, and `GateModel` answers. transformers
+(`from_pretrained` of an adapter's folder, `load_adapter`) instead renames by a list that a function
+of PEFT makes. For gates that list begins with the former name.
+"""
+
+import re
+from functools import wraps
+
+from peft.utils import transformers_weight_conversion
+from transformers.core_model_loading import WeightRenaming
+
+from retrofit.gates._peft_type import G1_GATE
+from retrofit.stored_names import CURRENT, FORMER
+
+
+def rename_in_transformers() -> None:
+    """Let transformers read adapters whose gates have their former name."""
+    build = transformers_weight_conversion.build_peft_weight_mapping
+
+    @wraps(build)
+    def build_with_former_names(weight_conversions, adapter_name, peft_config=None):
+        mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
+        if getattr(peft_config, "peft_type", None) == G1_GATE:
+            mapping.insert(0, WeightRenaming(re.escape(FORMER), CURRENT))
+        return mapping
+
+    transformers_weight_conversion.build_peft_weight_mapping = build_with_former_names
