@@ -1,7 +1,7 @@
 """Describes a difference between two models, and judges whether it is more than noise."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
@@ -34,17 +34,45 @@ class Finding(NamedTuple):
     subject: str
     outcome: Outcome
     items: tuple[str, ...]
+    marks: tuple["Marks", ...] = ()
 
     @property
     def text(self) -> str:
         return "; ".join(self.items)
 
 
+class Marks(NamedTuple):
+    """A figure as two marks on one axis, which a page draws.
+
+    Attributes:
+        name: what the figure is, in plain English.
+        base: where the base's mark stands.
+        model: where the model's mark stands.
+        low: the lower end of the model's noise, two standard errors of the difference from it.
+        high: the upper end; both ends are the mark itself where the noise is not known.
+        values: both figures, formatted.
+    """
+
+    name: str
+    base: float
+    model: float
+    low: float
+    high: float
+    values: str
+
+
 class Item(NamedTuple):
-    """The verdict on one figure of a subject."""
+    """The verdict on one figure of a subject.
+
+    Attributes:
+        outcome: which way it moved.
+        text: all that is known of it, in one line.
+        marks: the figure on an axis; `None` if it is not one figure.
+    """
 
     outcome: Outcome
     text: str
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +86,11 @@ class Difference:
 
     value: float
     stderr: float | None = None
+
+    @property
+    def noise(self) -> float:
+        """The standard error, and 0 if it is not known."""
+        return self.stderr or 0.0
 
     @property
     def is_noise(self) -> bool:
@@ -95,69 +128,114 @@ def independent(value: float, *stderrs: float | None) -> Difference:
 
 def grouped(subject: str, items: Iterable[Item]) -> list[Finding]:
     """Returns a finding for each outcome among the items."""
-    by_outcome: dict[Outcome, list[str]] = {outcome: [] for outcome in OUTCOMES}
-    for outcome, text in items:
-        by_outcome[outcome].append(text)
-    return [
-        Finding(subject, outcome, tuple(texts)) for outcome, texts in by_outcome.items() if texts
-    ]
+    by_outcome: dict[Outcome, list[Item]] = {outcome: [] for outcome in OUTCOMES}
+    for item in items:
+        by_outcome[item.outcome].append(item)
+    return [finding(subject, *same) for same in by_outcome.values() if same]
 
 
-def lower_is_better(label: str, before: float, after: float) -> Item:
-    """Judges a figure that is better when it is smaller and whose noise is not known."""
+def finding(subject: str, *items: Item) -> Finding:
+    """Returns the finding of items that have one outcome."""
+    texts, marks = [item.text for item in items], [item.marks for item in items if item.marks]
+    return Finding(subject, items[0].outcome, tuple(texts), tuple(marks))
+
+
+def lower_is_better(name: str, label: str, before: float, after: float) -> Item:
+    """Judges a figure that is better when it is smaller and whose noise is not known.
+
+    Args:
+        name: what the figure is, in plain English.
+        label: what it is called in a line of text.
+        before: the base's value.
+        after: the model's value.
+    """
     if not before:
-        moved = f"{label} {figure(before)} -> {figure(after)}".lstrip()
-        return Item("worse" if after else "same", moved)
-    ratio = after / before
-    return ratio_item(label, figure(before), figure(after), Difference(ratio - 1), ratio, UNCHANGED)
+        values = f"{figure(before)} -> {figure(after)}"
+        outcome: Outcome = "worse" if after else "same"
+        marks = Marks(name, before, after, after, after, values)
+        return Item(outcome, f"{label} {values}".lstrip(), marks)
+    return ratio_item(name, label, before, after, Difference(after / before - 1), UNCHANGED)
 
 
-def higher_is_better(label: str, difference: Difference, decimals: int) -> Item:
-    """Judges a figure that is better when it is larger, such as an accuracy."""
+def higher_is_better(
+    name: str, label: str, difference: Difference, decimals: int, before: float = 0.0
+) -> Item:
+    """Judges a figure that is better when it is larger, such as an accuracy.
+
+    Args:
+        name: what the figure is, in plain English.
+        label: what it is called in a line of text.
+        difference: the model's value less the base's.
+        decimals: how many of the difference are shown.
+        before: the base's value, if it is known.
+    """
     same = difference.value == 0 or difference.is_noise
     outcome: Outcome = "better" if difference.value > 0 else "worse"
-    return Item("same" if same else outcome, f"{label} {difference.formatted(decimals)}")
+    values = f"{difference.value:+.{decimals}f}"
+    if before:
+        values = f"{before:.{decimals}f} -> {before + difference.value:.{decimals}f} ({values})"
+    marks = _with_noise(name, before, before + difference.value, 2 * difference.noise, values)
+    text = f"{label} {difference.formatted(decimals)}"
+    return Item("same" if same else outcome, text, marks)
 
 
-def nats_item(label: str, before: Sequence[float], after: Sequence[float]) -> Item:
+def nats_item(name: str, label: str, before: Sequence[float], after: Sequence[float]) -> Item:
     """Judges negative log-likelihoods of the same tokens, which are better when smaller."""
     difference = paired(before, after)
     outcome = outcome_of(math.exp(difference.value), difference, PERPLEXITY_UNCHANGED)
-    moved = f"{figure(fmean(before))} -> {figure(fmean(after))} nats a token"
-    return Item(outcome, f"{label} {moved}, difference {difference.formatted(3)}".lstrip())
+    values = f"{figure(fmean(before))} -> {figure(fmean(after))}"
+    marks = _with_noise(
+        name, fmean(before), fmean(after), 2 * difference.noise, f"{values} nats a token"
+    )
+    text = f"{label} {values} nats a token, difference {difference.formatted(3)}"
+    return Item(outcome, text.lstrip(), marks)
 
 
-def cost_item(label: str, before: float, after: float, difference: Difference) -> Item:
+def cost_item(name: str, label: str, before: float, after: float, difference: Difference) -> Item:
     """Judges what something costs two models.
 
     Args:
-        label: what has the cost.
+        name: what has the cost, in plain English.
+        label: what it is called in a line of text.
         before: the base's cost, as a ratio of perplexities.
         after: the model's cost, likewise.
         difference: the difference of the logarithms of both ratios.
     """
     outcome = outcome_of(after / before, difference, PERPLEXITY_UNCHANGED)
-    return Item(
-        outcome, f"{label} {change(before)} -> {change(after)}, log {difference.formatted(3)}"
-    )
+    values = f"{change(before)} -> {change(after)}"
+    marks = _with_noise(name, before - 1, after - 1, 2 * after * difference.noise, values)
+    return Item(outcome, f"{label} {values}, log {difference.formatted(3)}", marks)
 
 
 def ratio_item(
-    label: str, before: str, after: str, difference: Difference, ratio: float, unchanged: float
+    name: str,
+    label: str,
+    before: float,
+    after: float,
+    difference: Difference,
+    unchanged: float,
+    formatted: Callable[[float], str] = figure,
 ) -> Item:
-    """Judges a figure that is better when it is smaller, with its values already formatted.
+    """Judges a figure that is better when it is smaller.
 
     Args:
-        label: what the figure is called.
-        before: the base's value, formatted.
-        after: the model's value, formatted.
-        difference: decides whether the change is noise.
-        ratio: the model's value over the base's.
+        name: what the figure is, in plain English.
+        label: what it is called in a line of text.
+        before: the base's value, not 0.
+        after: the model's value.
+        difference: of the logarithms; it decides whether the change is noise.
         unchanged: the relative change up to which the figure counts as unchanged.
+        formatted: writes a value.
     """
+    ratio = after / before
     moved = "unchanged" if abs(ratio - 1) <= unchanged else change(ratio)
-    outcome = outcome_of(ratio, difference, unchanged)
-    return Item(outcome, f"{label} {before} -> {after} ({moved})".lstrip())
+    values = f"{formatted(before)} -> {formatted(after)} ({moved})"
+    marks = _with_noise(name, before, after, 2 * after * difference.noise, values)
+    return Item(outcome_of(ratio, difference, unchanged), f"{label} {values}".lstrip(), marks)
+
+
+def _with_noise(name: str, base: float, model: float, noise: float, values: str) -> Marks:
+    return Marks(name, base, model, model - noise, model + noise, values)
 
 
 def outcome_of(ratio: float, difference: Difference, unchanged: float) -> Outcome:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from retrofit.report.findings import CRITERIA, OUTCOMES
+from retrofit.report.findings import CRITERIA, OUTCOMES, Marks, Outcome
 from retrofit.report.metric_rows import rows
 from retrofit.report.part import Measured
 from retrofit.report.result import ModelResult, measured, typed_result
@@ -32,6 +32,30 @@ _SETTING_LABELS = {
 }
 _HASH_DIGITS = 16  # how many hexadecimal digits of a hash the page shows
 _HEADINGS = {"better": "Better", "worse": "Worse", "moved": "Moved", "same": "Did not move"}
+
+
+class _MarkedRow(NamedTuple):
+    """A row of the verdict: a figure with the marks of both models on an axis of its own.
+
+    The axis begins at 0, or at the lowest mark where one is negative. Places are in percent of its
+    length.
+    """
+
+    name: str
+    outcome: Outcome
+    values: str
+    zero: float
+    base: float
+    model: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, marks: Marks, outcome: Outcome) -> "_MarkedRow":
+        places = (0.0, marks.base, marks.model, marks.low, marks.high)
+        start, length = min(places), max(places) - min(places)
+        percents = [100 * (place - start) / length if length else 0.0 for place in places]
+        return cls(marks.name, outcome, marks.values.replace("->", "→"), *percents)
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
@@ -89,6 +113,13 @@ def _verdict(base: ModelResult, number: int, model: ModelResult) -> dict[str, An
     findings = verdict(base, model)
     return {
         "key": key(number, model.name),
+        "rows": [
+            _MarkedRow.of(marks, outcome)
+            for outcome in OUTCOMES
+            for finding in findings
+            if finding.outcome == outcome
+            for marks in finding.marks
+        ],
         "groups": [
             (outcome, _HEADINGS[outcome], [f for f in findings if f.outcome == outcome])
             for outcome in OUTCOMES

@@ -78,6 +78,16 @@ def test_the_page_needs_nothing_else(page):
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", text))
 
 
+def test_marks_stand_where_the_figures_are(page, result):
+    """Each row has an axis of its own that begins at 0, so that lengths are proportional."""
+    text = page.read_text()
+    row = text[text.index("Attention sink, the share of the most attended token</th>") :]
+    places = [float(left) for left in re.findall(r'left:([-0-9.]+)%"></span>', row)[:3]]
+    before, after = (each["metrics"]["peak_column_share"] for each in result["models"][:2])
+    assert places == [0.0, 100.0, pytest.approx(100 * after / before, abs=0.06)]
+    assert row[: row.index("</tr>")].endswith('<td class="word">▲ better</td>\n')
+
+
 def test_ids_are_unique_and_what_refers_to_them_finds_them(page):
     text = page.read_text()
     ids = [attributes["id"] for _, attributes in Reader(text).tags if "id" in attributes]
@@ -203,7 +213,8 @@ def test_a_browser_shows_it(page, width, tmp_path):
     # In a frame, because a window has a least width.
     framed = escape(page.read_text().replace("</body>", f"{PROBE}</body>"))
     probed = tmp_path / "probed.html"
-    probed.write_text(f'<body><iframe width={width} height=900 frameborder=0 srcdoc="{framed}">')
+    frame = f'<iframe width={width} height=900 frameborder=0 srcdoc="{framed}">'
+    probed.write_text(f'<meta charset="utf-8"><body>{frame}')
     shown = chromium(probed, "--dump-dom", "--window-size=1400,1000")
     assert "CONSOLE" not in shown.stderr, shown.stderr
     told = re.search('<pre id="told">(.*?)</pre>', shown.stdout, re.DOTALL)

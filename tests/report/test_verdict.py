@@ -272,3 +272,25 @@ def test_a_base_whose_windows_are_too_narrow_for_a_sink_is_compared(result, afte
     base = copied(result["models"][0], peak_column_share=0.0, peak_column_position=0)
     model = copied(base, peak_column_share=after)
     assert list(of(judged(base, model), "sink")) == [outcome]
+
+
+def test_every_figure_of_the_verdict_has_marks_where_the_models_are(result):
+    base, model = (copied(each) for each in result["models"][:2])
+    findings = judged(base, model)
+    assert all(len(finding.marks) == len(finding.items) for finding in findings)
+    marks = {mark.name: mark for finding in findings for mark in finding.marks}
+    sink = marks["Attention sink, the share of the most attended token"]
+    shares = [each["metrics"]["peak_column_share"] for each in (base, model)]
+    assert [sink.base, sink.model] == shares and sink.low == sink.high == sink.model
+    perplexity = marks["Perplexity"]
+    differences = [
+        after - before
+        for before, after in zip(base["nll_by_window"], model["nll_by_window"], strict=True)
+    ]
+    two_errors = 2 * statistics.stdev(differences) / math.sqrt(len(differences))
+    after = model["metrics"]["perplexity"]
+    assert (perplexity.base, perplexity.model) == (base["metrics"]["perplexity"], after)
+    assert perplexity.high - after == pytest.approx(two_errors * after)
+    accuracy = marks["Accuracy in hellaswag"]
+    assert (accuracy.base, accuracy.model) == pytest.approx((0.40, 0.36))
+    assert accuracy.values == "0.400 -> 0.360 (-0.040)"

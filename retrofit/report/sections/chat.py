@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from retrofit.report.figures import Figures
-from retrofit.report.findings import Item
+from retrofit.report.findings import Item, Marks
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Exchange, Key, Section, Table
 
@@ -55,7 +55,10 @@ def _findings(base: ChatFigures | None, model: ChatFigures) -> Iterator[Item]:
     """Answers that differ are neither better nor worse for that."""
     assert base is not None
     if parted := parted_after(base, model):
-        yield Item("same" if set(parted) == {None} else "moved", _summary(parted))
+        count, same = len(parted), parted.count(None)
+        name, values = "Chat answers that are the base's", f"{same} of {count}"
+        marks = Marks(name, count, same, same, same, values)
+        yield Item("same" if same == count else "moved", _summary(parted), marks)
 
 
 def _sections(shown: Sequence[Measured[ChatFigures]]) -> list[Section]:

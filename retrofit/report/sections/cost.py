@@ -6,7 +6,7 @@ from pydantic import FiniteFloat
 
 from retrofit.report.charts import Span, span_chart
 from retrofit.report.figures import Figures
-from retrofit.report.findings import COST_UNCHANGED, Difference, Item, ratio_item
+from retrofit.report.findings import COST_UNCHANGED, Difference, Item, Marks, ratio_item
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section, Table
 from retrofit.report.wording import figure, size
@@ -81,13 +81,15 @@ def _findings(base: CostFigures | None, model: CostFigures) -> Iterator[Item]:
             slower, faster = ratio.low > 1, ratio.high < 1
             text = f"{phase} takes {ratio.value:.2f} times as long"
             text = f"{text} ({ratio.low:.2f} to {ratio.high:.2f})"
-            yield Item("worse" if slower else "better" if faster else "same", text)
+            values = f"{ratio.value:.2f} times the base's"
+            marks = Marks(f"Time of {phase}", 1, ratio.value, ratio.low, ratio.high, values)
+            yield Item("worse" if slower else "better" if faster else "same", text, marks)
     for field in ("weight_bytes", "cache_bytes_per_token"):
         before, after = (getattr(figures, field, None) for figures in (base, model))
         if before and after is not None:
-            ratio = after / before
-            sizes = (size(before), size(after))
-            yield ratio_item(_ROWS[field][0], *sizes, Difference(ratio - 1), ratio, COST_UNCHANGED)
+            label, difference = _ROWS[field][0], Difference(after / before - 1)
+            name = f"Memory of the {label}"
+            yield ratio_item(name, label, before, after, difference, COST_UNCHANGED, size)
 
 
 PART = Part(

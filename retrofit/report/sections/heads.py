@@ -1,12 +1,13 @@
 """Shows how many heads a model could do without (`measure/heads.py`)."""
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from pydantic import FiniteFloat, model_validator
 
 from retrofit.report.charts import Line, line_chart
 from retrofit.report.figures import Figures, Numbers, check_same_length
-from retrofit.report.findings import HEADS_UNCHANGED, Item, Outcome
+from retrofit.report.findings import HEADS_UNCHANGED, Item, Marks, Outcome
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section
 from retrofit.report.wording import figure
@@ -113,7 +114,10 @@ def _findings(base: HeadsFigures | None, model: HeadsFigures) -> Iterator[Item]:
     shares = ", ".join(f"{share:.0%}" for share in model.shares)
     costs = (", ".join(map(figure, missed)) for missed in (before, after))
     what = f"KL without the least used {shares}, over that without random ones,"
-    yield Item(outcome, f"{what} {' -> '.join(costs)}")
+    mean, own = fmean(before), fmean(after)
+    values = f"{figure(mean)} -> {figure(own)}"
+    marks = Marks("Least used heads missed, over random ones", mean, own, own, own, values)
+    yield Item(outcome, f"{what} {' -> '.join(costs)}", marks)
 
 
 def _missed(figures: HeadsFigures) -> list[float]:

@@ -21,6 +21,17 @@ from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section, Table
 from retrofit.report.wording import figure
 
+# The tasks of RULER in plain English.
+_TASKS = {
+    "niah_single": "one number to find",
+    "niah_multikey": "one number among others",
+    "niah_multivalue": "four numbers of one name",
+    "niah_multiquery": "numbers of four names",
+    "variable_tracking": "variables to follow",
+    "common_words": "the most common words",
+    "frequent_words": "the most frequent words",
+}
+
 
 class Scores(Figures):
     """The scores of one task at one length.
@@ -198,11 +209,13 @@ def _findings(base: LongContextFigures | None, model: LongContextFigures) -> Ite
         yield _score(task, pairs)
     for task, pairs in shared.items():
         if by_sample := _by_sample(pairs, "nats_by_sample"):
-            yield nats_item(f"{task} at {', '.join(pairs)}, the answers", *by_sample)
+            label = f"{task} at {', '.join(pairs)}, the answers"
+            yield nats_item(f"{_name(task)}: loss on the answers", label, *by_sample)
     for length, after in model.perplexity.items():
         if before := base.perplexity.get(length):
             label = f"perplexity at the end of {length} tokens"
-            yield lower_is_better(label, before.perplexity[-1], after.perplexity[-1])
+            ends = (before.perplexity[-1], after.perplexity[-1])
+            yield lower_is_better(label.capitalize(), label, *ends)
 
 
 def _score(task: str, pairs: _Pairs) -> Item:
@@ -219,7 +232,12 @@ def _score(task: str, pairs: _Pairs) -> Item:
         stderr = None if summed.stderr is None else summed.stderr / len(pairs)
         difference = Difference(mean, stderr)
     label = f"{task} at {', '.join(pairs)} {before} -> {after}, difference"
-    return higher_is_better(label, difference, decimals=2)
+    mean_of_base = fmean(base.score for base, _ in pairs.values())
+    return higher_is_better(_name(task), label, difference, 2, mean_of_base)
+
+
+def _name(task: str) -> str:
+    return f"RULER: {_TASKS.get(task, task.replace('_', ' '))}"
 
 
 def _by_sample(pairs: _Pairs, what: str) -> tuple[list[float], list[float]] | None:

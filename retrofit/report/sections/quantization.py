@@ -12,6 +12,14 @@ from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section, Table
 from retrofit.report.wording import change, figure
 
+_NAMES = {
+    "w8a8_per_tensor": "8 bits, one scale for each tensor",
+    "w8a8_per_token": "8 bits, one scale for each token and row",
+    "w4": "4-bit weights, to the nearest",
+    "int8": "bitsandbytes int8",
+    "nf4": "bitsandbytes nf4",
+}
+
 
 class Scheme(Figures):
     """The figures of one way to round.
@@ -109,7 +117,9 @@ def _findings(base: QuantizationFigures | None, model: QuantizationFigures) -> I
         difference = independent(
             after.log_ratio - before.log_ratio, before.log_ratio_stderr, after.log_ratio_stderr
         )
-        yield cost_item(name, math.exp(before.log_ratio), math.exp(after.log_ratio), difference)
+        plain = f"Quantized: {_NAMES.get(name, name)}"
+        ratios = (math.exp(before.log_ratio), math.exp(after.log_ratio))
+        yield cost_item(plain, name, *ratios, difference)
 
 
 PART = Part(

@@ -12,6 +12,7 @@ from retrofit.report.findings import (
     PERPLEXITY_UNCHANGED,
     Finding,
     Item,
+    finding,
     lower_is_better,
     nats_item,
     paired,
@@ -20,7 +21,6 @@ from retrofit.report.findings import (
 from retrofit.report.metrics import METRICS
 from retrofit.report.part import Measured
 from retrofit.report.section import Section
-from retrofit.report.wording import figure
 
 HEADLINE = ("sink", "largest activation", "perplexity", "copied text")
 _LEAST_SHARE = 1e-3  # The attention of the first color.
@@ -98,35 +98,32 @@ _Models = Sequence[Measured[SinksFigures]]
 
 def sinks_findings(base: SinksFigures, model: SinksFigures) -> Iterator[Finding]:
     """Yields the findings of `HEADLINE` in this order, then the rest."""
-    yield _finding("sink", _sink(base.metrics, model.metrics))
-    largest = lower_is_better("", base.metrics.max_activation, model.metrics.max_activation)
-    yield _finding("largest activation", largest)
-    yield _finding("perplexity", _perplexity(base, model))
+    yield finding("sink", _sink(base.metrics, model.metrics))
+    largest = (base.metrics.max_activation, model.metrics.max_activation)
+    yield finding("largest activation", lower_is_better("Largest activation", "", *largest))
+    yield finding("perplexity", _perplexity(base, model))
     if base.copied_nats_by_window and model.copied_nats_by_window:
-        copied = nats_item("", base.copied_nats_by_window, model.copied_nats_by_window)
-        yield _finding("copied text", copied)
-    before, after = (m.metrics.get("down_proj_max_activation") for m in (base, model))
-    if before and after:
-        yield _finding("inputs of down_proj", lower_is_better("largest", before, after))
-
-
-def _finding(subject: str, item: Item) -> Finding:
-    return Finding(subject, item.outcome, (item.text,))
+        by_window = (base.copied_nats_by_window, model.copied_nats_by_window)
+        yield finding("copied text", nats_item("Loss on text that is copied", "", *by_window))
+    inputs = [m.metrics.get("down_proj_max_activation") for m in (base, model)]
+    if all(inputs):
+        item = lower_is_better("Largest input of down_proj", "largest", *inputs)  # type: ignore[arg-type]
+        yield finding("inputs of down_proj", item)
 
 
 def _sink(base: Metrics, model: Metrics) -> Item:
-    share = lower_is_better("", base.peak_column_share, model.peak_column_share)
+    name = "Attention sink, the share of the most attended token"
+    share = lower_is_better(name, "", base.peak_column_share, model.peak_column_share)
     before, after = base.peak_column_position, model.peak_column_position
     moved = f", now at position {after}" if before != after else ""
-    return Item(share.outcome, share.text + moved)
+    return share._replace(text=share.text + moved)
 
 
 def _perplexity(base: SinksFigures, model: SinksFigures) -> Item:
     difference = paired(base.nll_by_window, model.nll_by_window)
     before, after = base.metrics.perplexity, model.metrics.perplexity
-    values = (figure(before), figure(after))
-    item = ratio_item("", *values, difference, after / before, PERPLEXITY_UNCHANGED)
-    return Item(item.outcome, f"{item.text}, log {difference.formatted(4)}")
+    item = ratio_item("Perplexity", "", before, after, difference, PERPLEXITY_UNCHANGED)
+    return item._replace(text=f"{item.text}, log {difference.formatted(4)}")
 
 
 def sinks_sections(models: _Models) -> list[Section]:

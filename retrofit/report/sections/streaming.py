@@ -10,8 +10,8 @@ from retrofit.report.findings import (
     PERPLEXITY_UNCHANGED,
     Item,
     cost_item,
-    outcome_of,
     paired,
+    ratio_item,
 )
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Key, Section, Table
@@ -144,19 +144,27 @@ def _findings(base: StreamingFigures | None, model: StreamingFigures) -> Iterato
     assert base is not None
     before, after = base.perplexity.full, model.perplexity.full
     whole = paired(base.nll_by_window.full, model.nll_by_window.full)
+    item = ratio_item(
+        "Perplexity of a long text", "all of a long text in the cache",
+        before, after, whole, PERPLEXITY_UNCHANGED,
+    )  # fmt: skip
     moved = f"{figure(before)} -> {figure(after)} ({change(after / before)})"
-    outcome = outcome_of(after / before, whole, PERPLEXITY_UNCHANGED)
-    yield Item(outcome, f"all of a long text in the cache {moved}, log {whole.formatted(4)}")
+    text = f"all of a long text in the cache {moved}, log {whole.formatted(4)}"
+    yield item._replace(text=text)
+    last = f"the last {model.cache} tokens"
     labels = {
-        "window": f"perplexity with the last {model.cache} tokens only",
-        "kept_sinks": f"with the first {model.sinks} kept",
+        "window": (f"Streaming with only {last} in the cache", f"perplexity with {last} only"),
+        "kept_sinks": (
+            f"Streaming with the first {model.sinks} tokens kept",
+            f"with the first {model.sinks} kept",
+        ),
     }
-    for kind, label in labels.items():
+    for kind, (name, label) in labels.items():
         base_ratio, model_ratio = (
             getattr(figures.perplexity, kind) / figures.perplexity.full for figures in (base, model)
         )
         difference = paired(_added_nats(base, kind), _added_nats(model, kind))
-        yield cost_item(label, base_ratio, model_ratio, difference)
+        yield cost_item(name, label, base_ratio, model_ratio, difference)
 
 
 def _added_nats(figures: StreamingFigures, kind: str) -> list[float]:

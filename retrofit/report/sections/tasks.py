@@ -11,6 +11,7 @@ from retrofit.report.findings import (
     PERPLEXITY_UNCHANGED,
     Difference,
     Item,
+    Marks,
     higher_is_better,
     outcome_of,
 )
@@ -63,10 +64,13 @@ def _cell(accuracy: Estimate | None) -> str:
     return f"{accuracy.value:.3f} ± {accuracy.stderr:.3f}" if accuracy else "-"
 
 
-def _findings(_base: TasksFigures | None, model: TasksFigures) -> Iterator[Item]:
+def _findings(base: TasksFigures | None, model: TasksFigures) -> Iterator[Item]:
     for task in model.root:
         if accuracy := model.get(task, "accuracy_difference"):
-            yield higher_is_better(task, Difference(accuracy.value, accuracy.stderr), decimals=3)
+            of_base = base.get(task, "accuracy") if base else None
+            difference = Difference(accuracy.value, accuracy.stderr)
+            before = of_base.value if of_base else 0.0
+            yield higher_is_better(f"Accuracy in {task}", task, difference, 3, before)
         # With several choices, the likelihood of the true one says little without the others.
         nats = model.get(task, "nats_difference")
         if nats and task.startswith("lambada"):
@@ -74,7 +78,9 @@ def _findings(_base: TasksFigures | None, model: TasksFigures) -> Iterator[Item]
             ratio = math.exp(difference.value)
             outcome = outcome_of(ratio, difference, PERPLEXITY_UNCHANGED)
             text = f"{task}, perplexity of the last word {change(ratio)}"
-            yield Item(outcome, f"{text}, log {difference.formatted(3)}")
+            low, high = (math.exp(difference.value + 2 * z * nats.stderr) for z in (-1, 1))
+            marks = Marks(f"Perplexity of {task}'s last words", 1, ratio, low, high, change(ratio))
+            yield Item(outcome, f"{text}, log {difference.formatted(3)}", marks)
 
 
 PART = Part(
