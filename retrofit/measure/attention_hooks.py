@@ -4,6 +4,7 @@
 the model except its attention implementation, which it restores afterwards.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -187,15 +188,32 @@ def attention_replaced(model: PreTrainedModel, attention: Callable) -> Iterator[
     # Without a mask function of its own, an implementation gets no mask at all, and no error.
     ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, sdpa_mask)
-    SINK_ATTENTION_FUNCTIONS[_IMPLEMENTATION] = attention
+    registries = _sink_registries(model)
+    for registry in registries:
+        registry[_IMPLEMENTATION] = attention
     try:
         _set_implementation(model)
         yield
     finally:
         model.set_attn_implementation(before)
-        del SINK_ATTENTION_FUNCTIONS[_IMPLEMENTATION]
+        for registry in registries:
+            del registry[_IMPLEMENTATION]
         del ALL_ATTENTION_FUNCTIONS._global_mapping[_IMPLEMENTATION]
         del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_IMPLEMENTATION]
+
+
+def _sink_registries(model: PreTrainedModel) -> list[dict[str, Callable]]:
+    """Returns the registries in which attention with a sink looks up an implementation.
+
+    One is this package's. A checkpoint that brings its own code brings a copy of that module, and
+    so a registry of its own.
+    """
+    code = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    functions = (getattr(sys.modules.get(name), "sink_attention", None) for name in code)
+    copies = [
+        function.__globals__["SINK_ATTENTION_FUNCTIONS"] for function in functions if function
+    ]
+    return [SINK_ATTENTION_FUNCTIONS, *(c for c in copies if c is not SINK_ATTENTION_FUNCTIONS)]
 
 
 def _constant_heads(model: PreTrainedModel) -> int:
