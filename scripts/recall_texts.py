@@ -29,7 +29,7 @@ _RECORDS = (
     "{name}, {thing} {value}.",
     "The {thing} that belongs to {name} carries the mark {value}.",
 )
-_ASKED = (
+_QUESTIONS = (
     "Which mark does the {thing} of {name} carry? {value}",
     "{name} asked after the {thing}, and the clerk read out {value}.",
     "{thing} of {name}: {value}",
@@ -81,9 +81,9 @@ def _looked_up(draw: random.Random, passages: Sequence[list[str]], words: int) -
     for name in names:
         parts.append(record.format(thing=thing, name=name, value=values[name]))
         parts.append(_passage(draw, passages, draw.randint(0, words // 12)))
-    asked = draw.choice(_ASKED)
+    question = draw.choice(_QUESTIONS)
     for name in draw.sample(names, 8):
-        parts.append(asked.format(thing=thing, name=name, value=values[name]))
+        parts.append(question.format(thing=thing, name=name, value=values[name]))
     return "\n".join(part for part in parts if part)
 
 

@@ -120,7 +120,7 @@ def main() -> None:
     options_of.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)  # lever, on or off, batch
     options = options_of.parse_args()
     if options.alone:
-        print(json.dumps(alone(options)))
+        print(json.dumps(step_costs(options)))
         return
     prepare_process(keep_freed_memory=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +178,7 @@ def in_process(name: str, state: str, options: argparse.Namespace, batch: Path) 
     return json.loads(printed)
 
 
-def alone(options: argparse.Namespace) -> dict:
+def step_costs(options: argparse.Namespace) -> dict:
     """Returns peak memory and seconds of a step, in a process that does nothing else."""
     name, state, batch = options.alone
     prepare_process(keep_freed_memory=(name, state) != (ALLOCATOR, "off"))
