@@ -2,10 +2,10 @@
 
     python scripts/ablate.py scripts/ablations/smollm2.yaml [KEY=VALUE ...] [--only NAME ...]
 
-The file names a recipe, which must have a `measure` section, a list of overrides for each run, and
-`common` ones for all of them, which those of the command line follow. What is done is not done
-again and what was interrupted goes on, so the same command serves until the grid is full.
-`table.md` and `frontier.png` in the output folder show what is there so far.
+The file names a recipe, which must have a `measure` section, and has a list of overrides for each
+run and `common` ones for all runs. The overrides of the command line come after the common ones.
+Finished runs are not repeated and interrupted ones go on, so the same command serves until the grid
+is full. `table.md` and `frontier.png` in the output folder show the runs finished so far.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("grid", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these runs")
     options = parser.parse_intermixed_args()
     grid = parse(options.grid.read_text())
     runs = {name: grid["runs"][name] for name in options.only or grid["runs"]}
@@ -47,19 +47,19 @@ def main() -> int:
         overrides = [*grid.get("common", ()), *options.overrides, *overrides]
         if code := train(grid["recipe"], options.out / name, overrides):
             return code
-        results = {done: read(options.out / done) for done in grid["runs"]}
-        finished = {done: figures for done, figures in results.items() if figures}
+        results = {run: read(options.out / run) for run in grid["runs"]}
+        finished = {run: figures for run, figures in results.items() if figures}
         (options.out / "table.md").write_text(table(grid, finished))
         plot(finished, options.out / "frontier.png")
     print((options.out / "table.md").read_text())
     return 0
 
 
-def train(recipe: str, run: Path, overrides: list[str], done: str = "measure.json") -> int:
-    """The run's exit code; 0 at once if its last file is there, `done`."""
-    if (run / done).is_file():
-        asked = load_recipe(recipe, [f"output_dir={run}", *overrides])
-        if (run / "recipe.resolved.yaml").read_text() != asked.anchored().to_yaml():
+def train(recipe: str, run: Path, overrides: list[str], last_file: str = "measure.json") -> int:
+    """Train a run and return its exit code, which is 0 at once if `last_file` is there already."""
+    if (run / last_file).is_file():
+        wanted = load_recipe(recipe, [f"output_dir={run}", *overrides])
+        if (run / "recipe.resolved.yaml").read_text() != wanted.anchored().to_yaml():
             print(f"error: {run} was trained with another recipe; remove it", file=sys.stderr)
             return 2
         return 0
@@ -70,7 +70,7 @@ def train(recipe: str, run: Path, overrides: list[str], done: str = "measure.jso
 
 
 def read(run: Path) -> dict | None:
-    """Base and run figures, or None if the run is not finished."""
+    """Returns the figures of the base and of the run, or None if the run is not finished."""
     if not (run / "measure.json").is_file():
         return None
     base, gated = json.loads((run / "measure.json").read_text())["models"]
@@ -95,7 +95,7 @@ def cells(metrics: dict) -> list[str]:
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
-    """Sink against perplexity: what removes it, and at what price."""
+    """Plot the sink against perplexity: which runs remove the sink, and at what price."""
     figure = Figure(figsize=(7, 5), dpi=140, layout="constrained")
     axes = figure.subplots()
     points = {name: figures["run"] for name, figures in results.items()}

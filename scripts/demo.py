@@ -1,8 +1,8 @@
-"""The whole road on a real model, on a CPU, in minutes: `make demo`.
+"""Run every step on a real model, on a CPU, in minutes: `make demo`.
 
-SmolLM2-135M gets sink logits, trains them on State of the Union addresses, web text and generated
-recall, is measured on Wikipedia that was never trained on, merged into a stock checkpoint, and that
-checkpoint answers a prompt without retrofit.
+SmolLM2-135M gets sink logits and trains them on State of the Union addresses, web text and
+generated recall. It is measured on Wikipedia, which was never trained on, and merged into a stock
+checkpoint, which answers a prompt without retrofit.
 
     python scripts/demo.py [KEY=VALUE ...]      # as for `retrofit train`
 """
@@ -18,7 +18,7 @@ import assets
 RUN = Path("runs/demo")
 MERGED = Path("runs/demo-merged")
 RECIPE = "smollm2-135m-cpu"
-STEPS = 60  # of the recipe's 150: the sink is nearly gone by then
+STEPS = 60  # the recipe has 150, but the sink is nearly gone by then
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -48,9 +48,9 @@ def retrofit(*arguments: str) -> None:
     subprocess.run(command, check=True)
 
 
-def verdict(measured: dict) -> str:
-    """In plain words, from the figures, with what is known of the objectives that gave them."""
-    base, gated = (model["metrics"] for model in measured["models"])
+def verdict(result: dict) -> str:
+    """Describes the figures of a measurement in plain words, and explains a sink that stayed."""
+    base, gated = (model["metrics"] for model in result["models"])
     sink = f"{base['peak_column_share']:.3f} -> {gated['peak_column_share']:.3f}"
     lines = [
         f"the slots in the softmax take {gated['sink_share']:.1%} of all attention; at first 0%",
@@ -60,13 +60,13 @@ def verdict(measured: dict) -> str:
         f"{gated['copied_nats']:.3f} nats a token",
         f"largest activation: {base['max_activation']:,.0f} -> {gated['max_activation']:,.0f}",
     ]
-    left = gated["peak_column_share"] / base["peak_column_share"]
-    if left > 0.5:
+    remaining = gated["peak_column_share"] / base["peak_column_share"]
+    if remaining > 0.5:
         lines.append(
             f"the attention sink stayed: {sink}. Next-token loss and KL to the base give a frozen "
             "model no reason to let go of it; objective.pressure does"
         )
-    elif left > 0.1:
+    elif remaining > 0.1:
         lines.append(
             f"the attention sink thinned: {sink}; all of the recipe's steps take it further"
         )

@@ -3,8 +3,8 @@
     python scripts/vllm_env.py .venv/vllm
     python scripts/engines.py RUN [RUN ...] --vllm .venv/vllm/bin/python
 
-Prints the table of docs/families.md. Each run is merged in every format that an engine reads, with
-weights stored in float32 unless it says otherwise; engines compute in float32.
+The script prints the table of docs/families.md. Each run is merged into every format that an engine
+reads. Weights are stored in float32 unless the row says otherwise, and engines compute in float32.
 """
 
 import argparse
@@ -44,20 +44,20 @@ def main() -> int:
 
 
 def engines(run: Path, vllm: str | None, merges: list = MERGES) -> Iterator[dict]:
-    """A row for each format, kind of weights and engine; merged checkpoints are not kept."""
-    for format, kind in merges:
+    """Yields a row for each format, dtype and engine; merged checkpoints are not kept."""
+    for format, dtype in merges:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "merged"
-            report = merge(run, out, format=format, dtype=kind)
+            report = merge(run, out, format=format, dtype=dtype)
             engine = format_of(format).engines[0]
-            about = {"base": report["base"]["name"], "format": format, "stored": kind or "float32"}
-            yield about | {"engine": engine} | report["verification"]
-            # Behind its Transformers backend vLLM's attention tells nothing of the softmax.
-            read = format == "native" or (
+            row = {"base": report["base"]["name"], "format": format, "stored": dtype or "float32"}
+            yield row | {"engine": engine} | report["verification"]
+            # With its Transformers backend, vLLM does not expose the log-sum-exp of the softmax.
+            vllm_reads = format == "native" or (
                 format == "remote-code" and report["gate"]["sinks"] == "none"
             )
-            if vllm and read and kind == "float32":
-                yield about | {"engine": "vllm"} | verify(report, out, "vllm", vllm)
+            if vllm and vllm_reads and dtype == "float32":
+                yield row | {"engine": "vllm"} | verify(report, out, "vllm", vllm)
 
 
 def table(rows: list[dict]) -> str:

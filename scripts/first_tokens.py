@@ -1,12 +1,12 @@
-"""Which tokens carry a massive activation when they come first: every one of the vocabulary.
+"""Find the tokens of the whole vocabulary that carry a massive activation when they come first.
 
     python scripts/first_tokens.py BASE [RUN ...] --text c4-heldout.jsonl
 
-The first token of a text attends to itself alone, so its state depends on nothing but which token
-it is, and each can be looked at by itself. A model is listed with the largest activation of its
-median token, and the share of tokens above `--above`: of the vocabulary, and of all places in the
-text, any of which may be where a window begins. A merged checkpoint scales its residual stream:
-name the run instead.
+The first token of a text attends only to itself, so its state depends on nothing but the token, and
+each token can be tested by itself. Each model's row has the largest activation of its median token
+and the share of tokens above `--above`, both of the vocabulary and of all places in the text, since
+a window may begin at any of them. A merged checkpoint scales its residual stream, so name the run
+instead.
 """
 
 import argparse
@@ -33,23 +33,22 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, source in zip(names(options.models), options.models, strict=True):
         model, tokenizer = load_model(source, options.dtype)
-        # Each token by itself, over layers and channels of the residual stream.
-        alone = torch.arange(model.config.vocab_size).unsqueeze(1)
-        largest = largest_activations(model, alone).squeeze(1)
+        single_tokens = torch.arange(model.config.vocab_size).unsqueeze(1)  # [vocab_size, 1]
+        largest = largest_activations(model, single_tokens).squeeze(1)  # [vocab_size]
         counts = frequencies(tokenizer, options.text, len(largest))
         massive = largest > options.above
         share = (counts * massive).sum() / counts.sum()
-        often = (counts * massive).topk(SHOWN).indices
-        shown = " ".join(repr(tokenizer.decode([i])) for i in often.tolist() if massive[i])
+        frequent_ids = (counts * massive).topk(SHOWN).indices.tolist()
+        frequent = " ".join(repr(tokenizer.decode([i])) for i in frequent_ids if massive[i])
         print(
             f"| {name} | {largest.median():,.0f} | {massive.float().mean():.2%} | {share:.2%} | "
-            f"{shown} |",
+            f"{frequent} |",
             flush=True,
         )
 
 
 def frequencies(tokenizer, text: Path, vocab_size: int) -> torch.Tensor:
-    """`[vocab_size]`: how often each token occurs."""
+    """Returns how often each token occurs in the text, `[vocab_size]`."""
     counts = torch.zeros(vocab_size)
     for document in read_documents(text):
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]

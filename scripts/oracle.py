@@ -1,23 +1,24 @@
-"""What each kind of gate would cost at best: a base whose sink is taken from every head.
+"""Measure what each kind of gate would cost at best, on a base without the sink in any head.
 
     python scripts/oracle.py BASE --text wiki.jsonl --values c4-train.jsonl
 
 A head that pays its first token a share `A` puts out `(1 - A) * Y + A * v`. Here every head puts
-out `g * Y + (1 - g) * c` instead, with `c` the mean `v` over the texts of `--values`, and `g` as
-each kind of gate can know it. Everything is fitted on those texts, and nothing is trained:
+out `g * Y + (1 - g) * c` instead. `c` is the mean `v` over the texts of `--values`, and `g` is the
+best estimate of `1 - A` that each kind of gate can compute. Everything is fitted on those texts,
+and nothing is trained:
 
-- `1 - A, nothing left`: the true share, and 0 for `c`; the difference to the next row is what
-  centered gates (`gate.centered`) are for;
+- `1 - A, nothing left`: the true share, and 0 for `c`; its difference from the next row is what
+  centered gates (`gate.centered`) gain;
 - `1 - A`: the true share;
 - `sigmoid(LSE - q.k0)`: a virtual key `k0`, the mean first key; `LSE` is the log-sum-exp of a
   head's logits over all other keys;
-- `sigmoid(LSE - X w - b)`: a sink logit read off the layer's input (`gate.sinks=input`);
+- `sigmoid(LSE - X w - b)`: a sink logit computed from the layer's input (`gate.sinks=input`);
 - `sigmoid(LSE - s), key bias`: a constant sink logit, and `-k0` added to the keys on the slow pairs
   of RoPE's channels (`gate.sinks=constant gate.key_bias=true`);
 - `sigmoid(LSE - s)`: a constant sink logit (`gate.sinks=constant`);
-- `2 sigmoid(X w)`: a score read off the layer's input (`gate.granularity=headwise`).
+- `2 sigmoid(X w)`: a score computed from the layer's input (`gate.granularity=headwise`).
 
-R2 is the share of the variance of `1 - A` that `g` explains, and the last column the loss on the
+R2 is the share of the variance of `1 - A` that `g` explains. The last column is the loss on the
 second half of a passage that is repeated.
 """
 
@@ -41,8 +42,8 @@ from retrofit.training.calibration import closest_logits
 from retrofit.utils.process import prepare_process
 
 NAME = "sink_oracle"
-ROUNDS = 3  # of reweighted least squares
-RIDGE = 1e-3  # of the mean square of an input
+ROUNDS = 3  # iterations of reweighted least squares
+RIDGE = 1e-3  # relative to the mean square of an input
 FORMS = (
     "1 - A, nothing left",
     "1 - A",
@@ -55,19 +56,27 @@ FORMS = (
 
 
 class Oracle:
-    """An attention implementation in one of the forms above, `base`, or `read`, which collects what
-    the others use."""
+    """An attention implementation.
+
+    Attributes:
+        form: one of `FORMS`; `base`, which is plain attention; or `read`, which is plain attention
+            that collects what the forms are fitted on.
+        hidden_states: the input of each layer, `[batch, T, hidden_size]`.
+        collected: tensors by name and layer, from passes with `read`.
+        fitted: the parameters of the forms, by name and layer.
+        r2: the R2 of each form, a tensor `[heads]` for each layer.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.get_decoder()
         self.form = "base"
-        self.hidden_states: dict[int, torch.Tensor] = {}  # by layer, what a gate sees
-        self.seen: dict[str, dict[int, list]] = defaultdict(lambda: defaultdict(list))
+        self.hidden_states: dict[int, torch.Tensor] = {}
+        self.collected: dict[str, dict[int, list]] = defaultdict(lambda: defaultdict(list))
         self.fitted: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
         self.r2: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def see(self, module, args, kwargs):
-        """Forward pre-hook of an attention module."""
+    def record_input(self, module, args, kwargs):
+        """Records the input of an attention module, as its forward pre-hook."""
         self.hidden_states[module.layer_idx] = args[0] if args else kwargs["hidden_states"]
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -77,14 +86,15 @@ class Oracle:
         if self.form.endswith("key bias"):
             key = key + self.key_bias(index, key.shape[2])
         logits = causal_logits(query, key.repeat_interleave(groups, 1), scaling)
-        lse = logits[..., 1:].logsumexp(-1)
+        lse = logits[..., 1:].logsumexp(-1)  # [batch, heads, T]
         if self.form in ("base", "read"):
             if self.form == "read":
                 self.read(index, query, key, value, logits, lse, scaling)
             output = logits.softmax(-1) @ value
         else:
+            # [batch, heads, T, 1]
             gate = self.gate(index, query, logits[..., 0], lse, scaling).unsqueeze(-1)
-            # The first token has no other keys: it sees itself alone.
+            # The first token keeps its own value, because it has no other key.
             output = logits[:, :, 1:, 1:].softmax(-1) @ value[:, :, 1:]
             center = 0.0 if self.form.endswith("left") else self.fitted["value"][index]
             output = gate[:, :, 1:] * output + (1 - gate[:, :, 1:]) * center
@@ -92,27 +102,29 @@ class Oracle:
         return output.transpose(1, 2).contiguous(), None
 
     def read(self, index, query, key, value, logits, lse, scaling) -> None:
-        """Collect what a layer shows, of every token but the first `[tokens, heads, ...]`."""
-        seen = {
+        """Collect what the forms of a layer are fitted on, `[tokens, heads, ...]`, without first
+        tokens."""
+        tensors = {
             "value": value[:, :, 0],
             "key": key[:, :, 0],
             "states": self.hidden_states[index][:, 1:].flatten(0, 1),
             "first": by_token(logits[..., 0]),
             "lse": by_token(lse),
         }
-        if index in self.fitted["key"]:  # the second time
+        if index in self.fitted["key"]:  # in the second pass over the texts
             biased = (key + self.key_bias(index, key.shape[2])).repeat_interleave(
                 query.shape[1] // key.shape[1], 1
             )
-            seen = {
+            tensors = {
                 "virtual": by_token(self.virtual_logits(index, query, scaling)),
                 "biased": by_token(causal_logits(query, biased, scaling)[..., 1:].logsumexp(-1)),
             }
-        for name, states in seen.items():
-            self.seen[name][index].append(states)
+        for name, states in tensors.items():
+            self.collected[name][index].append(states)
 
     def key_bias(self, index: int, length: int) -> torch.Tensor:
-        """`-k0` on the slow pairs, as RoPE turns it at each position, `[kv_heads, T, head_dim]`."""
+        """Returns `-k0` on the slow pairs, rotated by RoPE at each position,
+        `[kv_heads, T, head_dim]`."""
         bias = -self.fitted["key"][index].unsqueeze(1)
         slow, half = slow_pairs(self.model, index), bias.shape[-1] // 2
         bias = bias * (torch.arange(2 * half) % half >= half - slow)
@@ -120,13 +132,14 @@ class Oracle:
         return bias * cos + rotate_half(bias) * sin
 
     def virtual_logits(self, index: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Returns the logits of the virtual key `k0`, `[batch, heads, T]`."""
         key = self.fitted["key"][index].repeat_interleave(
             query.shape[1] // len(self.fitted["key"][index]), 0
         )
         return (query * key.unsqueeze(1)).sum(-1) * scaling
 
     def gate(self, index, query, first, lse, scaling) -> torch.Tensor:
-        """`g` of each query, `[batch, heads, T]`."""
+        """Returns `g` of each query, `[batch, heads, T]`."""
         states = self.hidden_states[index]
         match self.form:
             case "sigmoid(LSE - q.k0)":
@@ -144,38 +157,39 @@ class Oracle:
         return (lse - first).sigmoid()  # 1 - A
 
     def learn_keys(self) -> None:
-        """Mean first key and value of each layer, from what was read."""
-        for index in self.seen["key"]:
-            self.fitted["key"][index] = torch.cat(self.seen["key"][index]).mean(0)
-            self.fitted["value"][index] = torch.cat(self.seen["value"][index]).mean(0).unsqueeze(1)
+        """Compute the mean first key and value of each layer from what was collected."""
+        for index in self.collected["key"]:
+            self.fitted["key"][index] = torch.cat(self.collected["key"][index]).mean(0)
+            values = torch.cat(self.collected["value"][index])
+            self.fitted["value"][index] = values.mean(0).unsqueeze(1)
 
     def learn_gates(self) -> None:
-        """Every form's numbers, from what was read, and how much of `1 - A` they explain."""
-        for index in self.seen["lse"]:
+        """Fit the parameters of every form to what was collected, and compute their R2."""
+        for index in self.collected["lse"]:
             states, first, lse, virtual, biased = (
-                torch.cat(self.seen[name][index])
+                torch.cat(self.collected[name][index])
                 for name in ("states", "first", "lse", "virtual", "biased")
             )
-            left = (lse - first).sigmoid()
+            left = (lse - first).sigmoid()  # 1 - A, [tokens, heads]
             self.fitted["constant"][index] = closest_logits(lse, 1 - left)
             self.fitted["biased"][index] = closest_logits(biased, 1 - left)
             self.fitted["logit"][index] = line(states, first)
             self.fitted["gate"][index], gate_r2 = fit(states, left)
-            read = torch.cat([states, torch.ones(len(states), 1)], 1)
+            inputs = torch.cat([states, torch.ones(len(states), 1)], 1)  # with a 1 for the bias
             gates = {
                 "sigmoid(LSE - q.k0)": (lse - virtual).sigmoid(),
-                "sigmoid(LSE - X w - b)": (lse - read @ self.fitted["logit"][index].mT).sigmoid(),
+                "sigmoid(LSE - X w - b)": (lse - inputs @ self.fitted["logit"][index].mT).sigmoid(),
                 "sigmoid(LSE - s), key bias": (biased - self.fitted["biased"][index]).sigmoid(),
                 "sigmoid(LSE - s)": (lse - self.fitted["constant"][index]).sigmoid(),
             }
             for form, gate in gates.items():
                 self.r2[form].append(1 - (gate - left).square().mean(0) / left.var(0))
             self.r2["2 sigmoid(X w)"].append(gate_r2)
-        self.seen.clear()
+        self.collected.clear()
 
 
 def by_token(states: torch.Tensor) -> torch.Tensor:
-    """`[batch, heads, T]` as `[batch * (T - 1), heads]`, without first tokens."""
+    """Reshapes `[batch, heads, T]` to `[batch * (T - 1), heads]`, without first tokens."""
     return states[:, :, 1:].transpose(1, 2).flatten(0, 1)
 
 
@@ -186,8 +200,8 @@ def causal_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> tor
 
 
 def line(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The `[w; b]` of each head `[heads, hidden_size + 1]` with `X w + b` nearest to a target
-    `[tokens, heads]` in least squares."""
+    """Returns the `[w; b]` of each head, `[heads, hidden_size + 1]`, whose `X w + b` is nearest to
+    a target `[tokens, heads]` in least squares."""
     mean = states.mean(0)
     centered = states - mean
     ridge = RIDGE * len(states) * centered.square().mean() * torch.eye(states.shape[1])
@@ -196,11 +210,11 @@ def line(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def fit(states: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gates `2 * sigmoid(X W)` nearest to a target in least squares.
+    """Fits gates `2 * sigmoid(X W)` to a target in least squares.
 
     Args:
         states: `X`, `[tokens, hidden_size]`.
-        target: in (0, 1], `[tokens, heads]`.
+        target: the values to approximate, in (0, 1], `[tokens, heads]`.
 
     Returns:
         `W` `[heads, hidden_size]` and the R2 of each head `[heads]`.
@@ -208,18 +222,18 @@ def fit(states: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch
     target = target.clamp(min=1e-3)
     ridge = RIDGE * len(states) * states.square().mean() * torch.eye(states.shape[1])
     logits = (target / (2 - target)).log()
-    for _ in range(ROUNDS):  # each a straight line through the sigmoid at the last one's logits
+    for _ in range(ROUNDS):  # each round linearizes the sigmoid at the logits of the last one
         gate = 2 * logits.sigmoid()
         slope = (gate * (2 - gate) / 2).clamp(min=0.02)
         line = logits + (target - gate) / slope
         rows = []
-        for weight, wanted in zip(slope.square().mT, line.mT, strict=True):
+        for weight, line_of_head in zip(slope.square().mT, line.mT, strict=True):
             weighted = (states * weight.unsqueeze(-1)).mT
-            rows.append(torch.linalg.solve(weighted @ states + ridge, weighted @ wanted))
+            rows.append(torch.linalg.solve(weighted @ states + ridge, weighted @ line_of_head))
         weights = torch.stack(rows)
         logits = states @ weights.mT
-    missed = (2 * logits.sigmoid() - target).square().mean(0)
-    return weights, 1 - missed / target.var(0)
+    error = (2 * logits.sigmoid() - target).square().mean(0)
+    return weights, 1 - error / target.var(0)
 
 
 @contextmanager
@@ -234,7 +248,7 @@ def running_on(model: PreTrainedModel, attention: Oracle) -> Iterator[None]:
 
 
 def numbers(form: str, config) -> int | str:
-    """What a layer's gates are made of."""
+    """Returns how many numbers the gates of a layer consist of, or "" if they are not gates."""
     heads, width = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or width // heads
     return {
@@ -266,7 +280,7 @@ def main() -> None:
     )
     oracle = Oracle(model)
     for layer in model.get_decoder().layers:
-        layer.self_attn.register_forward_pre_hook(oracle.see, with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(oracle.record_input, with_kwargs=True)
     with running_on(model, oracle):
         oracle.form = "read"
         for learn in (oracle.learn_keys, oracle.learn_gates):
@@ -277,23 +291,23 @@ def main() -> None:
 
 
 def compare(model: PreTrainedModel, oracle: Oracle, windows: torch.Tensor) -> None:
-    """One row of the table for each form."""
+    """Print the table, with one row for each form."""
     print("| gate | numbers a layer | R2 of 1 - A | perplexity | | KL to the base | copied, nats |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     half = windows.shape[1] // 2
     base = None
     for form in ("base", *FORMS):
         oracle.form = form
-        told = predictions(model, windows, base)
+        predicted = predictions(model, windows, base)
         copied = predictions(model, windows[:, :half].repeat(1, 2), None).nll[:, half:].mean()
-        base = base or told
-        change = told.perplexity / base.perplexity - 1
-        kl = 0.0 if told is base else told.kl_to_base
+        base = base or predicted
+        change = predicted.perplexity / base.perplexity - 1
+        kl = 0.0 if predicted is base else predicted.kl_to_base
         r2 = f"{torch.cat(oracle.r2[form]).mean():.2f}" if oracle.r2[form] else ""
         count = numbers(form, model.config)
         print(
-            f"| `{form}` | {count} | {r2} | {told.perplexity:.2f} | {change:+.1%} | {kl:.4f} "
-            f"| {copied:.3f} |",
+            f"| `{form}` | {count} | {r2} | {predicted.perplexity:.2f} | {change:+.1%} "
+            f"| {kl:.4f} | {copied:.3f} |",
             flush=True,
         )
 

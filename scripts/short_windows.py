@@ -1,10 +1,11 @@
-"""Where in a text a massive activation still arises: short windows from anywhere in it.
+"""Find where massive activations still arise, in short windows from anywhere in a text.
 
     python scripts/short_windows.py BASE [RUN ...] --text tuning.jsonl
 
-A sink lives on the first tokens of what a model sees, and any token of a text may come first, so a
-few long windows tell little of how many keep theirs. For each model: the share of windows in which
-some token has an activation above `--above`, and by position how many of 10,000 tokens do.
+A sink is on the first tokens that a model sees, and any token of a text may come first. A few long
+windows therefore say little about how many windows keep their sink. For each model, the table has
+the share of windows in which some token has an activation above `--above`, and how many of 10,000
+tokens at each position do.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--above", type=float, default=2000, help="a massive activation")
     parser.add_argument("--windows", type=int, default=6000)
-    parser.add_argument("--length", type=int, default=16, help="tokens a window")
+    parser.add_argument("--length", type=int, default=16, help="tokens per window")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="bfloat16")
     options = parser.parse_args()
     print(f"| model | windows above {options.above:,.0f} | of 10,000, by position from 0 |")
@@ -35,15 +36,15 @@ def main() -> None:
     for name, source in zip(names(options.models), options.models, strict=True):
         model, tokenizer = load_model(source, options.dtype)
         windows = short_windows(tokenizer, options.text, options.windows, options.length)
-        massive = largest_activations(model, windows) > options.above
+        massive = largest_activations(model, windows) > options.above  # [windows, length]
         by_position = (10_000 * massive.float().mean(0)).round().int().tolist()
         share = massive.any(-1).float().mean()
         print(f"| {name} | {share:.2%} | {' '.join(map(str, by_position))} |", flush=True)
 
 
 def short_windows(tokenizer, text: Path, windows: int, length: int) -> torch.Tensor:
-    """`[windows, length]`: token ids that begin anywhere in the text, the same for every model of
-    one tokenizer."""
+    """Returns windows of token ids from anywhere in the text, `[windows, length]`, the same for
+    every model of one tokenizer."""
     ids: list[int] = []
     for document in read_documents(text):
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
@@ -54,7 +55,8 @@ def short_windows(tokenizer, text: Path, windows: int, length: int) -> torch.Ten
 
 @torch.inference_mode()
 def largest_activations(model, windows: torch.Tensor) -> torch.Tensor:
-    """`[windows, length]`: of each token, over layers and channels of the residual stream."""
+    """Returns the largest activation of each token, over layers and channels of the residual
+    stream, `[windows, length]`."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     largest = []
     for ids in track(windows.split(BATCH // windows.shape[1]), transient=True):

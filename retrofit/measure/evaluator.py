@@ -80,7 +80,7 @@ def measure(
     if len(set(sources)) < len(sources):
         raise UserError(f"{max(sources, key=sources.count)} is named twice")
     documents = read_documents(text)
-    asked = {
+    identity = {
         "text": text.name,
         "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
         "length": length,
@@ -88,7 +88,7 @@ def measure(
         "asked_dtype": dtype,
         "versions": {name: version(name) for name in ("torch", "transformers", "gate-retrofit")},
     }
-    plan = _Plan(sources, evaluations, KeptFigures(resume, asked))
+    plan = _Plan(sources, evaluations, KeptFigures(resume, identity))
     base: PredictionStatistics | None = None
     with Progress(console=PlainConsole(stderr=True), disable=not progress) as bar:
         for name, source in plan.named.items():
@@ -104,7 +104,7 @@ def measure(
             input_ids = cut_windows(documents, tokenizer, length, windows)
             _check_same_tokens(measured, input_ids, plan)
             if not plan.settings:
-                plan.settings = _settings(asked, measured, input_ids)
+                plan.settings = _settings(identity, measured, input_ids)
             track = _track(bar, name)
             if _SINKS in todo:
                 with _finite_figures_expected(_SINKS, name):
@@ -264,8 +264,8 @@ def _check_same_tokens(measured: MeasuredModel, input_ids: torch.Tensor, plan: _
         raise UserError(f"{measured.name} and {plan.base} tokenize the text differently")
 
 
-def _settings(asked: dict, measured: MeasuredModel, input_ids: torch.Tensor) -> dict[str, Any]:
-    return {name: value for name, value in asked.items() if name != "asked_dtype"} | {
+def _settings(identity: dict, measured: MeasuredModel, input_ids: torch.Tensor) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name != "asked_dtype"} | {
         "windows": input_ids.shape[0],
         "tokens": input_ids.numel(),
         "tokens_sha256": _sha256(input_ids),

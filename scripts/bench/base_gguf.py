@@ -1,8 +1,8 @@
-"""A base, without gates, as a GGUF file under its own architecture of llama.cpp: what a merged one
-is timed beside.
+"""Writes a base without gates as a GGUF file, under its own architecture of llama.cpp.
 
-`retrofit merge` writes no such file, for even gates of zero come with a doubled `q_proj`; and
-llama.cpp's own converter is a script of its repository, in no package.
+Merged models are timed beside this file. `retrofit merge` cannot write it, since even gates of zero
+come with a doubled `q_proj`, and llama.cpp's own converter is a script of its repository and in no
+package.
 """
 
 from pathlib import Path
@@ -33,14 +33,15 @@ ARCHS = {
 
 
 def write_base_gguf(base: Path, file: Path, kind: str) -> None:
-    """Write a dense base of `ARCHS`.
+    """Write a dense base of one of `ARCHS`.
 
     Args:
-        base: its folder.
-        kind: of its matrices, a key of `retrofit.export.llama_cpp.KINDS`.
+        base: the folder of the base.
+        file: the GGUF file to write.
+        kind: how matrices are stored, a key of `retrofit.export.llama_cpp.KINDS`.
 
     Raises:
-        UserError: if there is no such architecture here, or its RoPE is scaled.
+        UserError: if the base has another architecture, or its RoPE is scaled.
     """
     config = AutoConfig.from_pretrained(base)
     rope_type = config.rope_parameters.get("rope_type", "default")
@@ -61,9 +62,9 @@ def write_base_gguf(base: Path, file: Path, kind: str) -> None:
             tensor = _interleaved(name, tensor, config)
         data = tensor.float().contiguous().numpy()
         stored = KINDS[kind][0] if tensor.ndim > 1 else GGMLQuantizationType.F32
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None, name
-        writer.add_tensor(theirs, quantize(data, stored), raw_dtype=stored)
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        writer.add_tensor(gguf_name, quantize(data, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,8 +86,8 @@ def _add_config(writer: GGUFWriter, config: PreTrainedConfig) -> None:
 
 
 def _interleaved(name: str, tensor: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
-    """llama.cpp's `llama` rotates neighbours, transformers channels half a head apart: the rows of
-    q and k change places."""
+    """Reorders the rows of q and k: llama.cpp's `llama` rotates neighbouring channels, transformers
+    those that are half a head apart."""
     if name.split(".")[-2] not in ("q_proj", "k_proj"):
         return tensor
     halves = tensor.unflatten(0, (-1, 2, head_dim_of(config) // 2))

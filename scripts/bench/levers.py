@@ -1,13 +1,12 @@
-"""What each lever gives on its own: a training step with all that are always on is timed against
-one without the lever, and one with each layer compiled, which a recipe asks for, against one
-without that.
+"""Measure what each optimization ("lever") of the training step gains on its own.
 
     python scripts/bench/levers.py [BASE] [--length 1024] [--dtype bfloat16] [--json F]
 
-Pairs of steps on the same packed batch, in turns in one process; those of the allocator in
-processes of their own. A ratio below 1 is what the lever gives. Memory is the peak of a process of
-its own, less what it holds without a model. What is switched off is patched here; the package has
-no switches for it.
+A lever that is always on is measured against a step without it. A lever that a recipe asks for
+(teacher from disk, each layer compiled) is measured against a step without any such lever. Both
+steps take the same packed batch and turns in one process; the allocator's take processes of their
+own. A ratio below 1 is a gain. Memory is the peak of a separate process, less what it holds without
+a model. The package has no switches for these levers, so this script patches them out.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -41,13 +40,14 @@ LOSSES = {"kl": 1.0}
 
 @dataclass(frozen=True)
 class Lever:
-    """A lever and how it is taken away.
+    """A lever, and how to run without it.
 
     Attributes:
-        off: what replaces it.
-        recipe: what the recipe has to be for it to matter.
-        compiled: it is the lever: each layer compiled by itself.
-        spares: whether it is for memory as well as for time.
+        off: patches that take the lever away.
+        recipe: settings of both arms, without which the lever would not matter.
+        on: settings that switch the lever on.
+        compiled: whether the lever is compiling each layer by itself.
+        spares: whether the lever saves memory as well as time.
     """
 
     off: tuple[Patch, ...] = ()
@@ -57,7 +57,7 @@ class Lever:
 
 
 def whole_logits(hidden, teacher, lm_head, labels, objective, block_bytes=None):
-    """The losses by autograd, with all logits at once."""
+    """Computes the losses with autograd and all logits at once."""
     targets = labels[:, 1:]
     targets = targets[targets != -100]
     log_p = lm_head(hidden).float().log_softmax(-1)
@@ -120,7 +120,7 @@ def main() -> None:
     options_of.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)  # lever, on or off, batch
     options = options_of.parse_args()
     if options.alone:
-        print(json.dumps(alone(options)))
+        print(json.dumps(step_costs(options)))
         return
     prepare_process(keep_freed_memory=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,12 +129,14 @@ def main() -> None:
         ratios: list[Ratio] = []
         for name in options.levers or [*LEVERS, ALLOCATOR]:
             ratios += (
-                of_allocator(options, batch) if name == ALLOCATOR else of(name, options, batch)
+                allocator_ratios(options, batch)
+                if name == ALLOCATOR
+                else lever_ratios(name, options, batch)
             )
     report(ratios, options)
 
 
-def of(name: str, options: argparse.Namespace, batch: Path) -> Iterator[Ratio]:
+def lever_ratios(name: str, options: argparse.Namespace, batch: Path) -> Iterator[Ratio]:
     with tempfile.TemporaryDirectory() as folder:
         arms = {
             state: build(LEVERS[name], state == "on", options, Path(folder) / state, batch)
@@ -142,16 +144,16 @@ def of(name: str, options: argparse.Namespace, batch: Path) -> Iterator[Ratio]:
         }
         first = timed(arms["on"])
         seconds = in_turns(arms, options.repeats)
-    each = ratio(f"time, {name}", seconds["on"], seconds["off"])
+    row = ratio(f"time, {name}", seconds["on"], seconds["off"])
     if LEVERS[name].compiled:
-        each = Ratio(**vars(each) | {"detail": f"{each.detail}; the first step {first:.0f} s"})
-    yield each
+        row = replace(row, detail=f"{row.detail}; the first step {first:.0f} s")
+    yield row
     if LEVERS[name].spares:
         yield memory(name, [in_process(name, state, options, batch) for state in ("on", "off")])
 
 
-def of_allocator(options: argparse.Namespace, batch: Path) -> Iterator[Ratio]:
-    """Processes take turns."""
+def allocator_ratios(options: argparse.Namespace, batch: Path) -> Iterator[Ratio]:
+    """Yields the ratios of the allocator's settings, from processes that take turns."""
     runs = [
         [in_process(ALLOCATOR, state, options, batch) for state in ("on", "off")] for _ in range(3)
     ]
@@ -161,23 +163,23 @@ def of_allocator(options: argparse.Namespace, batch: Path) -> Iterator[Ratio]:
 
 
 def memory(name: str, runs: list[dict]) -> Ratio:
-    own, other = (run["gb"] for run in runs)
-    value = own / other
-    return Ratio(f"memory, {name}", None, value, value, value, f"{own:.2f} GB / {other:.2f} GB")
+    on, off = (run["gb"] for run in runs)
+    value = on / off
+    return Ratio(f"memory, {name}", None, value, value, value, f"{on:.2f} GB / {off:.2f} GB")
 
 
 def in_process(name: str, state: str, options: argparse.Namespace, batch: Path) -> dict:
-    given = [f"--{key}={getattr(options, key)}" for key in ("dtype", "length", "rows", "text")]
-    pages = "0" if (name, state) == (ALLOCATOR, "off") else "1"
-    told = fresh(
-        *(__file__, options.base, *given, "--alone", name, state, str(batch)),
-        THP_MEM_ALLOC_ENABLE=pages,
+    flags = [f"--{key}={getattr(options, key)}" for key in ("dtype", "length", "rows", "text")]
+    huge_pages = "0" if (name, state) == (ALLOCATOR, "off") else "1"
+    printed = fresh(
+        *(__file__, options.base, *flags, "--alone", name, state, str(batch)),
+        THP_MEM_ALLOC_ENABLE=huge_pages,
     )
-    return json.loads(told)
+    return json.loads(printed)
 
 
-def alone(options: argparse.Namespace) -> dict:
-    """Peak memory and seconds of a step of a process that does nothing else."""
+def step_costs(options: argparse.Namespace) -> dict:
+    """Returns peak memory and seconds of a step, in a process that does nothing else."""
     name, state, batch = options.alone
     prepare_process(keep_freed_memory=(name, state) != (ALLOCATOR, "off"))
     before = held_gb()
@@ -211,8 +213,8 @@ def build(lever: Lever, on: bool, options: argparse.Namespace, folder: Path, bat
 
 def applied(patches: tuple[Patch, ...]) -> ExitStack:
     stack = ExitStack()
-    for each in patches:
-        stack.enter_context(each())
+    for start_patch in patches:
+        stack.enter_context(start_patch())
     return stack
 
 

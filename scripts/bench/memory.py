@@ -1,10 +1,10 @@
-"""What `retrofit check` says that a run needs, beside what the run then takes.
+"""Compare the memory that `retrofit check` estimates for a run with the memory that the run takes.
 
     python scripts/bench/memory.py [--recipes ...] [--json F]
 
-Each estimate and each run has a process of its own. What a run takes is the peak of its steps, with
-all that is held meanwhile: of a GPU's memory, or where there is none of all memory. (Before that, a
-file of weights is mapped into memory to be read, which the system takes back when it has to.)
+Each estimate and each run has a process of its own. A run's memory is the peak during its steps: of
+the GPU's memory, or of the process's if there is no GPU. Loading is left out, since it maps the
+file of weights into memory, which the system can take back.
 """
 
 import argparse
@@ -34,39 +34,46 @@ RECIPES = {
 def main() -> None:
     options_of = parser(__doc__.splitlines()[0])
     options_of.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    options_of.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)  # recipe, said or taken
+    options_of.add_argument(
+        "--alone", nargs=2, help=argparse.SUPPRESS
+    )  # recipe, estimated or taken
     options = options_of.parse_args()
     if options.alone:
         name, what = options.alone
-        print(json.dumps(said(name) if what == "said" else taken(name)))
+        print(json.dumps(estimated(name) if what == "estimated" else taken(name)))
         return
     report([compared(name) for name in options.recipes], options)
 
 
 def compared(name: str) -> Ratio:
-    own, other = (json.loads(fresh(__file__, "--alone", name, what)) for what in ("said", "taken"))
-    value = own["gb"] / other["gb"]
+    """Returns the ratio of the estimated memory to that of the run."""
+    estimate, run = (
+        json.loads(fresh(__file__, "--alone", name, what)) for what in ("estimated", "taken")
+    )
+    value = estimate["gb"] / run["gb"]
     return Ratio(
         f"memory, estimated / measured: {name}",
         None,
         value,
         value,
         value,
-        f"{own['gb']:.2f} GB / {other['gb']:.2f} GB, checkpointing {own['checkpointing']}",
+        f"{estimate['gb']:.2f} GB / {run['gb']:.2f} GB, checkpointing {estimate['checkpointing']}",
     )
 
 
-def said(name: str) -> dict:
+def estimated(name: str) -> dict:
+    """Estimates the memory of a run, as `retrofit check` does."""
     prepare_process()
     from retrofit.memory.estimate import estimate, this_device
     from retrofit.training.preflight import preflight
 
     recipe = load_recipe(str(RECIPE), RECIPES[name])
-    found = estimate(recipe, preflight(recipe), this_device())
-    return {"gb": found.total / 1e9, "checkpointing": found.checkpointing}
+    needed = estimate(recipe, preflight(recipe), this_device())
+    return {"gb": needed.total / 1e9, "checkpointing": needed.checkpointing}
 
 
 def taken(name: str) -> dict:
+    """Runs three steps, and returns the peak of the memory from the first step on."""
     prepare_process(keep_freed_memory=True)
     from rich.console import Console
 

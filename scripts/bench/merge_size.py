@@ -1,13 +1,13 @@
-"""What merging costs at any size: time against a copy of the files, and memory against shards.
+"""Measure what merging costs: its time against a copy of the files, its memory against a shard.
 
     python scripts/assets.py smollm2
     python scripts/bench/merge_size.py       # a random model of the shape of Llama 3.1 8B: 16 GB
     python scripts/bench/merge_size.py --layers 4
 
-Writes a base with random weights and gates, copies it, and merges it with `retrofit merge` in a
-process of its own, whose memory is watched, and that of the process that verifies. Memory is
-what they hold themselves (RssAnon); pages of mapped files are the system's to drop. Needs twice
-the model's size on disk.
+The script writes a base with random weights and gates, copies it, and merges it with `retrofit
+merge` in a separate process. It watches the memory of that process and of the one that verifies.
+Memory is what the processes hold themselves (RssAnon), since the system can drop pages of mapped
+files. The disk must have room for twice the model's size.
 """
 
 import argparse
@@ -99,7 +99,8 @@ def write_base(folder: Path, layers: int) -> int:
 
 
 def random_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Drawn once and turned around, for drawing 8 billion numbers takes minutes."""
+    """Yields weights that are cut from the same noise, because drawing 8 billion numbers takes
+    minutes."""
     largest = max(parameter.numel() for parameter in model.parameters())
     drawn = torch.randn(2**24 + 3, dtype=torch.float32).bfloat16()
     noise = drawn.repeat(math.ceil(2 * largest / drawn.numel()))
@@ -129,9 +130,8 @@ def write_gates(folder: Path, base: Path, layers: int) -> None:
 
 
 def copy(folder: Path, to: Path) -> float:
-    """Seconds, with nothing left over to write from before; like a merge, it does not wait until
-    all is on disk."""
-    os.sync()
+    """Returns the seconds of a copy, which like a merge does not wait until all is on disk."""
+    os.sync()  # so that no earlier writes slow the copy down
     start = time.perf_counter()
     shutil.copytree(folder, to)
     seconds = time.perf_counter() - start
@@ -140,7 +140,7 @@ def copy(folder: Path, to: Path) -> float:
 
 
 def merge(adapter: Path, out: Path) -> tuple[dict, int]:
-    """The report, and the most bytes that the process and its children held."""
+    """Returns the report, and the peak of the bytes that the process and its children held."""
     command = "from retrofit.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", command, "merge", str(adapter), "--out", str(out)]
@@ -155,14 +155,14 @@ def merge(adapter: Path, out: Path) -> tuple[dict, int]:
 def watch(process: psutil.Process, peak: list[int]) -> None:
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         tree = [process, *process.children(recursive=True)]
-        peak[0] = max(peak[0], sum(held(each.pid) for each in tree))
+        peak[0] = max(peak[0], sum(held_bytes(member.pid) for member in tree))
         time.sleep(0.05)
 
 
-def held(pid: int) -> int:
+def held_bytes(pid: int) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return 0
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 

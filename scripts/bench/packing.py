@@ -1,16 +1,16 @@
-"""What packing gains on short chats: tokens with a label a second, with and without.
+"""Measure what packing gains on short chats: labelled tokens per second with and without it.
 
     python scripts/assets.py smollm2 tasks
     python scripts/bench/packing.py [BASE] [--batch-size 4] [--chats FILE]
 
-Two trainings, as `retrofit train` sets them up, take turns: the same chats, the same
-`sequence_length` and rows a step, and only `data.packing` differs. Without it a row is one chat,
-and TRL pads the rows of a batch to the longest of them. A token counts if a loss is taken on it:
-padding does not, nor the first token of a chat, which nothing predicts. Steps are timed from the
-first one's beginning to the last one's end, loading, tokenizing and saving left out.
+Two trainings, set up as by `retrofit train`, take turns. They have the same chats, the same
+`sequence_length` and the same rows per step, and differ only in `data.packing`. Without packing, a
+row is one chat, and TRL pads the rows of a batch to the longest of them. A token counts if it has a
+loss, which neither padding nor the first token of a chat has. The time is from the start of the
+first step to the end of the last one, without loading, tokenizing and saving.
 
-A GPU is idle for most of a step on a short row. A CPU works as long as there is to work: there
-packing saves no more than the padding and what a step costs whatever its size.
+A GPU is idle for most of a step with short rows. A CPU is never idle, so there packing saves only
+the padding and the fixed cost of a step.
 
 The chats are questions and right answers of ARC-Easy and PIQA, 60 to 70 tokens each, unless
 `--chats` names a file with `messages`.
@@ -39,7 +39,7 @@ GOAL = 3.0
 
 
 class Clock(TrainerCallback):
-    """When the first step began and the last one ended, in seconds."""
+    """Records when the first step began and when the last one ended, in seconds."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.begun = self.ended = 0.0
@@ -53,14 +53,14 @@ class Clock(TrainerCallback):
 
 @dataclass
 class Arm:
-    """One training, run from its start each time."""
+    """One training, which starts anew each time it is run."""
 
     trainer: GateTrainer
     clock: Clock
     labelled: int = 0
 
     def rate(self) -> float:
-        """Tokens that count a second."""
+        """Runs the training, and returns its labelled tokens per second."""
         self.labelled = 0
         handle = self.trainer.model.register_forward_hook(self._count)
         self.trainer.train()
@@ -72,24 +72,24 @@ class Arm:
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0])
-    options.add_argument("--chats", type=Path, help="a .jsonl file with messages")
-    options.add_argument("--length", type=int, default=1024, help="data.sequence_length")
-    options.add_argument("--batch-size", type=int, default=4, help="rows a step")
-    options.add_argument("--tokens", type=int, default=8192, help="a run, about")
-    given = options.parse_args()
+    options_of = parser(__doc__.splitlines()[0])
+    options_of.add_argument("--chats", type=Path, help="a .jsonl file with messages")
+    options_of.add_argument("--length", type=int, default=1024, help="data.sequence_length")
+    options_of.add_argument("--batch-size", type=int, default=4, help="rows per step")
+    options_of.add_argument("--tokens", type=int, default=8192, help="approximate tokens per run")
+    options = options_of.parse_args()
     with TemporaryDirectory() as folder:
-        chats = given.chats or write_chats(Path(folder) / "chats.jsonl")
+        chats = options.chats or write_chats(Path(folder) / "chats.jsonl")
         arms = {
-            name: arm_of(recipe(given, chats, packing, Path(folder) / name), given.tokens)
+            name: arm_of(recipe(options, chats, packing, Path(folder) / name), options.tokens)
             for name, packing in ARMS.items()
         }
-        rates = collected({name: arm.rate for name, arm in arms.items()}, given.repeats)
-    report([gain(rates, arms)], given)
+        rates = collected({name: arm.rate for name, arm in arms.items()}, options.repeats)
+    report([gain(rates, arms)], options)
 
 
 def write_chats(path: Path, each: int = 1500) -> Path:
-    """One question and answer a line, of each task in turn."""
+    """Write one question and its answer per line, from each task in turn."""
     cache = Path(os.environ.get("RETROFIT_CACHE") or "~/.cache/retrofit").expanduser()
     files = [(cache / "tasks" / f"{task}.jsonl").read_text().splitlines() for task in TASKS]
     rows = [json.loads(line) for pair in zip(*files, strict=False) for line in pair]
@@ -99,7 +99,7 @@ def write_chats(path: Path, each: int = 1500) -> Path:
 
 
 def messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    """A document of `scripts/assets.py tasks` as a chat of two turns."""
+    """Returns a document of `scripts/assets.py tasks` as a chat of two turns."""
     question = row["context"].removesuffix("\nAnswer:").partition(": ")[2]
     return [
         {"role": "user", "content": question},
@@ -108,7 +108,7 @@ def messages(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def recipe(options, chats: Path, packing: bool, folder: Path) -> Recipe:
-    """Gates and losses at their defaults: headwise, next-token loss."""
+    """Returns a recipe with gates and losses at their defaults: headwise, next-token loss."""
     return Recipe.model_validate(
         {
             "output_dir": str(folder),
@@ -130,13 +130,13 @@ def recipe(options, chats: Path, packing: bool, folder: Path) -> Recipe:
 
 
 def arm_of(recipe: Recipe, tokens: int) -> Arm:
-    """As `retrofit train` builds it, for as many steps as take about so many tokens."""
+    """Builds a training as `retrofit train` does, with as many steps as take about `tokens`."""
     clock = Clock()
     trainer = gate_trainer(recipe, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     rows = trainer.train_dataset
-    a_row = statistics.fmean(len(ids) for ids in rows[: min(len(rows), 200)]["input_ids"])
-    trainer.args.max_steps = max(1, round(tokens / a_row / recipe.train.batch_size))
+    row_length = statistics.fmean(len(ids) for ids in rows[: min(len(rows), 200)]["input_ids"])
+    trainer.args.max_steps = max(1, round(tokens / row_length / recipe.train.batch_size))
     return Arm(trainer, clock)
 
 

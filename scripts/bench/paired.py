@@ -1,7 +1,8 @@
-"""What the benchmarks share: arms that run in turns, ratios of neighbours, one format of results.
+"""Shared code of the benchmarks: arms that run in turns, ratios of paired runs, one result format.
 
-A machine's mood moves all arms alike, so a ratio is taken of two runs of one turn, and its median
-and quartiles are of those. Every other turn goes backwards: who comes first gains nothing by it.
+A machine's speed varies for all arms alike. So each ratio is taken of two runs of the same turn,
+and the median and the quartiles are those of the ratios. Every other turn has the reverse order, so
+that no arm gains from being first.
 """
 
 import argparse
@@ -28,16 +29,17 @@ SMOLLM2 = "~/.cache/retrofit/models/smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: what over what.
-        goal: the most (the least, for a rate of tokens) that it should be; `None` where it is only
-            of interest.
-        median: of pairs of runs.
+        name: what the ratio compares.
+        goal: the largest value that the ratio should have, or the smallest if `at_least` is set;
+            `None` if there is no goal.
+        median: the median over pairs of runs.
         low: the lower quartile.
-        high: the upper one.
-        detail: the figures behind it.
+        high: the upper quartile.
+        detail: the figures behind the ratio.
+        at_least: whether larger values are better, as for a rate of tokens.
     """
 
     name: str
@@ -56,12 +58,13 @@ class Ratio:
 
 
 def in_turns(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run of each arm; what only the first run costs is left out."""
+    """Returns the seconds of each run of each arm, without a first run as a warm-up."""
     return collected({name: partial(timed, arm) for name, arm in arms.items()}, repeats)
 
 
 def collected(arms: dict[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """As `in_turns`, of arms that measure themselves: what each run of each arm returns."""
+    """Returns what each run of each arm returns, for arms that measure themselves; otherwise like
+    `in_turns`."""
     results: dict[str, list[T]] = {name: [] for name in arms}
     for arm in arms.values():
         arm()
@@ -74,7 +77,7 @@ def collected(arms: dict[str, Callable[[], T]], repeats: int) -> dict[str, list[
 
 
 def ratio(name: str, own: list[float], other: list[float], goal: float | None = None) -> Ratio:
-    """Of paired runs, with the medians of both as the detail."""
+    """Returns the ratio of paired runs, with the medians of both arms as the detail."""
     low, median, high = quartiles(a / b for a, b in zip(own, other, strict=True))
     detail = f"{statistics.median(own):.3g} s / {statistics.median(other):.3g} s"
     return Ratio(name, goal, median, low, high, detail)
@@ -89,7 +92,7 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def fresh(script: str, *arguments: str, **environment: str) -> str:
-    """The last line that a script prints in a process of its own."""
+    """Runs a script in a new process, and returns the last line that it prints."""
     command = [sys.executable, script, *arguments]
     result = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment
@@ -98,19 +101,19 @@ def fresh(script: str, *arguments: str, **environment: str) -> str:
 
 
 def held_gb(peak: bool = False) -> float:
-    """What this process holds, or held at most since `forget_peak`: of the GPU's memory, or where
-    there is none of all."""
+    """Returns the GB that this process holds, or its peak since `forget_peak`: of the GPU's memory,
+    or of main memory if there is no GPU."""
     if torch.cuda.is_available():
-        read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
-        return read() / 1e9
-    # Not `ru_maxrss`, which a child process inherits from its parent.
+        allocated = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return allocated() / 1e9
+    # `ru_maxrss` would not do, because a child process inherits it from its parent.
     name = "VmHWM" if peak else "VmRSS"
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e9
 
 
 def forget_peak() -> None:
-    """Let the peak start again from what is held now."""
+    """Reset the peak to what is held now."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -119,10 +122,10 @@ def forget_peak() -> None:
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Returns all that the figures depend on: options, device, threads and torch's version."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    given = {name: value for name, value in vars(options).items() if name != "json"}
-    return given | {
+    own_options = {name: value for name, value in vars(options).items() if name != "json"}
+    return own_options | {
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -130,34 +133,35 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def where(settings: dict[str, Any]) -> str:
-    """The machine that gave the figures."""
+    """Describes the machine that gave the figures."""
     threads = f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}"
     return f"{settings['device']}, {threads}, torch {settings['torch']}"
 
 
 def table(ratios: Iterable[Ratio]) -> str:
-    """In Markdown: median, quartiles, goal."""
+    """Returns a Markdown table with median, quartiles and goal of each ratio."""
     lines = ["| ratio | median | quartiles | goal | |", "|---|--:|---|--:|---|"]
-    for each in ratios:
-        goal = "" if each.goal is None else f"{'>=' if each.at_least else '<='} {each.goal:g}"
-        bold = "**" if each.met is False else ""
+    for row in ratios:
+        goal = "" if row.goal is None else f"{'>=' if row.at_least else '<='} {row.goal:g}"
+        bold = "**" if row.met is False else ""
         lines.append(
-            f"| {each.name} | {bold}{each.median:.3g}{bold} | {each.low:.3g} to {each.high:.3g} "
-            f"| {goal} | {each.detail} |"
+            f"| {row.name} | {bold}{row.median:.3g}{bold} | {row.low:.3g} to {row.high:.3g} "
+            f"| {goal} | {row.detail} |"
         )
     return "\n".join(lines)
 
 
 def report(ratios: list[Ratio], options: argparse.Namespace) -> None:
-    """Print the machine and the table; write the JSON if asked to."""
-    told = settings(options)
-    print(f"{where(told)}\n\n{table(ratios)}")
+    """Print the machine and the table, and write the JSON file if the options name one."""
+    run_settings = settings(options)
+    print(f"{where(run_settings)}\n\n{table(ratios)}")
     if options.json:
-        write_json(options.json, {"settings": told, "ratios": [asdict(each) for each in ratios]})
+        rows = [asdict(row) for row in ratios]
+        write_json(options.json, {"settings": run_settings, "ratios": rows})
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """Returns a parser with the options that all benchmarks have."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("base", nargs="?", default=SMOLLM2)
     options.add_argument("--dtype", default="float32")

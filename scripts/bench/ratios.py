@@ -1,11 +1,11 @@
-"""Every benchmark, one after the other, into one file that the docs' tables are made from.
+"""Run all benchmarks one after the other, and write the file that the docs' tables are made from.
 
     python scripts/bench/ratios.py --json docs/ratios-cpu.json      # an hour on 2 cores
     python scripts/bench/ratios.py --json docs/ratios-cpu.json --only serving
     python scripts/bench/ratios.py --table docs/ratios-cpu.json     # prints, runs nothing
 
-Each runs in a process of its own. What the file holds already is not run again; remove it, or name
-it with `--only`, to have it measured anew.
+Each benchmark runs in a process of its own. Those whose results are in the file are not run again;
+remove the file, or name a benchmark with `--only`, to measure it anew.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
             continue
         with console.status(name):
             results[name] = run(command)
-        write_json(options.json, {each: results[each] for each in RUNS if each in results})
+        write_json(options.json, {run: results[run] for run in RUNS if run in results})
     print(tables(read_json(options.json)))
 
 
@@ -66,14 +66,14 @@ def run(command: list[str]) -> dict:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        shown = " ".join(["python", f"scripts/bench/{script}", *arguments])
-        return {"command": shown} | json.loads(file.read_text())
+        command_line = " ".join(["python", f"scripts/bench/{script}", *arguments])
+        return {"command": command_line} | json.loads(file.read_text())
 
 
 def tables(results: dict) -> str:
     parts = []
     for name, result in results.items():
-        ratios = [Ratio(**each) for each in result["ratios"]]
+        ratios = [Ratio(**row) for row in result["ratios"]]
         parts.append(
             f"### {name}\n\n`{result['command']}`: {where(result['settings'])}\n\n{table(ratios)}"
         )

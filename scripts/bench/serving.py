@@ -1,14 +1,14 @@
-"""What serving a merged model costs beside its base: prefill and decoding, engine by engine.
+"""Measure what serving a merged model costs beside its base: prefill and decoding in each engine.
 
     python scripts/bench/serving.py --run RUN [--vllm PYTHON]    # the gates of a run
     python scripts/bench/serving.py [BASE] [--vllm PYTHON]       # headwise gates
-    python scripts/bench/serving.py [BASE] --shapes              # counted; nothing is run
+    python scripts/bench/serving.py [BASE] --shapes              # only counts; runs nothing
 
-The gates are those of a trained run, or headwise ones with random weights, for what a gate costs
-does not depend on its value. `retrofit merge` writes them in every format that an engine reads.
-Each result takes turns with the base, both in memory: a prompt, then new tokens one by one. Ratios
-are of seconds. Where transformers has the merged architecture under another attention than the
-base, the base runs under both.
+The gates are those of a trained run, or headwise ones with random weights, because the cost of a
+gate does not depend on its value. `retrofit merge` writes them in every format that an engine
+reads. Each merged model takes turns with the base, both in memory: a prompt, then new tokens one by
+one. Ratios are of seconds. If transformers runs the merged architecture with another attention
+implementation than the base, the base runs with both.
 """
 
 import statistics
@@ -37,11 +37,17 @@ GOAL = 1.02
 
 @dataclass(frozen=True)
 class Variant:
-    """Gates and the form they are served in; `None` is the run itself, through PEFT."""
+    """Gates and the form they are served in.
+
+    Attributes:
+        name: the name in the table.
+        format: the format of the merge; `None` serves the run itself, with PEFT.
+        centered: whether random headwise gates are centered; it does not change a run.
+    """
 
     name: str
     format: FormatName | None
-    centered: bool = False  # of headwise gates; a run is what it is
+    centered: bool = False
 
 
 VARIANTS = {
@@ -63,7 +69,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    options = asked()
+    options = parsed_options()
     if options.run:
         options.base = base_of(options.run)
     if options.shapes:
@@ -75,45 +81,49 @@ def main() -> None:
             for row in measured(options, Path(folder)):
                 print(f"{row.name}: {row.median:.3g}", file=sys.stderr)
                 rows.append(row)
-        except BaseException:  # what one engine gave is shown where the next one fails
+        except BaseException:  # the rows of earlier engines are shown even if one fails
             print(table(rows))
             raise
         report(rows, options)
 
 
-def asked() -> Namespace:
-    given = parser(__doc__.splitlines()[0])
-    given.add_argument("--run", help="a trained run; its base is the base")
-    given.add_argument("--engines", nargs="+", choices=TIMED, help="by default all at hand")
-    given.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM")
-    given.add_argument("--variants", nargs="+", help="only these, by name")
-    given.add_argument("--prompt", type=int, nargs="+", default=[512], help="tokens")
-    given.add_argument("--new-tokens", type=int, default=32)
-    given.add_argument("--gguf", nargs="+", metavar="KIND", help="float32, q8_0: of its files")
-    given.add_argument("--shapes", action="store_true", help="count weights; run nothing")
-    options = given.parse_args()
-    fill_in(options, given)
+def parsed_options() -> Namespace:
+    options_of = parser(__doc__.splitlines()[0])
+    options_of.add_argument("--run", help="a trained run; its base is the base")
+    options_of.add_argument("--engines", nargs="+", choices=TIMED, help="by default all at hand")
+    options_of.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM")
+    options_of.add_argument("--variants", nargs="+", help="only these, by name")
+    options_of.add_argument("--prompt", type=int, nargs="+", default=[512], help="tokens")
+    options_of.add_argument("--new-tokens", type=int, default=32)
+    options_of.add_argument(
+        "--gguf", nargs="+", metavar="KIND", help="how GGUF files are stored: float32, q8_0"
+    )
+    options_of.add_argument("--shapes", action="store_true", help="count weights; run nothing")
+    options = options_of.parse_args()
+    fill_in(options, options_of)
     return options
 
 
-def fill_in(options: Namespace, given: ArgumentParser) -> None:
-    """What follows from the other options."""
+def fill_in(options: Namespace, options_of: ArgumentParser) -> None:
+    """Fill in the options that follow from others."""
     if not options.engines:
         options.engines = ["transformers", "llama.cpp", *(["vllm"] if options.vllm else [])]
     if "vllm" in options.engines and not options.vllm:
-        given.error("vllm has an environment of its own: name its Python with --vllm")
+        options_of.error("vllm has an environment of its own: name its Python with --vllm")
     options.gguf = options.gguf or [options.dtype]
 
 
 def base_of(run: str) -> str:
-    """The base of a run as the run names it, or the folder that a hub id was downloaded to."""
+    """Returns the base of a run as the run names it, or the folder that a hub id was downloaded
+    to."""
     source = read_source(Path(run).expanduser())
     is_local = Path(source.base_name).expanduser().is_dir()
     return source.base_name if is_local else str(source.base)
 
 
 def measured(options: Namespace, folder: Path) -> Iterator[Ratio]:
-    """The ratios of each engine, variant and kind of weights, each merged when it is needed."""
+    """Yields the ratios of each engine, variant and kind of weights, and merges each when it is
+    needed."""
     for engine in options.engines:
         for variant in chosen(engine, options):
             for kind in options.gguf if engine == "llama.cpp" else [options.dtype]:
@@ -125,12 +135,13 @@ def measured(options: Namespace, folder: Path) -> Iterator[Ratio]:
 def chosen(engine: str, options: Namespace) -> list[Variant]:
     variants = VARIANTS[engine]
     if options.run:
-        variants = [each for each in variants if not each.centered]
-    return [each for each in variants if not options.variants or each.name in options.variants]
+        variants = [variant for variant in variants if not variant.centered]
+    wanted = options.variants or [variant.name for variant in variants]
+    return [variant for variant in variants if variant.name in wanted]
 
 
 def serve_as(variant: Variant, kind: str, options: Namespace, folder: Path) -> Path:
-    """The variant on disk: a run or an adapter, or what a merge makes of it."""
+    """Returns the variant on disk, which is a run, an adapter, or a merged checkpoint."""
     if options.run:
         gates = Path(options.run).expanduser()
     else:
@@ -144,7 +155,7 @@ def serve_as(variant: Variant, kind: str, options: Namespace, folder: Path) -> P
 
 
 def adapter_of(variant: Variant, base: str, folder: Path) -> Path:
-    """An adapter with random headwise gates."""
+    """Writes an adapter with random headwise gates, if it is not there yet, and returns it."""
     adapter = folder / ("centered" if variant.centered else "plain")
     if not adapter.is_dir():
         config = GateConfig(task_type="CAUSAL_LM", centered=variant.centered, init_weights=False)
@@ -153,7 +164,8 @@ def adapter_of(variant: Variant, base: str, folder: Path) -> Path:
 
 
 def ratios(engine: str, variant: Variant, compared: Compared, new_tokens: int) -> Iterator[Ratio]:
-    """Prefill and decoding, model over base, with tokens a second and bytes of weights."""
+    """Yields the ratios of prefill and decoding, model over base, with tokens per second and bytes
+    of weights as the detail."""
     name = ", ".join(filter(None, (engine, variant.name, compared.how)))
     weights = " / ".join(f"{size / 1e6:.0f} MB" for size in compared.sizes)
     phases = {
@@ -163,7 +175,7 @@ def ratios(engine: str, variant: Variant, compared: Compared, new_tokens: int) -
     for index, (phase, tokens) in enumerate(phases.items()):
         own, base = ([run[index] for run in runs] for runs in (compared.own, compared.base))
         row = ratio(f"{name}, {phase}", own, base, GOAL if variant.format else None)
-        speeds = " / ".join(f"{tokens / statistics.median(each):.3g}" for each in (own, base))
+        speeds = " / ".join(f"{tokens / statistics.median(runs):.3g}" for runs in (own, base))
         yield replace(row, detail=f"{speeds} tokens/s, {weights}")
 
 

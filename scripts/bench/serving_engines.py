@@ -1,6 +1,6 @@
-"""A served model and its base in one engine: prefill and decoding of both, in turns.
+"""Times prefill and decoding of a served model and its base in one engine, in turns.
 
-In transformers both phases are timed around the model; llama.cpp tells its own times; vLLM's
+In transformers both phases are timed around the model. llama.cpp reports its own times. vLLM's
 prefill is the time to the first token.
 """
 
@@ -24,20 +24,20 @@ from retrofit.models.safetensors_io import StoredWeights
 from retrofit.recipe import Dtype, Model
 from retrofit.utils.files import read_json, write_json
 
-Seconds = tuple[float, float]  # of the prefill, and of decoding
+Seconds = tuple[float, float]  # the seconds of the prefill and of decoding
 Arm = Callable[[], Seconds]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Runs of a served model and of its base, side by side.
+    """The runs of a served model and of its base.
 
     Attributes:
-        how: what both ran on, where the engine has several ways; of the model / of the base.
-        prompt: tokens of it.
-        own: seconds of each run of the model.
-        base: seconds of each run of the base, in the same turns.
-        sizes: bytes of the weights of both.
+        how: how the model / the base ran, if the engine has several ways.
+        prompt: how many tokens the prompt has.
+        own: the seconds of each run of the model.
+        base: the seconds of each run of the base, in the same turns.
+        sizes: the bytes of the weights of both.
     """
 
     how: str
@@ -48,8 +48,8 @@ class Compared:
 
 
 def in_transformers(served: Path, dtype: Dtype, options: Namespace, _: Path) -> Iterator[Compared]:
-    """A checkpoint or an adapter beside the base under its default attention, and beside the base
-    under the attention of the model, where that is another."""
+    """Compares a checkpoint or an adapter with the base under the base's default attention, and
+    under the model's attention if that is another."""
     own = open_served(served, dtype)
     bases = bases_beside(own, options.base, dtype)
     arms = {"own": own, **bases}
@@ -69,12 +69,13 @@ def in_transformers(served: Path, dtype: Dtype, options: Namespace, _: Path) -> 
 def open_served(served: Path, dtype: Dtype) -> PreTrainedModel:
     if (served / "adapter_config.json").is_file() or (served / "run.json").is_file():
         return load_model(str(served), dtype=dtype)[0]
-    # The code, if any, is what the merge just wrote.
+    # Any code in the folder is what the merge has just written.
     return load_base(Model(base=str(served), dtype=dtype, trust_remote_code=True))
 
 
 def bases_beside(own: PreTrainedModel, base: str, dtype: Dtype) -> dict[str, PreTrainedModel]:
-    """The base by attention: with the model's first, then with its own default."""
+    """Opens the base with the attention of the model, and with its own default if that is another;
+    returns the bases by attention."""
     default = load_base(Model(base=base, dtype=dtype))
     wanted = attention_of(own)
     if wanted == attention_of(default):
@@ -92,15 +93,15 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def prompt_of(base: str, tokens: int) -> torch.Tensor:
-    """Random tokens, `[1, tokens]`."""
+    """Returns random tokens, `[1, tokens]`."""
     config = AutoConfig.from_pretrained(Path(base).expanduser())
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, config.vocab_size, (1, tokens), generator=generator)
 
 
 def in_llama_cpp(served: Path, kind: str, options: Namespace, folder: Path) -> Iterator[Compared]:
-    """A GGUF file beside that of the base, of the same kind."""
-    from base_gguf import write_base_gguf  # the extra `gguf`
+    """Compares a GGUF file with one of the base of the same kind."""
+    from base_gguf import write_base_gguf  # needs the extra `gguf`
 
     base = folder / f"base-{kind}.gguf"
     if not base.is_file():
@@ -111,7 +112,7 @@ def in_llama_cpp(served: Path, kind: str, options: Namespace, folder: Path) -> I
     for tokens in options.prompt:
         prompt = prompt_of(options.base, tokens)[0].tolist()
         timers: dict[str, Arm] = {
-            name: partial(told_by, server, prompt, options.new_tokens)
+            name: partial(llama_cpp_seconds, server, prompt, options.new_tokens)
             for name, server in servers.items()
         }
         seconds = collected(timers, options.repeats)
@@ -120,7 +121,8 @@ def in_llama_cpp(served: Path, kind: str, options: Namespace, folder: Path) -> I
 
 
 def llama_server(file: Path, tokens: int):
-    """llama.cpp's server in this process, at its defaults but for one request at a time."""
+    """Starts llama.cpp's server in this process, with its defaults except for one request at a
+    time."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -131,50 +133,51 @@ def llama_server(file: Path, tokens: int):
     return xllamacpp.Server(params)
 
 
-def told_by(server, prompt: list[int], new_tokens: int) -> Seconds:
+def llama_cpp_seconds(server, prompt: list[int], new_tokens: int) -> Seconds:
+    """Runs one request, and returns the times that llama.cpp reports."""
     request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True}
     answer = server.handle_completions(request | {"cache_prompt": False})
     if "timings" not in answer:
         raise SystemExit(f"llama.cpp answers {answer}")
-    told = answer["timings"]
-    # The first new token comes with the prompt.
-    return told["prompt_ms"] / 1e3, told["predicted_per_token_ms"] * new_tokens / 1e3
+    timings = answer["timings"]
+    # The prefill yields the first new token, so decoding is scaled up to `new_tokens`.
+    return timings["prompt_ms"] / 1e3, timings["predicted_per_token_ms"] * new_tokens / 1e3
 
 
 def in_vllm(served: Path, dtype: str, options: Namespace, folder: Path) -> Iterator[Compared]:
-    """A checkpoint beside the base, by a Python that has vLLM."""
+    """Compares a checkpoint with the base, in a Python that has vLLM."""
     folders = served, Path(options.base).expanduser()
     request = {
-        "folders": [str(each) for each in folders],
+        "folders": [str(path) for path in folders],
         "prompts": [prompt_of(options.base, tokens)[0].tolist() for tokens in options.prompt],
         "new_tokens": options.new_tokens,
         "repeats": options.repeats,
         "dtype": dtype,
     }
     turns = turns_in_vllm(request, options.vllm, folder)
-    own, base = (turns[str(each)] for each in folders)
+    own, base = (turns[str(path)] for path in folders)
     sizes = stored_bytes(folders[0], dtype), stored_bytes(folders[1], dtype)
     for index, tokens in enumerate(options.prompt):
         yield Compared("", tokens, own[index], base[index], sizes)
 
 
 def turns_in_vllm(request: dict, python: str, folder: Path) -> dict[str, list[list[Seconds]]]:
-    """What `vllm_turns.py` answers: by folder and prompt, the seconds of each run."""
-    asked, told = folder / "request.json", folder / "result.json"
-    write_json(asked, request)
+    """Runs `vllm_turns.py`, and returns the seconds of each run by folder and prompt."""
+    request_file, result_file = folder / "request.json", folder / "result.json"
+    write_json(request_file, request)
     script = Path(__file__).with_name("vllm_turns.py")
-    # -P: its neighbours are no modules of that Python. What it prints is vLLM's log.
+    # -P keeps that Python from importing the script's neighbours. Its output is vLLM's log.
     subprocess.run(
-        [python, "-P", str(script), str(asked), str(told)],
+        [python, "-P", str(script), str(request_file), str(result_file)],
         env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
         stdout=sys.stderr,
         check=True,
     )
-    return read_json(told)
+    return read_json(result_file)
 
 
 def stored_bytes(folder: Path, dtype: str) -> int:
-    """Of the weights of a checkpoint once they are held in `dtype`."""
+    """Returns the bytes of a checkpoint's weights when they are held in `dtype`."""
     stored = StoredWeights(folder)
     return sum(math.prod(stored.shape(name)) for name in stored) * getattr(torch, dtype).itemsize
 

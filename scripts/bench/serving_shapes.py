@@ -1,10 +1,11 @@
-"""What serving headwise gates must cost: matrices that a token passes through, counted, not timed.
+"""Counts what serving headwise gates must cost: the matrices that a token passes through.
 
-Decoding waits for their bytes, prefill for their multiplications. The stock architecture with such
-gates has one for each channel, and so a `q_proj` of twice the height: `hidden_size * num_heads *
-head_dim` weights more a layer. Centers add a key-value head with its group of query heads, and
-their gates: `hidden_size * head_dim * (2 + 3 * group)`. A narrow gate, as `remote-code` has it,
-adds `hidden_size * num_heads`. Constant sink logits, key biases and their centers add no matrix.
+Decoding is limited by the bytes of these matrices, prefill by their multiplications. The stock
+architecture with gates has a gate for each channel, and so a `q_proj` of twice the height, which
+adds `hidden_size * num_heads * head_dim` weights per layer. Centers add a key-value head with its
+group of query heads and their gates: `hidden_size * head_dim * (2 + 3 * group)`. A narrow gate, as
+in `remote-code`, adds `hidden_size * num_heads`. Constant sink logits, key biases and their centers
+add no matrix.
 """
 
 from pathlib import Path
@@ -28,7 +29,8 @@ QWEN3_8B: dict[str, Any] = {
 
 
 def shapes(base: str) -> str:
-    """A table of what each form of headwise gates adds to the matrices that a token passes."""
+    """Returns a table of what each form of headwise gates adds to the matrices that a token passes
+    through."""
     configs = {
         Path(base).name: AutoConfig.from_pretrained(base),
         "Llama 3.1 8B": LlamaConfig(**LLAMA_31_8B),
@@ -49,7 +51,7 @@ def shapes(base: str) -> str:
 
 
 def added_weights(config) -> dict[str, int]:
-    """How many numbers each form of headwise gates adds to the matrices of all layers."""
+    """Returns how many numbers each form of headwise gates adds to the matrices of all layers."""
     layers, _ = passed(config)
     plain, centered = (
         passed(AutoConfig.for_model(**native_config(config, centered=centered)))[0] - layers
@@ -60,8 +62,11 @@ def added_weights(config) -> dict[str, int]:
 
 
 def passed(config) -> tuple[int, int]:
-    """Numbers in the matrices of a dense model's layers, and in its head, which only the last token
-    of a prompt passes; the embedding is looked up."""
+    """Returns how many numbers are in the matrices of a dense model's layers, and in its head.
+
+    Only the last token of a prompt passes through the head. The embedding is only looked up, and
+    not counted.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)

@@ -1,24 +1,25 @@
-"""What starting costs: the command line's help, and a model with gates up to its first step.
+"""Measure what starting costs: the command line's help, and a gated model up to its first step.
 
     python scripts/bench/startup.py [BASE] [--length 1024]
 
-`retrofit --help` and a bare interpreter take turns; told is their difference in seconds.
+`retrofit --help` and a bare interpreter take turns, and the result is their difference in seconds.
 
-Then fresh processes take turns, each with all modules imported and the files in memory before its
-clock runs:
+Then fresh processes take turns. Each has all modules imported and the files in memory before its
+clock starts:
 
-- `gated`, as `retrofit train`: trace a step to choose the gradient checkpointing, load the base,
-  insert headwise gates, hash the base's weights, and one forward and backward of next-token loss,
-  our own, down to the lowest gate, on a row of the recipes' default length;
-- `plain`: transformers' `from_pretrained`, and the same step by transformers' loss, down to the
-  embeddings, nothing of the base to train.
+- `gated` does what `retrofit train` does: trace a step to choose the gradient checkpointing, load
+  the base, insert headwise gates, hash the base's weights, and run forward and backward of our
+  next-token loss, down to the lowest gate, on a row of the recipes' default length;
+- `plain` runs transformers' `from_pretrained` and the same step with transformers' loss, down to
+  the embeddings, with nothing of the base to train.
 
-What `learning_rate: auto` then reads of 64 documents is training's, not the start's.
+The 64 documents that `learning_rate: auto` then reads count as training, not as the start.
 
-A load alone is no measure. Weights are mapped, not read, so that it takes the same instant for a
-model of any size, and whoever comes first pays for the reading: here the hash, there the step. So
-the goal is for load and first step together; the parts are told besides. The trace takes as long
-for a model of any width; a recipe that names its gradient checkpointing has none.
+The time of a load by itself says little. Weights are mapped and not read, so a load takes equally
+long for a model of any size, and the first to use the weights pays for the reading: the hash in
+`gated`, the step in `plain`. So the goal is for load and first step together, and the parts are
+reported besides. The trace takes equally long for a model of any width, and a recipe that names its
+gradient checkpointing needs none.
 """
 
 import argparse
@@ -52,18 +53,18 @@ HELP_GOAL, START_GOAL = 0.3, 1.1
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
-    given.add_argument("--length", type=int, default=1024, help="tokens of the first step")
-    given.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    options = given.parse_args()
+    options_of = parser(__doc__.splitlines()[0])
+    options_of.add_argument("--length", type=int, default=1024, help="tokens of the first step")
+    options_of.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    options = options_of.parse_args()
     if options.arm:
-        print(json.dumps(started(options.arm, options)))
+        print(json.dumps(start_seconds(options.arm, options)))
         return
     report([help_difference(options.repeats), *start_ratios(options)], options)
 
 
 def help_difference(repeats: int) -> Ratio:
-    """Seconds of `retrofit --help` less those of an interpreter that does nothing."""
+    """Returns the seconds of `retrofit --help` less those of an interpreter that does nothing."""
     run = partial(subprocess.run, stdout=subprocess.DEVNULL, check=True)
     seconds = in_turns({name: partial(run, command) for name, command in HELP.items()}, repeats)
     pairs = zip(seconds["help"], seconds["bare"], strict=True)
@@ -98,8 +99,8 @@ def in_fresh(*arguments: str) -> dict[str, float]:
     return json.loads(fresh(__file__, *arguments))
 
 
-def started(arm: str, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each part of one start."""
+def start_seconds(arm: str, options: argparse.Namespace) -> dict[str, float]:
+    """Returns the seconds of each part of one start."""
     seconds: dict[str, float] = {}
     if arm == "gated":
         clocked(seconds, "trace", lambda: traced(options))
@@ -128,14 +129,14 @@ def traced(options: argparse.Namespace) -> str:
 
 
 def gated(options: argparse.Namespace) -> torch.nn.Module:
-    """A base with headwise gates and next-token loss, as `retrofit train` starts."""
+    """Opens a base with headwise gates and next-token loss, as `retrofit train` does."""
     model = get_peft_model(load_base(Model(base=options.base, dtype=options.dtype)), GateConfig())
     add_objectives(model.get_base_model(), Objective(lm=1.0))
     return model.train()
 
 
 def plain(options: argparse.Namespace) -> torch.nn.Module:
-    """What transformers loads, with nothing to train but a gradient to take down to the
+    """Opens a base with transformers, with nothing to train but a gradient down to the
     embeddings."""
     device = "cuda" if torch.cuda.is_available() else None
     model = AutoModelForCausalLM.from_pretrained(
@@ -150,13 +151,13 @@ ARMS = {"gated": gated, "plain": plain}
 
 
 def first_step(model: torch.nn.Module, length: int) -> float:
-    """Forward and backward of next-token loss on random tokens."""
+    """Runs forward and backward of the next-token loss on random tokens, and returns the loss."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
     input_ids = input_ids.to(model.device)
     objectives = {"objectives": True} if hasattr(model, "peft_config") else {}
     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False, **objectives).loss
-    if objectives:  # a sum over tokens
+    if objectives:  # our loss is a sum over tokens
         loss = loss / (length - 1)
     loss.backward()
     return loss.item()

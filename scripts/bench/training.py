@@ -1,21 +1,21 @@
-"""A training step of gates beside what one would use instead, and beside the least it could cost.
+"""Compare a training step of gates with one of LoRA, and with the least that a step could cost.
 
     python scripts/bench/training.py [BASE] [--length 1024] [--rows 1] [--dtype bfloat16] [--json F]
 
 All arms take the same packed batch of real text, in one process, in turns:
 
-- `gates`: `retrofit train`'s step, headwise gates, next-token loss alone;
-- `LoRA`: TRL's `SFTTrainer` with PEFT's LoRA, r=16 on all linear layers, untouched, at its defaults
+- `gates`: the step of `retrofit train` with headwise gates and only the next-token loss;
+- `LoRA`: TRL's unchanged `SFTTrainer` with PEFT's LoRA, r=16 on all linear layers, at its defaults
   (gradient checkpointing on) and at its best (off; in bfloat16, adapters in bfloat16 as well). Its
   loss has a kernel on CUDA, and on a CPU a plain stand-in that is slower and larger;
-- `LoRA, ours`: the same adapters under our loss and our attention, which only leaves the adapters;
-- `floor`: the frozen base, our loss and attention, gradients down to the embeddings and no weight
-  to train;
+- `LoRA, ours`: the same adapters with our loss and our attention, so that only the adapters differ;
+- `floor`: the frozen base with our loss and attention, gradients down to the embeddings and no
+  weight to train;
 - `all`: gates with `kl`, `pressure` and `balance`;
 - `recipe`: gates with the losses of the bundled recipes.
 
-Memory is what a process of its own adds, from before it loads the model, to the peak of two steps.
-Text, tokenizer and settings are read before that, whatever the arm.
+Memory is the peak of two steps in a separate process, less what the process holds before it loads
+the model. Text, tokenizer and settings are read before that in every arm.
 """
 
 import argparse
@@ -45,9 +45,9 @@ OBJECTIVES = {
     "all": {"kl": 1.0, "pressure": 60.0, "balance": 0.01},
     "recipe": {"kl": 1.0, "hidden": 100.0, "pressure": 60.0, "activation": 3.0},
 }
-TRL = {"LoRA, defaults": True, "LoRA, best": False}  # with gradient checkpointing?
+TRL = {"LoRA, defaults": True, "LoRA, best": False}  # whether gradient checkpointing is on
 ARMS = ("gates", *TRL, "LoRA, ours", "floor", "all", "recipe")
-Step = Callable[[], torch.Tensor]  # its loss
+Step = Callable[[], torch.Tensor]  # runs a step and returns its loss
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def first_batch(options: argparse.Namespace, folder: Path) -> dict[str, torch.Tensor]:
-    """Packed as `retrofit train` packs it, of real text."""
+    """Returns a batch of real text, packed as by `retrofit train`."""
     trainer = gate_trainer(recipe_of(options, folder, {}))
     return next(iter(trainer.get_train_dataloader()))
 
@@ -94,13 +94,13 @@ def time_ratios(seconds: dict[str, list[float]]) -> Iterator[Ratio]:
 
 
 def memory_ratios(options: argparse.Namespace, batch: Path) -> Iterator[Ratio]:
-    """Each in a process of its own."""
+    """Yields the ratios of peak memory, each arm in a process of its own."""
     goals = {"LoRA, best": 0.7, "LoRA, defaults": None, "LoRA, ours": 0.7, "floor": None}
     if not goals.keys() & set(options.arms):
         return
-    given = [f"--{name}={getattr(options, name)}" for name in ("dtype", "length", "rows", "text")]
+    flags = [f"--{name}={getattr(options, name)}" for name in ("dtype", "length", "rows", "text")]
     gigabytes = {
-        name: float(fresh(__file__, options.base, *given, "--peak", name, str(batch)))
+        name: float(fresh(__file__, options.base, *flags, "--peak", name, str(batch)))
         for name in options.arms
     }
     own = gigabytes["gates"]
@@ -163,7 +163,7 @@ def trl_step(recipe: Recipe, batch: dict[str, torch.Tensor], checkpointing: bool
         processing_class=tokenizer,
         peft_config=None if half and not checkpointing else lora(),
     )
-    if checkpointing:  # as `train` begins
+    if checkpointing:  # as the trainer's `train` would do first
         kwargs = trainer.args.gradient_checkpointing_kwargs
         trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     return step_of(trainer, batch)
@@ -174,7 +174,7 @@ def lora() -> LoraConfig:
 
 
 def step_of(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> Step:
-    """What a trainer does of each batch, and its optimizer."""
+    """Returns the step that a trainer and its optimizer do for each batch."""
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     model = trainer.accelerator.prepare(trainer.model)
@@ -190,7 +190,7 @@ def step_of(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> Step:
 
 
 def bare_step(recipe: Recipe, batch: dict[str, torch.Tensor], adapters: bool) -> Step:
-    """Our loss and attention on the base, with LoRA or with nothing to train."""
+    """Returns a step with our loss and attention on the base, with LoRA or nothing to train."""
     base = load_base(recipe.model).train().requires_grad_(False)
     attend_by_document(base)
     add_objectives(base, Objective())
@@ -214,7 +214,7 @@ def bare_step(recipe: Recipe, batch: dict[str, torch.Tensor], adapters: bool) ->
 
 
 def read_all(options: argparse.Namespace, folder: Path) -> None:
-    """What some arms read and others do not, with next to no model."""
+    """Reads, with a minimal model, the files that some arms read and others do not."""
     recipe = recipe_of(options, folder, {})
     config = load_config(recipe.model)
     config.num_hidden_layers, config.vocab_size = 1, 64
@@ -223,12 +223,12 @@ def read_all(options: argparse.Namespace, folder: Path) -> None:
 
 
 def added_memory(options: argparse.Namespace, folder: Path) -> float:
-    """GB that this process holds at most in two steps, beyond what it held without a model."""
+    """Returns the peak GB of this process in two steps, less what it held without a model."""
     arm, batch = options.peak
     read_all(options, folder)
     before = held_gb()
     step = build(arm, options, folder, Path(batch))
-    forget_peak()  # of loading
+    forget_peak()  # leaves out the peak of loading
     for _ in range(2):
         step()
     return held_gb(peak=True) - before

@@ -2,8 +2,8 @@
 
     python vllm_turns.py REQUEST RESULT
 
-Run as a plain script, by a Python that has vLLM, which wants an environment of its own. REQUEST is
-a JSON file with `folders`, `prompts` of token ids, `new_tokens`, `repeats` and `dtype`; RESULT
+A Python that has vLLM, which needs an environment of its own, runs this as a plain script. REQUEST
+is a JSON file with `folders`, `prompts` of token ids, `new_tokens`, `repeats` and `dtype`. RESULT
 gets, for each folder and prompt, `[prefill, decode]` of each run in seconds.
 """
 
@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-# Before vLLM is imported. On a CPU: GiB of cache, and threads that the system may place.
+# vLLM reads these on a CPU when it is imported: the GiB of its cache, and that the system may place
+# its threads.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
@@ -43,7 +44,7 @@ def engine_of(folder: str, request: dict) -> LLM:
 
 
 def in_turns(engines: dict[str, LLM], prompt: list[int], request: dict) -> dict[str, list]:
-    """`[prefill, decode]` of each run; the first of each engine is left out."""
+    """Returns `[prefill, decode]` of each run, without a first run of each engine as a warm-up."""
     runs: dict[str, list] = {folder: [] for folder in engines}
     order = list(engines.items())
     for engine in engines.values():
@@ -61,9 +62,9 @@ def prefill_and_decode(engine: LLM, prompt: list[int], new_tokens: int) -> list[
 
 
 def seconds(engine: LLM, prompt: list[int], new_tokens: int) -> float:
-    asked = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     start = time.perf_counter()
-    engine.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+    engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
     return time.perf_counter() - start
 
 

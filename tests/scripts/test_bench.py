@@ -324,5 +324,5 @@ def test_llama_cpp_tells_the_times_of_prompt_and_new_tokens(tmp_path):
     write_base_gguf(tmp_path / "base", tmp_path / "base.gguf", "bfloat16")
     server = serving_engines.llama_server(tmp_path / "base.gguf", 40)
     for _ in range(2):  # the prompt is read again each time
-        prefill, decoding = serving_engines.told_by(server, list(range(60, 92)), 4)
+        prefill, decoding = serving_engines.llama_cpp_seconds(server, list(range(60, 92)), 4)
         assert prefill > 0 and decoding > 0

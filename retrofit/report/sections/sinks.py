@@ -133,16 +133,16 @@ def sinks_sections(models: _Models) -> list[Section]:
 
 
 def _first_positions(models: _Models) -> Section | None:
-    shown = _with_layers(models, "column_share")
-    if not shown:
+    with_metric = _with_layers(models, "column_share")
+    if not with_metric:
         return None
-    largest = max(max(row) for _, _, rows in shown for row in rows if row)
+    largest = max(max(row) for _, _, rows in with_metric for row in rows if row)
     plots = [
         heat_map(
             f"positions-{number}", name, rows, x="key position", y="layer",
             color="mean share (log)", limits=(_LEAST_SHARE, max(largest, 0.1)), log=True,
         )
-        for number, name, rows in shown
+        for number, name, rows in with_metric
     ]  # fmt: skip
     return Section(
         "attention",
@@ -189,16 +189,16 @@ def _activations(models: _Models) -> Section:
 
 
 def _gates(models: _Models) -> Section | None:
-    shown = _with_layers(models, "gate_histogram")
-    if not shown:
+    with_metric = _with_layers(models, "gate_histogram")
+    if not with_metric:
         return None
-    largest = max(max(row) for _, _, rows in shown for row in rows if row)
+    largest = max(max(row) for _, _, rows in with_metric for row in rows if row)
     plots = [
         heat_map(
             f"gates-{number}", name, rows, x="gate score", y="layer",
             color="share of gates", limits=(0, largest), extent=(0, 1),
         )
-        for number, name, rows in shown
+        for number, name, rows in with_metric
     ]  # fmt: skip
     return Section(
         "gates",
@@ -210,16 +210,16 @@ def _gates(models: _Models) -> Section | None:
 
 
 def _head_loads(models: _Models) -> Section | None:
-    shown = _with_layers(models, "head_load")
-    if not shown:
+    with_metric = _with_layers(models, "head_load")
+    if not with_metric:
         return None
-    largest = max(max(row) for _, _, rows in shown for row in rows if row)
+    largest = max(max(row) for _, _, rows in with_metric for row in rows if row)
     plots = [
         heat_map(
             f"loads-{number}", name, rows, x="head", y="layer",
             color="mean load", limits=(0, largest),
         )
-        for number, name, rows in shown
+        for number, name, rows in with_metric
     ]  # fmt: skip
     return Section(
         "loads",
