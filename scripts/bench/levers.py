@@ -3,7 +3,7 @@
     python scripts/bench/levers.py [BASE] [--length 1024] [--dtype bfloat16] [--json F]
 
 A lever that is always on is measured against a step without it. A lever that a recipe asks for
-(teacher from disk, each layer compiled) is measured against a step without any such lever. Both
+(each layer compiled) is measured against a step without any such lever. Both
 steps take the same packed batch and turns in one process; the allocator's take processes of their
 own. A ratio below 1 is a gain. Memory is the peak of a separate process, less what it holds without
 a model. The package has no switches for these levers, so this script patches them out.
