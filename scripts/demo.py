@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 
 import assets
+from retrofit.report.result import typed_model
+from retrofit.report.verdict import verdict
 
 RUN = Path("runs/demo")
 MERGED = Path("runs/demo-merged")
 RECIPE = "smollm2-135m-cpu"
-STEPS = 60  # the recipe has 150, but the sink is nearly gone by then
+STEPS = 60  # the recipe has 200, but the sink is nearly gone by then
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -33,8 +35,8 @@ def main(overrides: list[str]) -> None:
     step("the base and the merged checkpoint answer, without retrofit")
     for folder in (assets.ensure("smollm2"), MERGED):
         subprocess.run([sys.executable, "scripts/answer.py", str(folder), PROMPT], check=True)
-    step("what moved, and what did not")
-    print(verdict(json.loads((RUN / "measure.json").read_text())))
+    step("what came out better, worse and the same")
+    print(outcome(json.loads((RUN / "measure.json").read_text())))
     print(f"\nreport: {RUN}/report.html   figures: {RUN}/measure.json   checkpoint: {MERGED}")
 
 
@@ -48,30 +50,18 @@ def retrofit(*arguments: str) -> None:
     subprocess.run(command, check=True)
 
 
-def verdict(result: dict) -> str:
-    """Describes the figures of a measurement in plain words, and explains a sink that stayed."""
-    base, gated = (model["metrics"] for model in result["models"])
-    sink = f"{base['peak_column_share']:.3f} -> {gated['peak_column_share']:.3f}"
+def outcome(measured: dict) -> str:
+    """Returns what came out better, worse and the same, in words."""
+    base, gated = map(typed_model, measured["models"])
     lines = [
-        f"the slots in the softmax take {gated['sink_share']:.1%} of all attention; at first 0%",
-        f"perplexity on Wikipedia: {base['perplexity']:.2f} -> {gated['perplexity']:.2f}, and "
-        f"{gated['kl_to_base']:.4f} nats from the base",
-        f"the second half of a passage that comes twice: {base['copied_nats']:.3f} -> "
-        f"{gated['copied_nats']:.3f} nats a token",
-        f"largest activation: {base['max_activation']:,.0f} -> {gated['max_activation']:,.0f}",
+        f"{finding.outcome}: {finding.subject} {finding.text}" for finding in verdict(base, gated)
     ]
-    remaining = gated["peak_column_share"] / base["peak_column_share"]
-    if remaining > 0.5:
+    before, after = base.metrics.peak_column_share, gated.metrics.peak_column_share
+    if after > 0.5 * before:
         lines.append(
-            f"the attention sink stayed: {sink}. Next-token loss and KL to the base give a frozen "
-            "model no reason to let go of it; objective.pressure does"
+            "The attention sink stayed. Next-token loss and KL to the base give a frozen model no "
+            "reason to let go of it; objective.pressure does."
         )
-    elif remaining > 0.1:
-        lines.append(
-            f"the attention sink thinned: {sink}; all of the recipe's steps take it further"
-        )
-    else:
-        lines.append(f"the attention sink went: {sink}")
     return "\n".join(f"- {line}" for line in lines)
 
 
