@@ -1,4 +1,5 @@
-"""Measures what quantization costs a model: its perplexity with linear layers in 8 or 4 bits.
+"""Measures what quantization costs a model: its perplexity with linear layers, or keys and values,
+in 8 or 4 bits.
 
 Outliers cause the cost: one activation a thousand times the usual size leaves the others few of the
 255 steps that an int8 tensor has (SmoothQuant, arXiv:2211.10438, section 3).
@@ -16,22 +17,26 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from retrofit.measure.attention_hooks import attention_replaced
 from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
+from retrofit.measure.sink_attention import sdpa_with_sinks
 from retrofit.measure.texts import cut_windows
 from retrofit.report.sections.quantization import QuantizationFigures, Scheme
 
-_INT8, _INT4 = 127, 15
+_INT8 = 127  # steps on either side of 0
+_STEPS = {4: 15, 8: 255}  # between the smallest and the largest value, by bits
+_CACHES = {"kv8": 8, "kv4": 4}  # bits of keys and values
 _BITSANDBYTES = ("int8", "nf4")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Measures a model with quantized linear layers.
+    """Measures a model with quantized linear layers, and with a quantized cache.
 
     Attributes:
-        group: how many input channels share a scale and a zero in `w4`, at most.
+        group: how many channels share a scale and a zero in `w4`, `kv8` and `kv4`, at most.
         length: tokens of a window.
         windows: how many windows at most.
         batch_size: windows in a forward pass.
@@ -51,6 +56,8 @@ class Quantization:
           scale per weight matrix and one per sequence.
         - `w8a8_per_token` does so with one scale per row of the weights and one per token.
         - `w4` rounds weights to 4 bits, with a scale and a zero for each `group` input channels.
+        - `kv8` and `kv4` round keys and values to 8 or 4 bits, with a scale and a zero for each
+          `group` channels of a token and head, as transformers' quantized cache does.
         - `int8` and `nf4` are those of bitsandbytes, left out where it is not installed.
 
         The output head, unmerged gates and the experts of a mixture, which are no `nn.Linear`, are
@@ -62,6 +69,10 @@ class Quantization:
         figures = {"none": _figures(unquantized, unquantized)}
         for scheme, rounding in self._simulated_schemes().items():
             with quantized(measured.inner, rounding):
+                predictions = predict(measured.model, track(batches, scheme), unquantized)
+            figures[scheme] = _figures(predictions, unquantized)
+        for scheme, bits in _CACHES.items():
+            with cache_rounded(measured.inner, self.group, bits):
                 predictions = predict(measured.model, track(batches, scheme), unquantized)
             figures[scheme] = _figures(predictions, unquantized)
         for scheme in _BITSANDBYTES if find_spec("bitsandbytes") else ():
@@ -89,21 +100,34 @@ def rounded(values: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     return ((values / scale).round_() * scale).to(values.dtype)
 
 
-def rounded_in_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """Rounds a weight `[out, in]` to 4 bits, as the round-to-nearest baseline of GPTQ does
-    (arXiv:2210.17323): to 16 even steps from the smallest to the largest value of each `group`
-    input channels of a row.
+def rounded_in_groups(values: torch.Tensor, group: int, bits: int = 4) -> torch.Tensor:
+    """Rounds values `[..., channels]` to 4 or 8 bits, as the round-to-nearest baseline of GPTQ does
+    with weights (arXiv:2210.17323): to even steps from the smallest to the largest value of each
+    `group` channels.
 
-    A group is smaller where `group` does not divide the number of input channels.
+    A group is smaller where `group` does not divide the number of channels.
     """
-    # [out, groups, channels of a group]
-    grouped = weight.float().unflatten(1, (-1, math.gcd(group, weight.shape[1])))
+    # [..., groups, channels of a group]
+    grouped = values.float().unflatten(-1, (-1, math.gcd(group, values.shape[-1])))
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     low, high = low.clamp(max=0), high.clamp(min=0)  # 0 stays 0
-    scale = ((high - low) / _INT4).clamp(min=1e-30)
+    scale = ((high - low) / _STEPS[bits]).clamp(min=1e-30)
     zero = (-low / scale).round()
-    steps = ((grouped / scale).round() + zero).clamp(0, _INT4)
-    return ((steps - zero) * scale).flatten(1).to(weight.dtype)
+    steps = ((grouped / scale).round() + zero).clamp(0, _STEPS[bits])
+    return ((steps - zero) * scale).flatten(-2).to(values.dtype)
+
+
+@contextmanager
+def cache_rounded(model: Any, group: int, bits: int) -> Iterator[None]:
+    """Run the model as from a cache of `bits`: its keys, after RoPE, and values are rounded before
+    attention reads them."""
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        key, value = (rounded_in_groups(states, group, bits) for states in (key, value))
+        return sdpa_with_sinks(module, query, key, value, attention_mask, **kwargs)
+
+    with attention_replaced(model, attention):
+        yield
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from evaluated import LENGTH, gated, loss, measured, windows
 from torch import nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicLayer
 
 from retrofit.measure.quantization import Quantization, quantized, rounded, rounded_in_groups
 
@@ -75,3 +76,30 @@ def test_an_outlier_ruins_one_scale_a_tensor_and_not_one_a_token():
     values[0, 0, 3] = 1000.0
     assert rounded(values, (-2, -1))[0, 1:].eq(0).all()
     torch.testing.assert_close(rounded(values, (-1,))[0, 1:], values[0, 1:])
+
+
+class RoundedLayer(DynamicLayer):
+    """A cache that holds what `bits` leave of keys and values."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.bits = bits
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        states = (rounded_in_groups(each, 64, self.bits) for each in (key_states, value_states))
+        return super().update(*states)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("kv8", 8), ("kv4", 4)])
+def test_a_quantized_cache_is_read_by_attention(text, scheme, bits):
+    model = gated()
+    part = Quantization(length=LENGTH, windows=2, batch_size=1)
+    found = measured(model, text, part)["schemes"][scheme]
+    input_ids = windows(text, 2)
+    cache = Cache(layers=[RoundedLayer(bits) for _ in model.get_base_model().model.layers])
+    with torch.no_grad():
+        log_p = model(input_ids, past_key_values=cache, use_cache=True).logits.double()
+    log_p = log_p.log_softmax(-1)[:, :-1]
+    nll = -log_p.gather(-1, input_ids[:, 1:, None]).mean()
+    assert found["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-5)
+    assert found["kl"] > 0

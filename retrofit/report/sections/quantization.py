@@ -16,6 +16,8 @@ _NAMES = {
     "w8a8_per_tensor": "8 bits, one scale for each tensor",
     "w8a8_per_token": "8 bits, one scale for each token and row",
     "w4": "4-bit weights, to the nearest",
+    "kv8": "keys and values in 8 bits",
+    "kv4": "keys and values in 4 bits",
     "int8": "bitsandbytes int8",
     "nf4": "bitsandbytes nf4",
 }
@@ -63,8 +65,8 @@ def _sections(models: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
     section = Section(
         "quantization",
         "Quantization",
-        "What rounding weights, and in w8a8 activations too, to few bits costs each model over "
-        "itself as it is. One scale for a whole tensor is what large activations spoil; one for "
+        "What rounding to few bits costs each model over itself as it is: weights in w4, activations "
+        "too in w8a8, keys and values in kv8 and kv4. One scale for a whole tensor is what large activations spoil; one for "
         "each token forgives them. Bars have standard errors.",
         legend=[model.key for model in models],
         plots=[
