@@ -65,9 +65,10 @@ def _sections(models: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
     section = Section(
         "quantization",
         "Quantization",
-        "What rounding to few bits costs each model over itself as it is: weights in w4, activations "
-        "too in w8a8, keys and values in kv8 and kv4. One scale for a whole tensor is what large activations spoil; one for "
-        "each token forgives them. Bars have standard errors.",
+        "What rounding to few bits costs each model over itself as it is: weights in w4, "
+        "activations too in w8a8, keys and values in kv8 and kv4. One scale for a whole tensor is "
+        "what large activations spoil; one for each token forgives them. Bars have standard "
+        "errors.",
         legend=[model.key for model in models],
         plots=[
             bar_chart("log-ratio", "Loss", schemes, added, y="log perplexity added (nats)"),
