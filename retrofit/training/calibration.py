@@ -151,7 +151,7 @@ class _Reader:
             (self.queries, queries.float()),
             (self.keys, keys.float()),
         ):
-            seen.append(states.transpose(1, 2)[sampled.counts])
+            seen.append(states.transpose(1, 2)[sampled.valid])
 
     def sink_logits(self) -> torch.Tensor:
         return closest_logits(torch.cat(self.others), torch.cat(self.shares))
