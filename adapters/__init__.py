@@ -1,7 +1,8 @@
 """The model families that can be gated, one file each.
 
-A family file holds the gated attention class and says what its export needs. Adding a family is
-adding a file and its name here; the tests of `tests/adapters/test_families.py` then run on it.
+A family's file holds its gated attention class and the record that names the family's other
+classes. To add a family, add a file and its name here; the tests of
+`tests/adapters/test_families.py` then run on it.
 """
 
 from importlib import import_module
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from retrofit.utils.errors import UserError
 
-if TYPE_CHECKING:  # a family is imported when it is asked for
+if TYPE_CHECKING:  # a family is imported only when it is asked for
     from retrofit.adapters._family import Family
 
 __all__ = ["family_of", "supported_model_types"]
@@ -23,11 +24,12 @@ def supported_model_types() -> tuple[str, ...]:
 
 
 def family_of(model_type: str) -> "Family":
-    """The family of a `config.model_type`.
+    """The family that has the given `config.model_type`.
 
     Raises:
-        UserError: if it is not supported; the message lists those that are. If the installed
-            transformers has no such family, or calls its attention in a way of its own.
+        UserError: if the model type is not supported, in a message that lists those that are; or if
+            the installed transformers lacks the family, or calls its attention with an argument
+            that gates do not know.
     """
     if model_type not in _MODEL_TYPES:
         raise UserError(f"cannot gate a {model_type!r} model; supported: {', '.join(_MODEL_TYPES)}")

@@ -1,7 +1,7 @@
-"""What every family shares: the gated forward and the record that a family file fills in.
+"""What all families share: the gated forward, and the record that each family's file fills in.
 
-This file, a family's and `modeling_gated.py` also lie in the checkpoints that `retrofit merge
---format remote-code` writes, where nothing else of this package is to be had.
+`retrofit merge --format remote-code` copies this file into checkpoints, where the rest of the
+package is missing.
 """
 
 import inspect
@@ -20,21 +20,22 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ._sink_attention import sink_attention
 
-# From transformers 5.24 on `past_key_values` is called `cache`, and a paged one is no exception.
+# Since transformers 5.24 `past_key_values` is called `cache`, and attention updates a paged cache
+# like any other. Before, `cache` was only the paged one, which the kernel filled.
 _CACHE_IS_UPDATED_HERE = "cache" in inspect.signature(LlamaAttention.forward).parameters
 
 
 @dataclass(frozen=True)
 class Family:
-    """One supported architecture.
+    """The classes of one supported architecture.
 
     Attributes:
         model_type: `config.model_type` of the base.
         attention: the attention class that transformers builds.
-        gated: the subclass it is swapped for.
-        decoder: the model without its language-model head.
-        causal_lm: the model with it.
-        packs: whether transformers keeps the documents of a packed row apart, beside any kernel.
+        gated: the subclass that replaces it where there is a gate.
+        decoder: the model class without the language-model head.
+        causal_lm: the model class with the language-model head.
+        packs: whether transformers keeps the documents of a packed row apart with every kernel.
 
     Raises:
         ImportError: if the installed transformers calls attention with an argument that the gated
@@ -49,7 +50,7 @@ class Family:
     packs: bool = True
 
     def __post_init__(self):
-        unknown = _named(self.attention.forward) - _named(self.gated.forward)
+        unknown = _argument_names(self.attention.forward) - _argument_names(self.gated.forward)
         if unknown:
             raise ImportError(
                 f"transformers {transformers.__version__} calls {self.attention.__name__} with "
@@ -58,30 +59,37 @@ class Family:
             )
 
 
-def _named(forward: Callable) -> set[str]:
-    """The arguments that a function takes by name, and not among its `**kwargs`."""
-    parameters = inspect.signature(forward).parameters.values()
-    return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
+def _argument_names(function: Callable) -> set[str]:
+    """The names of a function's arguments, without its `**kwargs`."""
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD
+    }
 
 
 class GatedAttention(nn.Module):
-    """Softmax attention with a slot for a sink logit, whose output passes the gate `attn_gate`
-    before `o_proj`.
+    """Attention whose softmax may have a sink and whose output passes the gate `attn_gate` before
+    `o_proj`.
 
-    A mixin before a transformers attention class. Its forward is that class's forward, operation
-    by operation, plus the gate; the tests hold a zero gate bitwise equal to the original, so that
-    a change upstream is noticed. A family sets the two functions of its own modeling file and
-    overrides what differs.
+    It is a mixin that comes before a transformers attention class. Its forward is that of the
+    class, operation by operation, plus the gate. The tests hold the output of a zero gate bitwise
+    equal to the original, so that they notice a change in transformers. A family sets the two
+    functions of its own modeling file and overrides the methods that differ.
+
+    Attributes:
+        apply_rotary_pos_emb: the family's function that applies RoPE.
+        eager_attention_forward: the family's eager attention function.
+        observer: a function that is given what the layer computes and returns the gated output. In
+            training it reads the base before the first step, and adds losses on attention, whose
+            gradients start at that output. `None` everywhere else.
     """
 
     apply_rotary_pos_emb: Callable
     eager_attention_forward: Callable
-    # Sees what the layer computes, and returns the gated output. Training sets it, to read the base
-    # before the first step, and for losses on attention, whose gradient starts at that output.
     observer: Callable | None = None
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Query, key and value `[batch, seq_len, heads, head_dim]`, before RoPE."""
+        """Project to queries, keys and values before RoPE, `[batch, seq_len, heads, head_dim]`."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         return tuple(
             projection(hidden_states).view(shape)
@@ -89,7 +97,8 @@ class GatedAttention(nn.Module):
         )
 
     def attention_kwargs(self) -> dict:
-        """What the family passes to its attention function beyond the common arguments."""
+        """The arguments that the family passes to its attention function besides the common
+        ones."""
         return {}
 
     def forward(
@@ -101,26 +110,40 @@ class GatedAttention(nn.Module):
         cache: Any = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute gated attention; the arguments are those of transformers' attention classes.
+
+        Returns:
+            The output of `o_proj`, `[batch, seq_len, hidden_size]`, and the attention weights if
+            the attention function returns them.
+
+        Raises:
+            ValueError: if both names of the cache are given.
+        """
+        # The cache comes under either name, depending on the version of transformers.
         if past_key_values is not None and cache is not None:
             raise ValueError("attention was given past_key_values and cache, which are one thing")
-        cached = past_key_values if cache is None else cache
-        update = {"kwargs": kwargs}  # where a paged cache leaves what the kernel needs
+        kv_cache = past_key_values if cache is None else cache
+        update_kwargs = {"kwargs": kwargs}  # a paged cache adds to `kwargs` what the kernel needs
         if not _CACHE_IS_UPDATED_HERE:
-            cached, update = past_key_values, {}
-            if cache is not None:  # pages, which the kernel fills
+            kv_cache, update_kwargs = past_key_values, {}
+            if cache is not None:  # a paged cache, which the kernel fills
                 kwargs["cache"] = cache
+
+        # Projections, [batch, seq_len, heads, head_dim]; the keys may get a bias.
         query_states, key_states, value_states = self.project(hidden_states)
         key_states = self.attn_gate.bias_keys(key_states)
+        # RoPE and the cache work on [batch, heads, seq_len, head_dim].
         query_states, key_states, value_states = (
             states.transpose(1, 2) for states in (query_states, key_states, value_states)
         )
         cos, sin = position_embeddings
         query_states, key_states = self.apply_rotary_pos_emb(query_states, key_states, cos, sin)
-        if cached is not None:
-            key_states, value_states = cached.update(
-                key_states, value_states, self.layer_idx, **update
+        if kv_cache is not None:
+            key_states, value_states = kv_cache.update(
+                key_states, value_states, self.layer_idx, **update_kwargs
             )
 
+        # Softmax attention, with a slot in each head's softmax if the gate has sinks.
         attention_interface = ALL_ATTENTION_FUNCTIONS.get(
             self.config._attn_implementation, self.eager_attention_forward
         )
@@ -138,19 +161,23 @@ class GatedAttention(nn.Module):
             **self.attention_kwargs(),
             **kwargs,
         )
-        # That of vLLM comes with heads and channels in one.
+
+        # The gate scales [batch, seq_len, heads, head_dim]; vLLM's attention returns heads and
+        # channels in one dimension.
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1, self.head_dim)
         attn_output = self.attn_gate(attn_output, hidden_states)
         if self.observer is not None:
             attn_output = self.observer(
                 self, hidden_states, query_states, key_states, sink, attn_output
             )
+
+        # The output projection, from [batch, seq_len, heads * head_dim].
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.o_proj(attn_output), attn_weights
 
 
 class NormedGatedAttention(GatedAttention):
-    """The same for families with an RMSNorm on each query and key head."""
+    """`GatedAttention` for families with an RMSNorm on each query and key head."""
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         query_states, key_states, value_states = super().project(hidden_states)
@@ -161,7 +188,7 @@ class NormedGatedAttention(GatedAttention):
 
 
 def sliding_window_of(config: PreTrainedConfig) -> int | None:
-    """The sliding window that some layer of the model really uses, in tokens."""
+    """The sliding window in tokens, or `None` if no layer of the model uses one."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and "sliding_attention" not in layer_types:
         return None

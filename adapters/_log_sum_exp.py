@@ -1,15 +1,15 @@
-"""The log-sum-exp of each query's logits, by a pass of its own beside any attention kernel.
+"""The log-sum-exp of each query's logits, computed in a second pass beside any attention kernel.
 
-It is for kernels that do not return it. The pass goes over blocks of queries, so that no `T x T`
+The pass serves kernels that do not return it. It goes over blocks of queries, so that no `T x T`
 matrix is held.
 
-This file also lies in the checkpoints that `retrofit merge --format remote-code` writes, where
-nothing else of this package is to be had.
+`retrofit merge --format remote-code` copies this file into checkpoints, where the rest of the
+package is missing.
 """
 
 import torch
 
-_BLOCK = 128  # queries whose logits are held at a time
+_BLOCK = 128  # number of queries whose logits are held at a time
 
 
 def read_log_sum_exp(
@@ -18,15 +18,14 @@ def read_log_sum_exp(
     scaling: float,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The log-sum-exp of each query's logits, with the gradient of queries and keys, a block of
-    queries at a time.
+    """Compute the log-sum-exp of each query's logits, with the gradient of queries and keys.
 
     Args:
         query: `[batch, num_heads, T, head_dim]`.
         key: `[batch, num_key_value_heads, S, head_dim]`.
         scaling: factor of the logits.
         attention_mask: bool or additive, `[batch or 1, heads or 1, T, S]`; `None` for the causal
-            mask, in which the last query sees the last key, and the only query all of them.
+            mask, in which the last query sees all keys.
 
     Returns:
         `[batch, num_heads, T]` in float32.
@@ -35,13 +34,14 @@ def read_log_sum_exp(
 
 
 class _LogSumExp(torch.autograd.Function):
-    """`d LSE[i] / d l[i, j]` is the softmax, which the backward computes again."""
+    """The log-sum-exp `LSE[i]` of the logits `l[i, j]`. Its gradient `d LSE[i] / d l[i, j]` is the
+    softmax, which the backward computes again."""
 
     @staticmethod
     def forward(ctx, query, key, scaling, attention_mask):
         ctx.save_for_backward(query, key, attention_mask)
         ctx.scaling = scaling
-        blocks = _logits(query, key, scaling, attention_mask)
+        blocks = _logits_by_block(query, key, scaling, attention_mask)
         return torch.cat([logits.logsumexp(-1) for _, logits in blocks], -1)
 
     @staticmethod
@@ -49,23 +49,28 @@ class _LogSumExp(torch.autograd.Function):
         query, key, attention_mask = ctx.saved_tensors
         kv_heads = key.shape[1]
         grad_query, grad_key = [], torch.zeros_like(key, dtype=torch.float32)
-        for rows, logits in _logits(query, key, ctx.scaling, attention_mask):
-            by_logit = logits.softmax(-1) * grad[:, :, rows, None] * ctx.scaling
-            by_logit = by_logit.unflatten(1, (kv_heads, -1)).flatten(2, 3).to(key.dtype)
+        for rows, logits in _logits_by_block(query, key, ctx.scaling, attention_mask):
+            # The gradient of the block's products q . k, [batch, num_heads, block, S].
+            grad_products = logits.softmax(-1) * grad[:, :, rows, None] * ctx.scaling
+            # Groups are folded into the rows, [batch, num_key_value_heads, group * block, ...], so
+            # that the product with the queries sums over the query heads of a key.
+            grad_products = grad_products.unflatten(1, (kv_heads, -1)).flatten(2, 3).to(key.dtype)
             queries = query[:, :, rows].unflatten(1, (kv_heads, -1)).flatten(2, 3)
-            grad_query.append((by_logit @ key).view_as(query[:, :, rows]))
-            grad_key += by_logit.mT @ queries
+            grad_query.append((grad_products @ key).view_as(query[:, :, rows]))
+            grad_key += grad_products.mT @ queries
         return torch.cat(grad_query, 2), grad_key.to(key.dtype), None, None
 
 
-def _logits(query, key, scaling, attention_mask):
-    """Blocks of queries: which, and their masked logits `[batch, num_heads, block, S]`."""
+def _logits_by_block(query, key, scaling, attention_mask):
+    """Yield the queries of each block, as a slice, and their masked logits `[batch, num_heads,
+    block, S]` in float32."""
     length, keys = query.shape[2], key.shape[2]
     for start in range(0, length, _BLOCK):
         rows = slice(start, min(start + _BLOCK, length))
         # Groups are folded into the rows, so that keys are not repeated for every query head.
         queries = query[:, :, rows].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         logits = (queries @ key.mT).view(*query[:, :, rows].shape[:3], keys).float() * scaling
+        # A causal or bool mask fills; an additive one is added.
         if attention_mask is None:
             visible = torch.ones(rows.stop - start, keys, dtype=torch.bool, device=key.device)
             hidden = visible.triu(keys - length + start + 1)

@@ -1,11 +1,11 @@
 """The attention functions of transformers, with a sink.
 
-Each runs the kernel that it runs without one. On a CPU, SDPA's kernel gives the log-sum-exp as well
-(`_flash_on_cpu.py`). Elsewhere, and for eager attention, a second pass reads it, as
-`_log_sum_exp.py` describes.
+Each of them runs the kernel that it runs without a sink, and then needs the log-sum-exp. On a CPU,
+SDPA's kernel returns it (`_flash_on_cpu.py`). On other devices, and for eager attention, a second
+pass computes it (`_log_sum_exp.py`).
 
-This file also lies in the checkpoints that `retrofit merge --format remote-code` writes, where
-nothing else of this package is to be had.
+`retrofit merge --format remote-code` copies this file into checkpoints, where the rest of the
+package is missing.
 """
 
 import inspect
@@ -17,12 +17,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ._flash_on_cpu import attend_on_cpu
 from ._log_sum_exp import read_log_sum_exp
-from ._sink import Sink, towards
+from ._sink import Sink, pull_towards_center
 
 SINK_ATTENTION_FUNCTIONS: dict[str, Callable] = {}
-"""Attention functions that take a `sink`, by the name of the implementation they stand in for.
+"""Attention functions with sinks, by the name of the implementation that each replaces.
 
-They are called as those of `ALL_ATTENTION_FUNCTIONS` are, with a `Sink` besides.
+They are called like those of `ALL_ATTENTION_FUNCTIONS`, with a `Sink` as the argument `sink`.
 """
 
 
@@ -36,23 +36,24 @@ def sink_attention(
     attention_mask: torch.Tensor | None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention of a module that has a sink, beside the implementation its config names.
+    """Compute attention with a sink by the implementation that the module's config names.
 
     Args:
-        attention_interface: what the module would call without a sink.
+        attention_interface: the function that the module would call without a sink.
         sink: the slots.
-        module: with `config`, as attention modules have it.
+        module: the attention module, which has a `config`.
         query: `[batch, num_heads, T, head_dim]`.
-        key: `[batch, num_key_value_heads, S, head_dim]`; `value` likewise.
+        key: `[batch, num_key_value_heads, S, head_dim]`.
+        value: of the same shape as `key`.
         attention_mask: bool or additive, `[batch or 1, heads or 1, T, S]`; `None` if causal.
-        **kwargs: what the implementation takes.
+        **kwargs: further arguments of the implementation.
 
     Returns:
-        `[batch, T, num_heads, head_dim]`, and the weights of the keys where the implementation
-        gives them, which then sum to what the slot leaves.
+        The output `[batch, T, num_heads, head_dim]`; and the weights of the keys if the
+        implementation returns them, which then sum to the share that the slot leaves.
 
     Raises:
-        ValueError: for an implementation whose log-sum-exp cannot be read.
+        ValueError: for an implementation that has no function with sinks.
     """
     name = module.config._attn_implementation
     if name in SINK_ATTENTION_FUNCTIONS:
@@ -62,7 +63,7 @@ def sink_attention(
         raise ValueError(
             f"gates with sinks do not run on attn_implementation={name!r}; set it to sdpa or eager"
         )
-    return _beside_kernel(
+    return _attend_in_two_passes(
         attention_interface, module, query, key, value, attention_mask, sink, **kwargs
     )
 
@@ -79,11 +80,18 @@ def sdpa_with_sink(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """`sdpa_attention_forward` of transformers, with a sink; without weight in it, bit for bit."""
-    check_heeded(kwargs, "s_aux")
+    """Compute what transformers' `sdpa_attention_forward` computes, with a sink.
+
+    The arguments are those of that function and `sink`. With odds of 0 the output equals that of
+    the function bit for bit.
+
+    Raises:
+        ValueError: for an argument that changes attention and that sinks do not support.
+    """
+    check_supported(kwargs, "s_aux")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type != "cpu" or dropout:
-        return _beside_kernel(
+        return _attend_in_two_passes(
             sdpa_attention_forward,
             module,
             query,
@@ -96,9 +104,10 @@ def sdpa_with_sink(
             is_causal=is_causal,
             **kwargs,
         )
+    # This is how `sdpa_attention_forward` decides whether the kernel is to mask later keys.
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = query.shape[2] > 1 and attention_mask is None and causal
-    if causal:  # an empty static cache holds keys to come
+    if causal:  # a static cache that is being filled also holds the room for keys to come
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     output = attend_on_cpu(query, key, value, sink, scaling, causal, attention_mask)
     return output.transpose(1, 2).contiguous(), None
@@ -107,9 +116,10 @@ def sdpa_with_sink(
 SINK_ATTENTION_FUNCTIONS["sdpa"] = sdpa_with_sink
 
 
-# What would change the keys or their logits, and so the slot beside them: what SDPA takes that is
-# not taken here, what it refuses, and the pages of continuous batching.
-_NOT_HEEDED = (
+# Arguments that change the keys or their logits, and so the log-sum-exp that the slot needs: those
+# that SDPA takes and `sdpa_with_sink` does not, the one that SDPA refuses, and the pages of
+# continuous batching.
+_UNSUPPORTED = (
     *{*inspect.signature(sdpa_attention_forward).parameters}.difference(
         inspect.signature(sdpa_with_sink).parameters
     ),
@@ -117,16 +127,18 @@ _NOT_HEEDED = (
 )
 
 
-def check_heeded(kwargs: dict, *further: str) -> None:
-    """
+def check_supported(kwargs: dict, *further: str) -> None:
+    """Refuse arguments that change attention and that an attention function with sinks ignores.
+
     Args:
-        kwargs: what an attention function is called with beyond what it knows.
-        *further: names of what this one does not heed, besides what none here does.
+        kwargs: the arguments that the function was called with and does not know.
+        *further: names of arguments that this function does not support, besides those that none
+            supports.
 
     Raises:
-        ValueError: for what would change attention, and not the slot beside it.
+        ValueError: if one of them was given.
     """
-    for name in (*_NOT_HEEDED, *further):
+    for name in (*_UNSUPPORTED, *further):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"gates with sinks do not heed {name!r}, which attention was called with; "
@@ -134,19 +146,22 @@ def check_heeded(kwargs: dict, *further: str) -> None:
             )
 
 
-def _beside_kernel(
+def _attend_in_two_passes(
     attention_interface, module, query, key, value, attention_mask, sink, *, scaling, **kwargs
 ):
-    """Any kernel's output, and the log-sum-exp by a pass of its own."""
-    check_heeded(kwargs)
+    """Run any attention kernel, read the log-sum-exp in a second pass, and scale the output by the
+    share that the slot leaves to the keys."""
+    check_supported(kwargs)
+    # The output is [batch, T, num_heads, head_dim], the log-sum-exp [batch, num_heads, T].
     output, weights = attention_interface(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
     log_sum_exp = read_log_sum_exp(query, key, scaling, attention_mask)
-    if (own := kwargs.get("s_aux")) is not None:  # of a model that has sinks, as gpt-oss
-        log_sum_exp = torch.logaddexp(log_sum_exp, own.float()[:, None])
-    left = sink.left(log_sum_exp)
-    output = towards(output.transpose(1, 2), left, sink.center).transpose(1, 2)
-    if weights is not None:
-        weights = (weights * left.unsqueeze(-1)).to(weights.dtype)
+    # The softmax of a model that has sinks of its own, such as gpt-oss, also sums over these.
+    if (base_sinks := kwargs.get("s_aux")) is not None:
+        log_sum_exp = torch.logaddexp(log_sum_exp, base_sinks.float()[:, None])
+    key_share = sink.key_share(log_sum_exp)
+    output = pull_towards_center(output.transpose(1, 2), key_share, sink.center).transpose(1, 2)
+    if weights is not None:  # [batch, num_heads, T, S]
+        weights = (weights * key_share.unsqueeze(-1)).to(weights.dtype)
     return output, weights

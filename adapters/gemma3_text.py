@@ -1,4 +1,4 @@
-"""Gemma 3, text alone: norms on queries and keys, five sliding layers to a full one."""
+"""Gemma 3 without vision: queries and keys are normed, five of six layers have a sliding window."""
 
 from transformers.models.gemma3 import modeling_gemma3
 

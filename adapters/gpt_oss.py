@@ -1,4 +1,4 @@
-"""gpt-oss: attention with a learned sink a head, which takes weight and gives no value."""
+"""gpt-oss: each head has a learned sink, which takes attention but has no value."""
 
 from transformers.models.gpt_oss import modeling_gpt_oss
 
@@ -19,5 +19,5 @@ FAMILY = Family(
     gated=GatedGptOssAttention,
     decoder=modeling_gpt_oss.GptOssModel,
     causal_lm=modeling_gpt_oss.GptOssForCausalLM,
-    packs=False,  # its masks are made without position ids
+    packs=False,  # transformers makes its masks without position ids
 )

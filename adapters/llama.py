@@ -1,4 +1,4 @@
-"""Llama 1, 2, 3, 3.x and what shares its code: SmolLM2, TinyLlama, Yi, ..."""
+"""Llama 1, 2, 3 and 3.x, and the models that share its code: SmolLM2, TinyLlama, Yi and others."""
 
 from transformers.models.llama import modeling_llama
 

@@ -1,4 +1,4 @@
-"""Mistral 7B and its relatives, with and without a sliding window."""
+"""Mistral 7B and the models that share its code, with or without a sliding window."""
 
 from transformers.models.mistral import modeling_mistral
 

@@ -1,8 +1,9 @@
-"""A gated model in a checkpoint of its own: the base's architecture, and a gate in each layer.
+"""A gated model whose checkpoint carries its code: the base's architecture with gates.
 
-`retrofit merge --format remote-code` lays this file into the checkpoint, with the base's family in
-place of Llama; `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` runs it, and so
-does vLLM's Transformers backend, but for sinks: its attention tells nothing of the softmax.
+`retrofit merge --format remote-code` copies this file into the checkpoint, and puts the base's
+family in place of Llama. `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` runs
+it. vLLM's Transformers backend runs it too, unless the gates have sinks, because that backend's
+attention does not return the log-sum-exp of its softmax.
 """
 
 import torch
@@ -13,19 +14,22 @@ from .llama import FAMILY
 
 try:
     from transformers import conversion_mapping
-except ImportError:  # transformers 4 keeps the experts of a mixture as they are stored
+except ImportError:  # transformers 4 keeps experts as they are stored
     conversion_mapping = None
 
 
 class GatedConfig(FAMILY.causal_lm.config_class):
-    """The base's config.
+    """The base's config with the settings of its gates.
 
     Args:
-        gate_granularity: `headwise` or `elementwise` gates that read the input; `none`.
-        gate_sinks: `constant` sink logits, or `input` where they read the input; `none`.
-        gate_key_bias: whether the keys have a bias of the gates' own.
-        gate_centered: whether closed gates leave a constant.
+        gate_granularity: `headwise` or `elementwise` for gates that read the layer's input; `none`
+            for no such gates.
+        gate_sinks: `constant` for sink logits that are constants, `input` for those that read the
+            layer's input; `none` for no sinks.
+        gate_key_bias: whether the gates add a bias to the keys.
+        gate_centered: whether a closed gate leaves a constant instead of 0.
         gated_layers: indices of the layers that have a gate.
+        **kwargs: the arguments of the base's config.
     """
 
     model_type = f"gated_{FAMILY.model_type}"
@@ -48,19 +52,22 @@ class GatedConfig(FAMILY.causal_lm.config_class):
 
 
 class Gate(nn.Module):
-    """What `config` has of `center + g * (Y - center)`, with `g = 2 * sigmoid(X W_g)`
-    (arXiv:2505.06708 eq. 5, times 2), or `g = sigmoid(LSE - s)` of a slot in the softmax.
+    """The gate of one layer, `center + g * (Y - center)`, with `Y` the output of attention and `X`
+    the layer's input.
+
+    `g` is `2 * sigmoid(X W_g)` (arXiv:2505.06708 eq. 5, times 2), `sigmoid(LSE - s)` of a slot in
+    the softmax, or their product. The parts that `config` does not ask for are `None`.
 
     Args:
-        config: of the model.
+        config: the model's config.
         head_dim: width of one head.
 
     Attributes:
-        g_proj: `W_g`.
-        sinks: the logits `s`, `[num_heads]`.
-        sinks_proj: what `X` adds to them.
-        key_bias: added to the keys before RoPE, `[num_key_value_heads, head_dim]`.
-        center: `[num_key_value_heads, head_dim]`.
+        g_proj: the projection `W_g`.
+        sinks: the sink logits `s`, `[num_heads]`.
+        sinks_proj: the projection of `X` that is added to the sink logits.
+        key_bias: a bias of the keys before RoPE, `[num_key_value_heads, head_dim]`.
+        center: what a closed gate leaves, `[num_key_value_heads, head_dim]`.
     """
 
     def __init__(self, config: GatedConfig, head_dim: int):
@@ -81,9 +88,18 @@ class Gate(nn.Module):
             self.center = nn.Parameter(torch.zeros(by_kv_head))
 
     def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Gate the output of attention `[..., num_heads, head_dim]`."""
+        """Scale the output of attention.
+
+        Args:
+            attn_output: `Y`, `[..., num_heads, head_dim]`.
+            hidden_states: `X`, `[..., hidden_size]`.
+
+        Returns:
+            The shape of `attn_output`.
+        """
         if self.g_proj is None:
             return attn_output
+        # The gate is [..., num_heads, head_dim or 1].
         gate = 2 * torch.sigmoid(self.g_proj(hidden_states))
         gate = gate.unflatten(-1, (self.num_heads, -1))
         center = self._center_by_head()
@@ -92,11 +108,12 @@ class Gate(nn.Module):
         return attn_output + (gate - 1) * (attn_output - center)
 
     def bias_keys(self, key_states: torch.Tensor) -> torch.Tensor:
-        """Keys `[..., num_key_value_heads, head_dim]` before RoPE, with their bias."""
+        """Add the bias to the keys `[..., num_key_value_heads, head_dim]` before RoPE."""
         return key_states if self.key_bias is None else key_states + self.key_bias
 
     def sink(self, hidden_states: torch.Tensor) -> Sink | None:
-        """The slot in each head's softmax."""
+        """The slot in each head's softmax for the queries of `hidden_states`, `[batch, T,
+        hidden_size]`; `None` if the gate has no sinks."""
         if self.sinks is None:
             return None
         logits = self.sinks.float()
@@ -106,6 +123,7 @@ class Gate(nn.Module):
         return Sink(logits, odds, self._center_by_head())
 
     def _center_by_head(self) -> torch.Tensor | None:
+        """The center of each query head, `[num_heads, head_dim]`."""
         if self.center is None:
             return None
         return self.center.repeat_interleave(self.num_heads // len(self.center), 0)
@@ -119,6 +137,8 @@ def _add_gates(decoder: nn.Module, config: GatedConfig) -> None:
 
 
 class GatedModel(FAMILY.decoder):
+    """The base's model without its language-model head, with gates."""
+
     config_class = GatedConfig
 
     def __init__(self, config: GatedConfig):
@@ -128,6 +148,8 @@ class GatedModel(FAMILY.decoder):
 
 
 class GatedForCausalLM(FAMILY.causal_lm):
+    """The base's language model, with gates."""
+
     config_class = GatedConfig
 
     def __init__(self, config: GatedConfig):
@@ -136,10 +158,10 @@ class GatedForCausalLM(FAMILY.causal_lm):
         self.post_init()
 
 
-# transformers 5 stacks experts as it loads them, if it knows how the model type stores them.
+# transformers 5 stacks the experts while it loads them, if it knows how the model type stores them.
 if conversion_mapping and (
-    stored := conversion_mapping.get_checkpoint_conversion_mapping(FAMILY.model_type)
+    stored_experts := conversion_mapping.get_checkpoint_conversion_mapping(FAMILY.model_type)
 ):
     conversion_mapping.register_checkpoint_conversion_mapping(
-        GatedConfig.model_type, stored, overwrite=True
+        GatedConfig.model_type, stored_experts, overwrite=True
     )

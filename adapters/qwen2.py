@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense: biases on q, k and v."""
+"""Qwen2 and Qwen2.5, the dense models: the projections of q, k and v have biases."""
 
 from transformers.models.qwen2 import modeling_qwen2
 

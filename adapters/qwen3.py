@@ -1,4 +1,4 @@
-"""Qwen3, dense: an RMSNorm on each query and key head."""
+"""Qwen3, the dense models: each query and key head has an RMSNorm."""
 
 from transformers.models.qwen3 import modeling_qwen3
 

@@ -1,4 +1,4 @@
-"""Qwen3 with a mixture of experts: the attention of Qwen3."""
+"""Qwen3 with a mixture of experts: its attention is that of Qwen3."""
 
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 

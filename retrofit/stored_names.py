@@ -1,7 +1,8 @@
-"""The names of gates in files.
+"""The names under which files store the tensors of gates.
 
-The module of a gate was called `g1` before it was called `attn_gate`, as llama.cpp calls the same
-thing. Whatever reads names from a file maps them here, so that files of both kinds are read.
+The module of a gate was first called `g1`. It is now called `attn_gate`, as in llama.cpp. All code
+that reads tensor names from a file maps them by these functions, so that files with either name
+can be read.
 """
 
 from collections.abc import Mapping
@@ -13,20 +14,20 @@ Stored = TypeVar("Stored")
 
 
 def current_name(name: str) -> str:
-    """The name that a stored tensor has today."""
+    """The current name of a tensor, from the name under which it is stored."""
     return name.replace(FORMER, CURRENT)
 
 
 def by_current_name(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """What is stored, by the names that it has today.
+    """The stored values, by their current names instead of those under which they are stored.
 
     Raises:
-        ValueError: if something is stored under its former name and under today's.
+        ValueError: if a value is stored under both its former and its current name.
     """
-    named = {current_name(name): value for name, value in stored.items()}
-    if len(named) < len(stored):
-        both = min(
-            name for name in named if name in stored and name.replace(CURRENT, FORMER) in stored
+    renamed = {current_name(name): value for name, value in stored.items()}
+    if len(renamed) < len(stored):
+        stored_twice = min(
+            name for name in renamed if name in stored and name.replace(CURRENT, FORMER) in stored
         )
-        raise ValueError(f"{both} is stored under its former name as well")
-    return named
+        raise ValueError(f"{stored_twice} is stored under its former name as well")
+    return renamed

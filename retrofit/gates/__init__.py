@@ -1,14 +1,15 @@
 """Gates as a PEFT method: `GateConfig`, the tuner `GateModel` and its layer `GateLayer`.
 
-Layout and registration follow PEFT's own tuners. PEFT keeps its methods in a closed enum, so one
-member is added to it first.
+The layout and the registration follow PEFT's own tuners. PEFT keeps its methods in a closed enum,
+so `_peft_type.py` first adds a member to it.
 """
 
-# First, so that the import hook in `retrofit/__init__.py` finds this package already on its way.
+# This import comes first, so that the import hook in `retrofit/__init__.py`, which it triggers,
+# finds that this package is already being imported.
 import peft
 from peft.utils import register_peft_method
 
-from retrofit.gates._former_names import rename_in_transformers
+from retrofit.gates._former_names import read_former_names_in_transformers
 from retrofit.gates._peft_type import G1_GATE
 from retrofit.gates.ablations import new_projection
 from retrofit.gates.config import GateConfig
@@ -30,4 +31,4 @@ if G1_GATE not in peft.PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(
         name=G1_GATE.lower(), config_cls=GateConfig, model_cls=GateModel, prefix=GateModel.prefix
     )
-    rename_in_transformers()
+    read_former_names_in_transformers()

@@ -1,8 +1,8 @@
-"""Adapters with former names, where transformers loads them without PEFT's loader.
+"""Lets transformers load adapters that were stored under the former name of gates.
 
-PEFT asks the tuner what a stored name is in the model, and `GateModel` answers. transformers
-(`from_pretrained` of an adapter's folder, `load_adapter`) instead renames by a list that a function
-of PEFT makes. For gates that list begins with the former name.
+PEFT's own loader asks the tuner to map stored names to the model's, and `GateModel` does so.
+transformers (`from_pretrained` of an adapter's folder, `load_adapter`) instead renames by a list
+that a function of PEFT makes. For gates, a rule for the former name is put at the front of it.
 """
 
 import re
@@ -15,13 +15,13 @@ from retrofit.gates._peft_type import G1_GATE
 from retrofit.stored_names import CURRENT, FORMER
 
 
-def rename_in_transformers() -> None:
+def read_former_names_in_transformers() -> None:
     """Let transformers read adapters whose gates have their former name."""
-    build = transformers_weight_conversion.build_peft_weight_mapping
+    build_mapping = transformers_weight_conversion.build_peft_weight_mapping
 
-    @wraps(build)
+    @wraps(build_mapping)
     def build_with_former_names(weight_conversions, adapter_name, peft_config=None):
-        mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
+        mapping = build_mapping(weight_conversions, adapter_name, peft_config=peft_config)
         if getattr(peft_config, "peft_type", None) == G1_GATE:
             mapping.insert(0, WeightRenaming(re.escape(FORMER), CURRENT))
         return mapping

@@ -1,7 +1,7 @@
-"""`PeftType.G1_GATE`: the member that PEFT's closed enum lacks.
+"""Adds the member `G1_GATE` to PEFT's closed enum `PeftType`.
 
-PEFT looks methods up by enum member and has no call that adds one, so the member is built the way
-`enum` builds its own.
+PEFT looks methods up by enum member and has no function that adds one, so the member is built the
+way `enum` builds its own.
 """
 
 from peft.utils import PeftType
@@ -16,10 +16,11 @@ def _add_member(name: str) -> PeftType:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)
-    # Enum classes forbid setting attributes; python >= 3.12 no longer finds members without one.
+    # Python 3.12 and later finds a member only as an attribute, which an enum class forbids to set.
     type.__setattr__(PeftType, name, member)
     return member
 
 
-# No base weight of any family has "g1_gate" in its name: transformers matches it as a substring.
+# transformers looks for this name in lower case as a substring of weight names. No base weight of
+# any family contains "g1_gate".
 G1_GATE = _add_member("G1_GATE")

@@ -1,4 +1,4 @@
-"""Configuration of the gates, as PEFT stores it in `adapter_config.json`."""
+"""The configuration of gates, which PEFT stores in `adapter_config.json`."""
 
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -18,47 +18,50 @@ _CHOICES: dict[str, Any] = {
 
 @dataclass
 class GateConfig(PeftConfig):
-    """Gates in the attention modules. Every choice starts as the identity.
+    """The PEFT config of gates in the attention modules. Gates of every kind start as the identity.
 
-    There are two kinds, and an adapter may have both, as factors. A *projection* scales a head by a
-    score read from the layer's input, `2 * sigmoid(X W)` (arXiv:2505.06708, section 2.2 and eq. 5).
-    A *sink logit* joins a head's softmax without being a key, which scales the head by
-    `sigmoid(LSE - s)`, how much it found (arXiv:2602.01203, section 3).
+    There are two kinds of gates, and an adapter may have both, which then multiply. A *projection*
+    scales a head by a score read from the layer's input, `2 * sigmoid(X W)` (arXiv:2505.06708,
+    section 2.2 and eq. 5). A *sink logit* `s` joins a head's softmax without being a key, which
+    scales the head by `sigmoid(LSE - s)`: by how much the head found (arXiv:2602.01203, section 3).
 
     Args:
-        sinks: `none`, or what the sink logit `s` of a head is: `constant`, one number, as in
-            gpt-oss; `input`, read from the layer's input as well.
+        sinks: the kind of sink logits. `constant` gives each head one number, as in gpt-oss;
+            `input` adds a score read from the layer's input; `none` gives no sink logits.
         key_bias: add a constant to the keys of each key-value head, on the pairs of RoPE's channels
             that turn less than once in the context. It lets a constant sink logit follow the query,
-            as that of the first token does. Needs `sinks`.
-        granularity: of the projection, or `none` for no projection. `headwise` gives each head one
-            score a token (`hidden_size * num_heads` weights a layer); `elementwise` one score for
-            every channel of every head (`hidden_size * num_heads * (head_dim + 1)` weights);
-            `shared` one for every channel, the same in all heads.
-        activation: `sigmoid` scales by 0 to 2; `ns_sigmoid` ("non-sparse") by 2/3 to 4/3; `silu`
-            and `linear` without bound.
-        position: `G1` after attention, before `o_proj`; `G2` on the values, `G3` on the keys and
-            `G4` on the queries, before RoPE; `G5` after `o_proj`.
-        input_dependent: `False` makes the scores constants, the same for every token.
-        centered: `v + g * (Y - v)` instead of `g * Y`, with `v` the value of the base's first
-            token, a constant of each key-value head. That is also the value of a sink logit's slot.
-            It is 0 until `retrofit.training.calibration` has read it off the base, which `retrofit
-            train` does. Only at G1.
+            as the logit of the first token does. It needs `sinks`.
+        granularity: the granularity of the projection. `headwise` gives each head one score per
+            token (`hidden_size * num_heads` weights per layer); `elementwise` gives every channel
+            of every head a score (`hidden_size * num_heads * (head_dim + 1)` weights); `shared`
+            gives every channel a score that is the same in all heads; `none` gives no projection.
+        activation: the function from logits to scores. `sigmoid` scales by 0 to 2, `ns_sigmoid`
+            ("non-sparse") by 2/3 to 4/3, `silu` and `linear` without bound.
+        position: where the projection scales. `G1` is after attention, before `o_proj`; `G2` is on
+            the values, `G3` on the keys and `G4` on the queries, before RoPE; `G5` is after
+            `o_proj`.
+        input_dependent: whether the scores read the layer's input. `False` makes them constants,
+            which are the same for every token.
+        centered: compute `v + g * (Y - v)` instead of `g * Y`, with `v` the value of the base's
+            first token, a constant of each key-value head. `v` is also the value of a sink logit's
+            slot. It is 0 until `retrofit.training.calibration` has read it off the base, which
+            `retrofit train` does. It is possible only at G1.
         layers_to_transform: indices of the layers to gate; `None` gates all of them.
-        layers_pattern: name of the `ModuleList` that holds the layers, where it is not the first
+        layers_pattern: name of the `ModuleList` that holds the layers, if that is not the first
             numbered one.
-        target_modules: the attention modules, `self_attn` where `None`.
-        exclude_modules: names, or a regex, of attention modules to leave alone.
+        target_modules: the attention modules; `None` means `self_attn`.
+        exclude_modules: names of attention modules to leave alone, or a regex.
         init_weights: `True` starts at zero, where the gated model equals its base bit for bit.
             `False` draws small random weights, for tests.
         modules_to_save: further modules to train and save whole, as in every PEFT method.
-        base_model_type: `model_type` of the base, written when gates are inserted; an adapter is
-            refused on another family.
+        base_model_type: `model_type` of the base. It is set when gates are inserted, and an adapter
+            is refused on a base of another family.
 
     Raises:
-        ValueError: for an unknown granularity, activation, position or kind of sink logit; for
-            gates of no kind; for a center or a sink logit beside gates elsewhere than at G1; for a
-            key bias without a sink logit; for layers that would not be read as they are given.
+        ValueError: if a granularity, activation, position or kind of sink logits is unknown; if
+            there are neither a projection nor sink logits; if a center or sink logits are combined
+            with a position other than G1; if there is a key bias without sink logits; or if the
+            arguments that choose layers would not be read as they are given.
     """
 
     granularity: Granularity = "headwise"
@@ -75,15 +78,15 @@ class GateConfig(PeftConfig):
     init_weights: bool = True
     modules_to_save: list[str] | None = None
     base_model_type: str | None = None
-    # Whether `base_model_type` was found when gates were inserted, and neither given nor read.
+    # Whether the insertion of gates set `base_model_type`, which was neither given nor loaded.
     family_is_found = False
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = G1_GATE
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
+        for name, literal in _CHOICES.items():
+            if getattr(self, name) not in get_args(literal):
+                choices = ", ".join(get_args(literal))
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         if (problem := conflict(self)) is not None:
             raise ValueError(problem)
@@ -94,6 +97,7 @@ class GateConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
 
     def _check_layers(self) -> None:
+        """Refuse arguments that choose layers and that PEFT would ignore."""
         if self.layers_to_transform == []:
             raise ValueError("layers_to_transform names no layer; None gates all of them")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -106,8 +110,8 @@ class GateConfig(PeftConfig):
 
     @property
     def is_mergeable(self) -> bool:
-        """Whether a checkpoint can carry these gates: sink logits, and sigmoid gates of the input,
-        at G1."""
+        """Whether a merged checkpoint can carry these gates. It can carry sink logits, and sigmoid
+        gates at G1 that read the input."""
         if self.granularity == "none":
             return True
         return self.activation == "sigmoid" and self.position == "G1" and self.input_dependent

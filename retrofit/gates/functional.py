@@ -1,15 +1,15 @@
-"""What a gate computes, with backwards that save only what they must.
+"""The two formulas of a gate, with backwards that save only what they need.
 
-Left to autograd, `2 * sigmoid(logits)` keeps the sigmoid beside the gate, and a centered gate keeps
-`g - 1` and `Y - v` as well: three tensors as wide as the attention output where the gates are
-elementwise. Here one remains beside `Y`, the gate.
+Left to autograd, `2 * sigmoid(logits)` keeps the sigmoid besides the gate, and a centered gate also
+keeps `g - 1` and `Y - center`. If the gates are elementwise, these are three tensors as wide as the
+attention output. Here only the gate is kept besides `Y`.
 """
 
 import torch
 
 
 class _DoubleSigmoid(torch.autograd.Function):
-    """`g = 2 * sigmoid(logits)`; `dg / dlogits = g * (1 - g / 2)` needs nothing but `g`."""
+    """`g = 2 * sigmoid(logits)`. Its gradient `dg / dlogits = g * (1 - g / 2)` needs only `g`."""
 
     @staticmethod
     def forward(ctx, logits):
@@ -24,7 +24,7 @@ class _DoubleSigmoid(torch.autograd.Function):
 
 
 class _Scale(torch.autograd.Function):
-    """`center + g * (Y - center)`, in an order in which a gate of 1 changes no bit."""
+    """`center + g * (Y - center)`, computed in an order in which a gate of 1 changes no bit."""
 
     @staticmethod
     def forward(ctx, states, gate, center):
@@ -36,24 +36,29 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         states, gate, center = ctx.saved_tensors
+        # dY = g * grad and dg = (Y - center) * grad, summed over the channels that share a score.
         grad_states = grad * gate if ctx.needs_input_grad[0] else None
         grad_gate = grad * (states if center is None else states - center)
         return grad_states, grad_gate.sum_to_size(gate.shape), None
 
 
 def double_sigmoid(logits: torch.Tensor) -> torch.Tensor:
-    """`2 * sigmoid(logits)`: exactly 1 at 0, in every float format."""
+    """`2 * sigmoid(logits)`, which is exactly 1 at 0 in every float format."""
     return _DoubleSigmoid.apply(logits)
 
 
 def scale(
     states: torch.Tensor, gate: torch.Tensor, center: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`center + g * (Y - center)`: `g * Y` without a center.
+    """`center + g * (Y - center)`, or `g * Y` without a center.
 
     Args:
         states: `Y`, `[..., num_heads, head_dim]`.
-        gate: `g`, that shape or one that broadcasts to it.
-        center: what a closed gate leaves, `[num_heads, head_dim]`; has no gradient.
+        gate: `g`, of the same shape or one that broadcasts to it.
+        center: what a closed gate leaves, `[num_heads, head_dim]`, without a gradient; `None` for
+            0.
+
+    Returns:
+        The shape of `states`.
     """
     return _Scale.apply(states, gate, center)

@@ -1,4 +1,4 @@
-"""The gates of one attention module: a child of it that scales each head's output."""
+"""The gates of one attention module, which are a child of that module."""
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,23 +12,27 @@ from retrofit.utils.errors import UserError
 
 
 class GateLayer(nn.Module, BaseTunerLayer):
-    """Scales the attention output `Y` by `2 * sigmoid(X W_g)` (arXiv:2505.06708 eq. 5, times 2), or
-    does as `GateConfig` says.
+    """PEFT's tuner layer: the gates of all adapters in one attention module.
 
-    With `W_g = 0` the gate is exactly 1 and the model equals its base bit for bit. A merged
-    checkpoint moves the factor 2 into `o_proj`, which is exact, and keeps the paper's sigmoid.
+    By default a gate scales the attention output `Y` by `2 * sigmoid(X W_g)` (arXiv:2505.06708
+    eq. 5, times 2); `GateConfig` has the other choices. With `W_g = 0` the gate is exactly 1, and
+    the model equals its base bit for bit. A merged checkpoint moves the factor 2 into `o_proj`,
+    which is exact, and keeps the paper's sigmoid.
 
     Args:
         hidden_size: width of `X`, the input of the attention module.
-        num_heads: query heads.
-        num_key_value_heads: key and value heads.
+        num_heads: number of query heads.
+        num_key_value_heads: number of key-value heads.
         head_dim: width of one head.
-        slow_pairs: RoPE's channel pairs that turn less than once in the context.
-        device: where the base weights of the attention module live.
+        slow_pairs: number of RoPE's channel pairs that turn less than once in the context.
+        device: where the attention module's base weights are.
+
+    Attributes:
+        g_proj: the gate of each adapter, by the adapter's name.
     """
 
     adapter_layer_names = ("g_proj",)
-    cast_input_dtype_enabled = True  # PEFT's; the input is never cast, so there is nothing to stop
+    cast_input_dtype_enabled = True  # PEFT sets it, without effect: gates never cast their input
 
     def __init__(
         self,
@@ -53,7 +57,8 @@ class GateLayer(nn.Module, BaseTunerLayer):
         """Add the gates of one adapter.
 
         Raises:
-            UserError: for a key bias where no pair of channels turns slowly enough.
+            UserError: if the config asks for a key bias and no pair of channels turns slowly
+                enough.
         """
         if config.key_bias and not self.slow_pairs:
             raise UserError(
@@ -68,49 +73,58 @@ class GateLayer(nn.Module, BaseTunerLayer):
             self.head_dim,
             self.slow_pairs,
         )
-        # PEFT may build adapters on the meta device; moving those would lose that.
+        # PEFT may build an adapter on the meta device, where it then has to stay.
         on_meta = next(projection.parameters()).is_meta
         self.g_proj[adapter_name] = projection if on_meta else projection.to(self.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Gate the output of attention `[..., num_heads, head_dim]` by scores read from
-        `hidden_states` `[..., hidden_size]`."""
+        """Scale the output of attention by the gates of all active adapters.
+
+        Args:
+            attn_output: `[..., num_heads, head_dim]`.
+            hidden_states: the input of the attention module, `[..., hidden_size]`.
+
+        Returns:
+            The shape of `attn_output`.
+        """
         for gate in self.active_gates():
             attn_output = gate.scale(attn_output, hidden_states)
         return attn_output
 
     def bias_keys(self, key_states: torch.Tensor) -> torch.Tensor:
-        """Add the key biases to keys `[..., num_key_value_heads, head_dim]` before RoPE."""
+        """Add the key biases of all active adapters to the keys `[..., num_key_value_heads,
+        head_dim]` before RoPE."""
         for gate in self.active_gates():
             if gate.key_bias is not None:
-                bias = gate.bias_of_keys(self.head_dim)
+                bias = gate.full_key_bias(self.head_dim)
                 key_states = key_states + bias.to(key_states.dtype)
         return key_states
 
     def sink(self, hidden_states: torch.Tensor) -> Sink | None:
-        """The slot in each head's softmax, for the queries of `hidden_states` `[batch, T,
-        hidden_size]`; `None` without sink logits.
+        """The slot in each head's softmax for the queries of `hidden_states`, `[batch, T,
+        hidden_size]`; `None` if no active adapter has sink logits.
 
         Raises:
             ValueError: if two active adapters have sink logits.
         """
-        active = [gate for gate in self.active_gates() if gate.sink_odds is not None]
-        if len(active) > 1:
+        with_sinks = [gate for gate in self.active_gates() if gate.sink_odds is not None]
+        if len(with_sinks) > 1:
             raise ValueError("two active adapters have sink logits, and a softmax has one slot")
-        for gate in active:
+        for gate in with_sinks:
             return gate.sink(hidden_states, gate.center_by_head())
         return None
 
     def active_gates(self) -> list[GateProjection]:
-        """The gates of the active adapters."""
+        """The gates of the active adapters; none if PEFT has disabled adapters."""
         if self.disable_adapters:
             return []
         return [self.g_proj[name] for name in self.active_adapters if name in self.g_proj]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
-        """PEFT's, where weights were loaded into an adapter on the meta device. There is no base
-        layer: they go where the attention module's weights are, if those are anywhere."""
+        """Overrides PEFT's method, which it calls once an adapter's weights are loaded. A gate has
+        no base layer, so the adapter moves to the attention module's device, unless that is the
+        meta device."""
         device = torch.device(device or self.device)
         if device.type != "meta" and adapter_name in self.g_proj:
             self.g_proj[adapter_name].to(device)
@@ -125,6 +139,6 @@ class GateLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError("gates are never merged into the base weights")
 
     def unload_and_optionally_merge_module(self, merge: bool, **kwargs) -> None:
-        """Called by PEFT's `unload`; nothing replaces a removed gate."""
+        """Overrides the method that PEFT's `unload` calls; nothing replaces a removed gate."""
         if merge:
             self.merge()

@@ -1,4 +1,4 @@
-"""The tuner: swaps each attention module's class for its gated twin and adds the gate to it."""
+"""The tuner, which gives each attention module its family's gated class and adds a gate to it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from retrofit.adapters import family_of, supported_model_types
-from retrofit.gates.ablations import ablated
+from retrofit.gates.ablations import ablated_attention
 from retrofit.gates.config import GateConfig
 from retrofit.gates.layer import GateLayer
 from retrofit.gates.rope import slow_pairs
@@ -20,13 +20,15 @@ from retrofit.utils.errors import UserError
 
 
 class GateModel(BaseTuner):
-    """PEFT tuner for `GateConfig`. Base state-dict keys do not change.
+    """PEFT's tuner for `GateConfig`, which leaves the keys of the base's state dict as they are.
 
-    The attention module keeps its parameters; only its class becomes the gated one, whose forward
-    calls the child `attn_gate`. The class that trains is thus the class that runs and exports.
+    An attention module keeps its parameters. Only its class changes, to the gated one, whose
+    forward calls the child `attn_gate`. So the class that is trained is also the class that runs
+    and is exported.
     """
 
-    # PEFT and transformers rename checkpoint keys by this: it must name the container exactly.
+    # PEFT and transformers rename checkpoint keys by this prefix, so it must be the exact name of
+    # the module that holds the adapters.
     prefix = "attn_gate.g_proj"
     tuner_layer_cls = GateLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {
@@ -47,8 +49,8 @@ class GateModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """The caller's config is kept, as PEFT promises. Where it already belongs to gates of
-        another family, these have a copy."""
+        """Insert the gates of an adapter. They keep the caller's config object, as PEFT promises,
+        unless it already belongs to gates of another family: then they get a copy."""
         config = self.peft_config[adapter_name]
         model_type = self.get_model_config(model)["model_type"]
         if config.family_is_found and config.base_model_type != model_type:
@@ -57,8 +59,8 @@ class GateModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Gates are made in float32. Without PEFT's autocast they take the dtype of their base, as
-        the weights of every other method do."""
+        """Without PEFT's autocast, cast gates, which are created in float32, to the dtype of their
+        base, which the weights of every other method have too."""
         if not autocast_adapter_dtype:
             gated = [module for module in self.model.modules() if _has_gate(module)]
             for attention in gated:
@@ -75,12 +77,12 @@ class GateModel(BaseTuner):
             slow = slow_pairs(self.model.get_decoder(), target.layer_idx)
             _insert_gate(target, family, current_key, slow)
         if peft_config.position != "G1":
-            _set_class(target, ablated(family.model_type))
+            _set_class(target, ablated_attention(family.model_type))
         target.attn_gate.update_layer(adapter_name, peft_config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """PEFT's, of adapters with former names as well."""
+        """Overrides PEFT's method, so that adapters with former names load too."""
         return super()._remap_adapter_state_dict_for_load(
             model=model,
             config=config,
@@ -89,8 +91,9 @@ class GateModel(BaseTuner):
         )
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        """`unload` replaces tuner layers by their base; here the gate's parent gets its class
-        back. PEFT's own wrappers, of `modules_to_save`, are replaced as in every method."""
+        """Overrides the method by which PEFT's `unload` replaces a tuner layer by its base layer. A
+        gate is deleted instead, and its parent gets its original class back. PEFT's wrappers for
+        `modules_to_save` are replaced as in every method."""
         if not isinstance(child, GateLayer):
             return super()._replace_module(parent, child_name, new_module, child)
         delattr(parent, child_name)
@@ -103,15 +106,20 @@ class GateModel(BaseTuner):
 
 
 def _insert_gate(attention: nn.Module, family, name: str, slow_pairs: int) -> None:
+    """Make an attention module of a family a gated one.
+
+    Raises:
+        UserError: if its class is not the family's, or if its forward is patched.
+    """
     if type(attention) is not family.attention:
         raise UserError(
             f"{name} is a {type(attention).__name__}, not the {family.attention.__name__} that "
             f"{family.model_type} gates are written for"
         )
     if _is_patched(attention, family):
-        # A patched instance would go on bypassing the gate without any error.
+        # A patched forward would bypass the gate, without any error.
         raise UserError(f"{name}.forward is patched; insert the gates before that")
-    # A quantized weight is packed, so shapes come from the modules, not from their weights.
+    # A quantized weight is packed, so the sizes are read from the modules, not from their weights.
     head_dim = attention.head_dim
     device = _device_of(attention.o_proj)
     _set_class(attention, family.gated)
@@ -126,27 +134,34 @@ def _insert_gate(attention: nn.Module, family, name: str, slow_pairs: int) -> No
 
 
 def _is_patched(attention: nn.Module, family) -> bool:
-    """Whether its forward is another than its class's. accelerate's hook is none: it keeps the
-    class's beside itself, and leaves it in its own place when it is removed."""
-    held = vars(attention)
-    forward = held.get("_old_forward" if "_hf_hook" in held else "forward")
+    """Whether an attention module has a forward other than its class's.
+
+    A hook of accelerate does not count. It replaces the forward and keeps the original one as
+    `_old_forward`; when the hook is removed, the original one stays behind as an attribute.
+    """
+    attributes = vars(attention)
+    forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
     return (
         forward is not None and getattr(forward, "__func__", None) is not family.attention.forward
     )
 
 
-def _set_class(attention: nn.Module, kind: type[nn.Module]) -> None:
-    """accelerate's hooks go on calling the forward that they found, so they are given the new
-    one."""
-    before = type(attention).forward
-    attention.__class__ = kind
+def _set_class(attention: nn.Module, new_class: type[nn.Module]) -> None:
+    """Change the class of an attention module.
+
+    A hook of accelerate keeps the forward that it found as an attribute of the module, so that
+    attribute becomes the new class's forward.
+    """
+    former_forward = type(attention).forward
+    attention.__class__ = new_class
     for name in ("forward", "_old_forward"):
-        if getattr(vars(attention).get(name), "__func__", None) is before:
-            setattr(attention, name, MethodType(kind.forward, attention))
+        if getattr(vars(attention).get(name), "__func__", None) is former_forward:
+            setattr(attention, name, MethodType(new_class.forward, attention))
 
 
 def _device_of(projection: nn.Module) -> torch.device:
-    """Where a module computes, which is not where its weight is if accelerate offloads it."""
+    """The device on which a module computes. If accelerate offloads its weight, that is not the
+    weight's device."""
     device = projection.weight.device
     if device.type == "meta" and hasattr(projection, "_hf_hook"):
         return torch.device(getattr(projection._hf_hook, "execution_device", None) or device)
@@ -154,7 +169,7 @@ def _device_of(projection: nn.Module) -> torch.device:
 
 
 def gate_layers(model: nn.Module) -> dict[int, GateLayer]:
-    """The gates of a model by layer index."""
+    """The gates of a model, by layer index."""
     return {module.layer_idx: module.attn_gate for module in model.modules() if _has_gate(module)}
 
 
@@ -164,13 +179,15 @@ def _has_gate(module: nn.Module) -> bool:
 
 @contextmanager
 def gates_off(model: nn.Module) -> Iterator[None]:
-    """Run as the base: every adapter off, and nothing else touched.
+    """Turn every adapter off in this context, so that the model runs as its base.
 
     PEFT's `disable_adapter` also toggles `requires_grad`, which is wasted work at every step and
-    trips torch.compile and FSDP2.
+    breaks torch.compile and FSDP2.
     """
     layers = [
-        m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and not module.disable_adapters
     ]
     for layer in layers:
         layer._disable_adapters = True

@@ -1,4 +1,4 @@
-"""The gates that a recipe asks for."""
+"""Turns the gate section of a recipe into a PEFT config."""
 
 from retrofit.gates.config import GateConfig
 from retrofit.recipe import Recipe

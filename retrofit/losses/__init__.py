@@ -1,1 +1,1 @@
-"""What the gates are trained on: distillation at the output, and losses inside the layers."""
+"""The losses that train the gates: distillation at the output, and losses inside the layers."""

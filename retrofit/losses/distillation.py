@@ -1,8 +1,8 @@
-"""What the gates are trained on: next-token loss and KL to the base, without full logits.
+"""The objectives at the output: next-token loss and KL to the base, without full logits.
 
-Both come from the final hidden states and the frozen output head, some rows at a time. The head
-needs no gradient, so the gradient of the hidden states is made in the forward, while the logits of
-those rows are at hand, and nothing of vocabulary size outlives its chunk.
+Both are computed from the final hidden states and the frozen output head, a chunk of rows at a
+time. The head needs no gradient. So the forward already computes the gradient of the hidden states,
+while the logits of the chunk are at hand, and no tensor of vocabulary size outlives its chunk.
 """
 
 import types
@@ -21,8 +21,8 @@ from retrofit.recipe import Objective
 from retrofit.utils.errors import UserError
 from retrofit.utils.fsdp import full_tensor
 
-CHUNK_BYTES = 64 * 2**20  # logits of one product with the head, in float32
-BLOCK_BYTES = 3 * 2**20  # of them what a CPU works on at a time, so that it stays in its cache
+CHUNK_BYTES = 64 * 2**20  # size of the logits of one product with the head, in float32
+BLOCK_BYTES = 3 * 2**20  # size of the logits that a CPU works on at a time, to stay in its cache
 
 
 @dataclass
@@ -30,10 +30,10 @@ class ObjectiveOutput(ModelOutput):
     """Sums over the tokens that have a label, in nats.
 
     Attributes:
-        loss: `lm` and `kl` weighted and added; the only one with a gradient.
+        loss: the weighted sum of `lm` and `kl`, and the only field with a gradient.
         lm: negative log-likelihood of the labels.
-        kl: `KL(base || gated)` of the next-token distribution; 0 if it was not asked for.
-        num_tokens: how many tokens had a label.
+        kl: `KL(base || gated)` of the next-token distribution; 0 if its weight is 0.
+        num_tokens: how many tokens have a label.
     """
 
     loss: torch.Tensor | None = None
@@ -43,26 +43,33 @@ class ObjectiveOutput(ModelOutput):
 
 
 class _ChunkedObjectives(torch.autograd.Function):
-    """`lm * NLL + kl * KL` of `hidden @ weight.T`, summed over rows.
+    """`lm_weight * NLL + kl_weight * KL` of `hidden @ weight.T`, summed over rows.
 
-    The gradient of the logits is `lm * (p - onehot) + kl * (p - q)`, with `p` the gated model's
-    distribution and `q` the base's.
+    The gradient of the logits is `lm_weight * (p - onehot) + kl_weight * (p - q)`, with `p` the
+    gated model's distribution and `q` the base's.
     """
 
     @staticmethod
-    def forward(ctx, hidden, teacher, weight, bias, labels, lm, kl, block_bytes):
+    def forward(ctx, hidden, teacher, weight, bias, labels, lm_weight, kl_weight, block_bytes):
+        weights = lm_weight, kl_weight
+        bytes_per_row = 4 * len(weight)
         sums = hidden.new_zeros(2, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        for chunk in _slices(len(hidden), CHUNK_BYTES // (4 * len(weight))):
+        for chunk in _slices(len(hidden), CHUNK_BYTES // bytes_per_row):
+            # Both logits of the chunk are [rows, vocab_size].
             logits = F.linear(hidden[chunk], weight, bias)
-            base = F.linear(teacher[chunk], weight, bias) if kl else logits
-            for block in _slices(len(logits), block_bytes // (4 * len(weight))):
-                sums += _to_gradient(logits[block], base[block], labels[chunk][block], lm, kl)
+            base_logits = F.linear(teacher[chunk], weight, bias) if kl_weight else logits
+            # Each block adds its NLL and KL, and its logits are overwritten by their gradient.
+            for block in _slices(len(logits), block_bytes // bytes_per_row):
+                sums += _replace_by_gradient(
+                    logits[block], base_logits[block], labels[chunk][block], *weights
+                )
+            # From here on `logits` holds a gradient, and the head takes it to [rows, hidden_size].
             grad_hidden[chunk] = logits @ weight
         nll_sum, kl_sum = sums.unbind()
         ctx.save_for_backward(grad_hidden)
         ctx.mark_non_differentiable(nll_sum, kl_sum)
-        return lm * nll_sum + kl * kl_sum, nll_sum, kl_sum
+        return lm_weight * nll_sum + kl_weight * kl_sum, nll_sum, kl_sum
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
@@ -70,24 +77,30 @@ class _ChunkedObjectives(torch.autograd.Function):
         return grad_hidden * grad_loss.to(grad_hidden.dtype), *[None] * 7
 
 
-def _to_gradient(logits, base, labels, lm: float, kl: float) -> torch.Tensor:
-    """NLL and KL of some rows, whose logits become their own gradient."""
+def _replace_by_gradient(
+    logits, base_logits, labels, lm_weight: float, kl_weight: float
+) -> torch.Tensor:
+    """Overwrite the logits `[rows, vocab_size]` of some rows by their gradient, and return the
+    rows' summed NLL and KL, `[2]`."""
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     labels = labels.unsqueeze(-1)
     nll, divergence = -log_p.gather(-1, labels).sum(), log_p.new_zeros(())
-    if not kl:
-        grad = log_p.exp_().mul_(lm)
+    # The gradient without its one-hot term, made in place of `log_p`: (lm + kl) * p - kl * q.
+    if not kl_weight:
+        grad = log_p.exp_().mul_(lm_weight)
     else:
-        log_q = base.log_softmax(-1, dtype=torch.float32)
+        log_q = base_logits.log_softmax(-1, dtype=torch.float32)
         q = log_q.exp()
         divergence = torch.dot(q.view(-1), log_q.sub_(log_p).view(-1))
-        grad = log_p.exp_().mul_(lm + kl).sub_(q, alpha=kl)
-    grad.scatter_add_(-1, labels, grad.new_full(labels.shape, -lm))
+        grad = log_p.exp_().mul_(lm_weight + kl_weight).sub_(q, alpha=kl_weight)
+    # The one-hot term takes the weight off at the label of each row.
+    grad.scatter_add_(-1, labels, grad.new_full(labels.shape, -lm_weight))
     logits.copy_(grad)
     return torch.stack([nll, divergence])
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
+    """Slices of `size`, at least 1, that cover `length` in order."""
     step = max(1, size)
     return (slice(start, start + step) for start in range(0, length, step))
 
@@ -102,18 +115,18 @@ def chunked_objectives(
     objective: Objective,
     block_bytes: int | None = None,
 ) -> ObjectiveOutput:
-    """The objectives of one batch.
+    """Compute the objectives of one batch.
 
     Args:
-        hidden: final hidden states of the gated model, `predicting` the labels
-            `[labelled tokens, hidden_size]`.
-        teacher: those of the base, same shape; only read if `objective.kl` is not 0.
-        lm_head: the output head, frozen.
+        hidden: the gated model's final hidden states that predict a label, as `select_predicting`
+            returns them, `[labelled tokens, hidden_size]`.
+        teacher: the base's, of the same shape; they are read only if `objective.kl` is not 0.
+        lm_head: the frozen output head.
         labels: token ids `[batch, seq_len]`, -100 where nothing is to be predicted; position `t`
             is predicted from position `t - 1`.
-        objective: the weights.
-        block_bytes: of logits that are worked on at a time; by default what stays in the cache of
-            a CPU, and on a GPU all that one product with the head gives.
+        objective: the weights of the objectives.
+        block_bytes: size of the float32 logits that are worked on at a time. The default is what
+            stays in the cache of a CPU, and on a GPU all that one product with the head gives.
     """
     if block_bytes is None:
         block_bytes = BLOCK_BYTES if hidden.is_cpu else CHUNK_BYTES
@@ -132,9 +145,17 @@ def chunked_objectives(
     return ObjectiveOutput(loss=loss, lm=nll, kl=kl, num_tokens=labels.new_tensor(len(targets)))
 
 
-def predicting(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of `[batch, seq_len, hidden_size]` the states from which a label is predicted; no others cost
-    a product with the head."""
+def select_predicting(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Select the hidden states from which a label is predicted: no other state needs a product with
+    the head.
+
+    Args:
+        hidden: `[batch, seq_len, hidden_size]`.
+        labels: token ids `[batch, seq_len]`, -100 where nothing is to be predicted.
+
+    Returns:
+        `[labelled tokens, hidden_size]`.
+    """
     return hidden[:, :-1][labels[:, 1:] != -100]
 
 
@@ -143,35 +164,37 @@ def add_objectives(
 ) -> None:
     """Let `model(..., labels=labels, objectives=True)` return an `ObjectiveOutput`.
 
-    Both passes, base and gated, run inside the model's own forward, so that what wraps it (DDP,
-    FSDP2, DeepSpeed) has gathered the head's weight and counts one forward. Without the flag the
-    forward is the original one.
+    Both passes, the base's and the gated one, run inside the model's own forward. So a wrapper
+    (DDP, FSDP2, DeepSpeed) has gathered the head's weight by then, and counts one forward. Without
+    the flag the forward is the original one.
 
     Args:
-        model: base and gates.
-        objective: the weights.
-        block_bytes: see `chunked_objectives`.
+        model: the base with its gates.
+        objective: the weights of the objectives.
+        block_bytes: as in `chunked_objectives`.
 
     Raises:
-        UserError: if the output head is trained: its gradient would be silently missing.
+        UserError: if the output head is trained, for its gradient would be silently missing.
     """
     if any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters()):
         raise UserError("the output head must stay frozen: leave it out of modules_to_save")
     original_forward = model.forward
-    shared = SharedLayers(model)
+    shared_layers = SharedLayers(model)
 
     def forward(self, *args, objectives: bool = False, labels=None, **kwargs):
         if not objectives:
             return original_forward(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False
+        # The base's pass: without gates and without gradients.
         teacher = None
         if objective.kl or objective.hidden:
-            with torch.no_grad(), gates_off(self), shared.kept():
+            with torch.no_grad(), gates_off(self), shared_layers.keep_output():
                 teacher = self.base_model(*args, **kwargs).last_hidden_state
-            teacher = predicting(teacher, labels)
-        with shared.reused():
+            teacher = select_predicting(teacher, labels)
+        # The gated pass starts at the lowest gate, from what the base's pass left below it.
+        with shared_layers.reuse_output():
             hidden = self.base_model(*args, **kwargs).last_hidden_state
-        hidden = predicting(hidden, labels)
+        hidden = select_predicting(hidden, labels)
         head = self.get_output_embeddings()
         return chunked_objectives(hidden, teacher, head, labels, objective, block_bytes)
 

@@ -1,41 +1,43 @@
 """Balanced attention heads: the head load and balance loss of sink-aware training.
 
-A head that spends its attention on a sink adds little to the layer's output, so what it does not
-spend there is its load, and a layer whose heads differ in load is a mixture of experts out of
-balance (arXiv:2602.01203). The loss of a layer with `N` heads is
+A head that spends its attention on a sink adds little to the layer's output. So the attention that
+it does not spend there is its load, and a layer whose heads differ in load is like a mixture of
+experts that is out of balance (arXiv:2602.01203). The loss of a layer with `N` heads is
 
     L = N * CV(importance)**2,   CV = standard deviation / mean over heads,
 
-the importance of a head being its mean load over the tokens of a sequence, and the loss of a batch
-the mean over its sequences. In the paper importance is over tokens and batch. But `CV**2` is not
-linear, so that loss is another one on every number of devices and of accumulated micro-batches; by
-sequence it is the same on all. It is the stricter of the two: heads that take turns from one text
-to the next are balanced over a batch, and not here.
+where the importance of a head is its mean load over the tokens of a sequence. The loss of a batch
+is the mean over its sequences. The paper takes the importance over all tokens of a batch. But
+`CV**2` is not linear, so the paper's loss changes with the number of devices and of accumulated
+micro-batches, and the loss by sequence does not. The loss by sequence is also the stricter one:
+heads that take turns from one text to the next are balanced over a batch, but not within a text.
 
-It balances; it does not remove a sink. Summing over layers and the factor lambda are left to the
-caller.
+The loss balances the heads; it does not remove a sink. The caller sums over layers and applies the
+factor lambda.
 
 Loads are read from sampled query rows, so no T x T matrix is needed, and their mean is an unbiased
-estimate of the importance. `CV**2` comes out larger, by up to the sampling variance of an
-importance over its squared mean.
+estimate of the importance. The estimate of `CV**2` is too large, by at most the sampling variance
+of an importance over its squared mean.
 """
 
 import torch
 
-# As in the code of arXiv:1701.06538. It damps the loss where the mean importance is below about
-# 1e-5, and so bounds a gradient that would grow with its inverse.
+# The value is that of the code of arXiv:1701.06538. It damps the loss where the mean importance is
+# below about 1e-5, and so bounds a gradient that would grow with the inverse of that mean.
 EPSILON = 1e-10
 
 
 def vanilla_load(
     weights: torch.Tensor, starts: torch.Tensor, total: torch.Tensor | float = 1.0
 ) -> torch.Tensor:
-    """`G = 1 - A[i, first]`, what a query leaves for other keys than its document's first token.
+    """`G = 1 - A[i, first]`: the attention that a query pays to keys other than the first token of
+    its document.
 
     Args:
-        weights: `[batch, heads, rows, T]`, attention of the sampled rows, near keys included.
-        starts: `[batch, rows]`, index of the first token of each row's document.
-        total: what all keys have, `[batch, heads, rows]`, where a slot takes the rest.
+        weights: attention of the sampled rows, near keys included, `[batch, heads, rows, T]`.
+        starts: index of the first token of each row's document, `[batch, rows]`.
+        total: the attention that all keys have together, `[batch, heads, rows]`, where a sink's
+            slot takes the rest.
 
     Returns:
         `[batch, heads, rows]` in float32, in [0, 1].
@@ -45,11 +47,12 @@ def vanilla_load(
 
 
 def sink_load(weights: torch.Tensor) -> torch.Tensor:
-    """`G = sigmoid(LSE - s) = sum_j A[i, j]` of sink attention as in gpt-oss: what the learned
-    sink leaves, whose logit `s` joins the softmax's denominator without a value.
+    """`G = sigmoid(LSE - s) = sum_j A[i, j]`: the attention that all keys have together where the
+    head has a learned sink, as in gpt-oss, whose logit `s` joins the softmax's denominator without
+    a value.
 
     Args:
-        weights: `[batch, heads, rows, T]`, attention of the sampled rows, without the sink's part.
+        weights: attention of the sampled rows, without the sink's part, `[batch, heads, rows, T]`.
 
     Returns:
         `[batch, heads, rows]` in float32, in [0, 1].
@@ -58,14 +61,14 @@ def sink_load(weights: torch.Tensor) -> torch.Tensor:
 
 
 def gated_load(scores: torch.Tensor) -> torch.Tensor:
-    """`G = g`, the gate score, mean over a head's channels.
+    """`G = g`: the gate score, averaged over a head's channels.
 
-    Zero gates all have the same score, where the gradient of the balance loss is exactly zero: a
-    retrofit needs `effective_load`.
+    Gates that start at zero all have the same score, at which the gradient of the balance loss is
+    exactly zero. So gates that are added to a trained model need `effective_load`.
 
     Args:
-        scores: `[batch, rows, heads, channels]`, gates of the sampled rows; one channel if they are
-            headwise. A constant factor makes no difference to the loss.
+        scores: gates of the sampled rows, `[batch, rows, heads, channels]`, with one channel if
+            they are headwise. A constant factor makes no difference to the loss.
 
     Returns:
         `[batch, heads, rows]` in float32.
@@ -73,50 +76,53 @@ def gated_load(scores: torch.Tensor) -> torch.Tensor:
     return scores.float().mean(-1).transpose(1, 2)
 
 
-def effective_load(left: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """`G = (1 - A[i, first]) * g`, what sink and gate leave together (ours).
+def effective_load(ungated_load: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """`G = (1 - A[i, first]) * g`: the attention that a sink leaves to the keys, times the gate
+    score. This load is our own.
 
     Args:
-        left: what the sink leaves, `vanilla_load` or `sink_load`.
-        scores: as in `gated_load`.
+        ungated_load: the load without gates, of `vanilla_load` or `sink_load`.
+        scores: gates of the sampled rows, as in `gated_load`.
 
     Returns:
         `[batch, heads, rows]` in float32.
     """
-    return left * gated_load(scores)
+    return ungated_load * gated_load(scores)
 
 
-def head_importance(load: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean load of each head over the rows of a sequence that count; 0 where none does.
+def head_importance(load: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The mean load of each head over the valid rows of a sequence; 0 if no row is valid.
 
     Args:
         load: `[batch, heads, rows]`.
-        counts: bool `[batch, rows]`; False for padding and for rows too early to have a choice.
+        valid: bool `[batch, rows]`, False for padding and for rows too early in their document to
+            have a choice of keys.
 
     Returns:
         `[batch, heads]` in float32.
     """
-    load = load.float().masked_fill(~counts.unsqueeze(1), 0)
-    return load.sum(-1) / counts.sum(-1, keepdim=True).clamp(min=1)
+    load = load.float().masked_fill(~valid.unsqueeze(1), 0)
+    return load.sum(-1) / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
-def balance_loss(load: torch.Tensor, counts: torch.Tensor, shared_heads: int = 0) -> torch.Tensor:
-    """`N * CV(importance)**2` of one layer, or of its heads but the `m` most important ones, mean
-    over sequences.
+def balance_loss(load: torch.Tensor, valid: torch.Tensor, shared_heads: int = 0) -> torch.Tensor:
+    """`N * CV(importance)**2` of one layer, averaged over sequences. The `m` most important heads
+    of each sequence can be left out.
 
-    Leaving those out is the paper's form for fine-tuning, `(N - m) * CV**2`: in a trained model
-    they hold on to their load, and all others would be pulled up to them.
+    Leaving them out is the paper's form for fine-tuning, `(N - m) * CV**2`: in a trained model
+    these heads hold on to their load, and all others would be pulled up to them.
 
-    The deviation is the population's, as in `head_load_cv` and in the loss that this one carries
-    over from mixtures of experts (arXiv:1701.06538 eq. 7). The sample's would be a constant factor.
+    The standard deviation is that of a population, as in `head_load_cv` and in the loss for
+    mixtures of experts that this loss follows (arXiv:1701.06538 eq. 7). That of a sample would
+    differ by a constant factor.
 
     Args:
-        load: `[batch, heads, rows]`, one of the loads above.
-        counts: bool `[batch, rows]`, the rows to average over.
-        shared_heads: `m`, by their importance in each sequence.
+        load: one of the loads above, `[batch, heads, rows]`.
+        valid: the rows to average over, bool `[batch, rows]`.
+        shared_heads: `m`, how many heads are left out.
 
     Returns:
-        A float32 scalar with the gradient of attention and gates; a sequence of which no row counts
+        A float32 scalar with the gradient of attention and gates. A sequence without a valid row
         adds 0.
 
     Raises:
@@ -129,6 +135,7 @@ def balance_loss(load: torch.Tensor, counts: torch.Tensor, shared_heads: int = 0
             f"shared_heads={shared_heads} of {heads} heads; "
             f"it must be from 0 to {heads - 2}, so that two or more are left to balance"
         )
-    routed = head_importance(load, counts).topk(routed_heads, largest=False).values
+    # The least important heads of each sequence, [batch, routed_heads], are those to balance.
+    routed = head_importance(load, valid).topk(routed_heads, largest=False).values
     variance = routed.var(-1, correction=0)
     return (routed_heads * variance / (routed.mean(-1).square() + EPSILON)).mean()

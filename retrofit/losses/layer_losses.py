@@ -1,19 +1,21 @@
-"""Losses on what happens inside the layers, added where each layer has it at hand.
+"""Losses on the inside of the layers, which each layer adds where it has their inputs at hand.
 
-- pressure: the attention sink (`retrofit.losses.sink_pressure`);
-- balance: the load of the heads (`retrofit.losses.head_balance`);
-- hidden: the distance of what each attention module reads from what it reads in the base;
-- activation: activations that dwarf all others (`retrofit.losses.massive_activations`).
+- pressure: penalizes attention sinks (`retrofit.losses.sink_pressure`);
+- balance: evens out the load of the heads (`retrofit.losses.head_balance`);
+- hidden: keeps what each attention module reads close to what it reads in the base;
+- activation: penalizes activations that dwarf all others (`retrofit.losses.massive_activations`).
 
-`hidden` asks of every layer what `kl` asks of the last, so that a gate learns from its own layer
-what to make up for: `mean |X - X_base|**2 / |X_base|**2` over tokens, with `X` the normalized
-hidden states. The first token of a document is left out: its state is what carries the sink.
+`hidden` asks of every layer what `kl` asks of the last one, so that a gate learns from its own
+layer what to make up for. It is `mean |X - X_base|**2 / |X_base|**2` over tokens, with `X` the
+normalized hidden states. The first token of a document is left out, because its state carries the
+sink.
 
-Each loss is the mean over the rows of a batch of the row's own value, and a row that has nothing to
-say counts as 0. So any way to deal the rows of a step to devices and accumulated micro-batches, as
-many to each, gives the same gradients, and no device has to ask another how many documents or
-tokens it holds. Only the queries that `pressure` and `balance` sample are drawn anew. Where an
-attention kernel wants rows laid end to end, a micro-batch is one row.
+Each loss is computed for each row of a batch by itself and averaged over the rows. A row to which a
+loss does not apply counts as 0. So the gradients do not depend on how the rows of a step are dealt
+to devices and accumulated micro-batches, as long as each has the same number of them, and no device
+has to ask another how many documents or tokens it holds. Only the queries that `pressure` and
+`balance` sample differ. Where an attention kernel needs the rows laid end to end, a micro-batch is
+one row.
 """
 
 import math
@@ -37,10 +39,10 @@ from retrofit.recipe import Objective
 
 
 class _InjectGradient(torch.autograd.Function):
-    """Identity of `tensor` whose backward also starts the gradient of `loss`.
+    """Returns `tensor` unchanged; its backward also starts the gradient of `loss`.
 
-    A loss handed up to the trainer would lose its gradient under reentrant checkpointing, and be
-    counted twice under the other kind.
+    A loss that is handed up to the trainer instead would lose its gradient under reentrant
+    checkpointing, and would be counted twice under the other kind.
     """
 
     @staticmethod
@@ -55,35 +57,48 @@ class _InjectGradient(torch.autograd.Function):
 
 
 class LayerLosses:
-    """The losses of all gated layers in one training step, each the mean over layers.
+    """The losses of all gated layers in one training step, each averaged over layers.
 
-    Each layer adds the gradient of its share. Call `prepare` before the forward, which must run
-    the base first where `hidden` is asked for.
+    Each layer adds the gradient of its own losses. Call `prepare` before the forward. If `hidden`
+    has a weight, the base must run before the gated model does.
 
     Args:
-        layers: how many there are.
-        objective: the weights.
+        num_layers: how many gated layers the model has.
+        objective: the weights of the losses.
+
+    Attributes:
+        weights: the weight of each loss in this batch; losses without one are not computed.
+        sampled: the query rows that `pressure` and `balance` read; `None` if there are none.
+        position_ids: positions of the batch, `[batch, T]`.
+        base_inputs: by layer, what its attention module reads in the base, `[batch, T,
+            hidden_size]`.
+        compared_tokens: by layer, the tokens that `hidden` compares with the base, bool `[batch,
+            T]`.
+        values: by name and layer, the losses of this batch, unweighted.
+        gates: the gates that the layer which runs has computed so far.
+        key_shares: by layer, the share of the attention that its sinks leave to the keys.
     """
 
-    def __init__(self, layers: int, objective: Objective):
-        self.layers = layers
+    def __init__(self, num_layers: int, objective: Objective):
+        self.num_layers = num_layers
         self.objective = objective
         self.weights: dict[str, float] = {}
         self.sampled: SampledRows | None = None
         self.position_ids = torch.empty(0)
-        self.base: dict[int, torch.Tensor] = {}  # by layer, what it reads in the base
-        self.kept: dict[int, torch.Tensor] = {}  # by layer, the tokens that are compared with it
+        self.base_inputs: dict[int, torch.Tensor] = {}
+        self.compared_tokens: dict[int, torch.Tensor] = {}
         self.values: dict[str, dict[int, torch.Tensor]] = {}
-        self.gates: list[torch.Tensor] = []  # of the layer that runs
-        self.left: dict[int, torch.Tensor] = {}  # by layer, what the slots leave to the keys
+        self.gates: list[torch.Tensor] = []
+        self.key_shares: dict[int, torch.Tensor] = {}
 
     def prepare(self, position_ids: torch.Tensor, progress: float, scale: float = 1.0) -> None:
         """Get ready for a batch.
 
         Args:
-            position_ids: `[batch, T]`, from 0 at the start of each document; negative for padding.
-            progress: share of the steps that are done.
-            scale: factor of all gradients, for accumulation.
+            position_ids: positions, which start at 0 in each document and are negative for padding,
+                `[batch, T]`.
+            progress: the share of the training steps that are done.
+            scale: factor of all gradients, for gradient accumulation.
         """
         objective = self.objective
         weights = {
@@ -94,13 +109,14 @@ class LayerLosses:
         }
         self.weights = {name: weight * scale for name, weight in weights.items() if weight}
         self.values = {name: {} for name in self.weights}
-        self.base, self.kept = {}, {}  # the last batch's, before this one's take as much again
+        # The last batch's tensors are freed before this batch's take as much memory again.
+        self.base_inputs, self.compared_tokens = {}, {}
         self.position_ids = position_ids
         self.sampled = None
         if "pressure" in self.weights or "balance" in self.weights:
             self.sampled = sample_rows(position_ids, objective.sampled_rows)
 
-    @torch.compiler.disable  # what is kept by layer would make a graph of each
+    @torch.compiler.disable  # the dictionaries by layer would make each layer a graph of its own
     def __call__(
         self,
         attention: nn.Module,
@@ -110,19 +126,33 @@ class LayerLosses:
         sink: Sink | None,
         attn_output: torch.Tensor,
     ) -> torch.Tensor:
-        """`attn_output`, unchanged but for the gradients that start where it is."""
+        """The observer of a `GatedAttention`, which is given what the layer computes.
+
+        Args:
+            attention: the attention module.
+            hidden_states: what the module reads, `[batch, T, hidden_size]`.
+            query_states: queries after RoPE, `[batch, heads, T, head_dim]`.
+            key_states: keys after RoPE, `[batch, kv_heads, T, head_dim]`.
+            sink: the sinks that the gates add, if they add any.
+            attn_output: the gated output, `[batch, T, heads, head_dim]`.
+
+        Returns:
+            `attn_output`, whose backward also starts the gradients of the losses.
+        """
         gates, self.gates = self.gates, []
         index = attention.layer_idx
-        if attention.attn_gate.disable_adapters:  # the base's own pass
+        if attention.attn_gate.disable_adapters:  # the base's pass
             if "hidden" in self.weights:
-                self.base[index] = hidden_states.detach()
+                self.base_inputs[index] = hidden_states.detach()
             return attn_output
         # The first pass of a reentrant checkpoint runs without gradients.
         if not self.weights or not torch.is_grad_enabled():
             return attn_output
         losses = self._attention_losses(attention, query_states, key_states, sink, gates)
         if "hidden" in self.weights:
-            losses["hidden"] = relative_distance(hidden_states, self.base[index], self.kept[index])
+            losses["hidden"] = relative_distance(
+                hidden_states, self.base_inputs[index], self.compared_tokens[index]
+            )
         return self._inject(attn_output, index, losses)
 
     @torch.compiler.disable
@@ -131,69 +161,78 @@ class LayerLosses:
         attention = layer.self_attn
         if attention.attn_gate.disable_adapters:
             if "hidden" in self.weights:
-                self.kept[attention.layer_idx] = self._kept(args[0])
+                self.compared_tokens[attention.layer_idx] = self._compared_tokens(args[0])
             return None
         if "activation" not in self.weights or not torch.is_grad_enabled():
             return None
         losses = {"activation": excess_activation(args[0], self.position_ids)}
         return self._inject(args[0], attention.layer_idx, losses), *args[1:]
 
-    def _kept(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Bool `[batch, T]`: the tokens that are to stay what they are in the base, which are all
-        but the first of each document and those whose activation is massive."""
+    def _compared_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The tokens whose hidden states should stay as in the base, bool `[batch, T]`: all but the
+        first of each document and those with massive activations."""
         return (self.position_ids > 0) & ~is_massive(hidden_states, self.position_ids)
 
-    def keep_gate(self, _projection: nn.Module, _args: tuple, gate: torch.Tensor) -> None:
-        """Forward hook of a gate, for `balance` to read what its layer has computed."""
+    def collect_gate(self, _projection: nn.Module, _args: tuple, gate: torch.Tensor) -> None:
+        """Forward hook of a gate, which lets `balance` read the gate that its layer has
+        computed."""
         self.gates.append(gate)
 
     def _inject(self, tensor: torch.Tensor, index: int, losses: dict) -> torch.Tensor:
+        """Note a layer's losses by name, and let the backward of `tensor` start their
+        gradients."""
         for name, loss in losses.items():
-            # By layer, so that a recomputed forward replaces its first value.
+            # They are noted by layer, so that a recomputed forward overwrites its first values.
             self.values[name][index] = loss.detach()
         total = sum(self.weights[name] * loss for name, loss in losses.items())
-        return _InjectGradient.apply(tensor, total / self.layers) if losses else tensor
+        return _InjectGradient.apply(tensor, total / self.num_layers) if losses else tensor
 
     def _attention_losses(self, attention, query_states, key_states, sink, gates) -> dict:
+        """The losses of one layer that read its attention, by name."""
         losses: dict[str, torch.Tensor] = {}
         if (sampled := self.sampled) is None:
             return losses
+        # The attention of the sampled rows, [batch, heads, num_rows, T].
         weights = attention_of_rows(attention, query_states, key_states, sampled, sink)
         if sink is not None:
-            self.left[attention.layer_idx] = _mean_row_sum(weights.detach(), sampled)
+            self.key_shares[attention.layer_idx] = _mean_key_share(weights.detach(), sampled)
         if "pressure" in self.weights:
             losses["pressure"] = collision_probability(weights, sampled)
         if "balance" in self.weights:
             load = self._load(attention, weights, sampled, sink, gates)
-            shared = self.objective.balance_shared_heads
-            losses["balance"] = balance_loss(load, sampled.counts, shared)
+            shared_heads = self.objective.balance_shared_heads
+            losses["balance"] = balance_loss(load, sampled.valid, shared_heads)
         return losses
 
     def _load(self, attention, weights, sampled, sink, gates) -> torch.Tensor:
-        """What each head works on: what its own sink and its gates leave."""
+        """The load of each head that the recipe asks for, `[batch, heads, num_rows]`."""
         kind = self.objective.balance_load
-        has_sinks = "s_aux" in attention.attention_kwargs()
-        left = sink_load(weights)
-        if not has_sinks and kind != "gated":
-            left = vanilla_load(weights, sampled.starts, left if sink is not None else 1.0)
+        base_has_sinks = "s_aux" in attention.attention_kwargs()
+        # The load without gates: the attention to all keys, or to all but the first token.
+        load = sink_load(weights)
+        if not base_has_sinks and kind != "gated":
+            load = vanilla_load(weights, sampled.starts, load if sink is not None else 1.0)
         if kind == "vanilla" or not gates:
-            return left
+            return load
+        # The gates of all active adapters multiply, [batch, T, heads, channels]; those of the
+        # sampled rows are the scores, [batch, num_rows, heads, channels].
         gate = math.prod(gates)
         index = sampled.rows[:, :, None, None].expand(-1, -1, *gate.shape[2:])
         scores = gate.gather(1, index)
         if kind == "gated" and sink is None:
             return gated_load(scores)
-        return effective_load(left, scores)
+        return effective_load(load, scores)
 
     def means(self) -> dict[str, torch.Tensor]:
-        """The losses of the last batch, unweighted, each the mean over layers; 0 where no row has
-        anything to say. Of sink logits also `sink_share`, what their slots take."""
+        """The losses of the last batch by name, unweighted and averaged over layers; 0 for a loss
+        that applies to no row. If the gates have sinks, `sink_share` is the share of the attention
+        that these take."""
         means = {
             name: torch.stack(list(by_layer.values())).mean() if by_layer else torch.tensor(0.0)
             for name, by_layer in self.values.items()
         }
-        if self.left:
-            means["sink_share"] = 1 - torch.stack(list(self.left.values())).mean()
+        if self.key_shares:
+            means["sink_share"] = 1 - torch.stack(list(self.key_shares.values())).mean()
         return means
 
 
@@ -210,30 +249,30 @@ def add_layer_losses(model: nn.Module, objective: Objective) -> LayerLosses:
         layer.register_forward_pre_hook(layer_losses.before_layer)
         if objective.balance:
             for projection in layer.self_attn.attn_gate.g_proj.values():
-                projection.register_forward_hook(layer_losses.keep_gate)
+                projection.register_forward_hook(layer_losses.collect_gate)
     return layer_losses
 
 
-def _mean_row_sum(weights: torch.Tensor, sampled: SampledRows) -> torch.Tensor:
-    """Mean over the rows that count of the weight of all keys."""
-    left = sink_load(weights).mean(1)
-    return (left * sampled.counts).sum() / sampled.counts.sum().clamp(min=1)
+def _mean_key_share(weights: torch.Tensor, sampled: SampledRows) -> torch.Tensor:
+    """The attention that all keys have together, averaged over heads and valid rows; a scalar."""
+    share = sink_load(weights).mean(1)  # [batch, num_rows]
+    return (share * sampled.valid).sum() / sampled.valid.sum().clamp(min=1)
 
 
 def relative_distance(
     hidden_states: torch.Tensor, base: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """`mean |X - X_base|**2 / |X_base|**2` over the tokens of a row that count, mean over rows.
+    """`mean |X - X_base|**2 / |X_base|**2` over the compared tokens of a row, averaged over rows.
 
     Args:
-        hidden_states: `[batch, T, hidden_size]`.
-        base: the same of the base.
-        tokens: bool `[batch, T]`, those that count.
+        hidden_states: `X`, `[batch, T, hidden_size]`.
+        base: `X_base`, the base's hidden states, of the same shape.
+        tokens: the tokens to compare, bool `[batch, T]`.
 
     Returns:
         A float32 scalar with the gradient of `hidden_states`.
     """
     base = base.float()
-    # A norm squared takes fewer passes over the states than the sum of their squares.
+    # Squaring a norm takes fewer passes over the states than summing their squares does.
     distance = ((hidden_states.float() - base).norm(dim=-1) / base.norm(dim=-1)).square()
     return (distance.masked_fill(~tokens, 0).sum(-1) / tokens.sum(-1).clamp(min=1)).mean()

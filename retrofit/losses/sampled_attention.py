@@ -1,6 +1,7 @@
-"""Attention of a few query rows of each sequence: what losses on attention read.
+"""The attention of a few query rows of each sequence, which the losses on attention read.
 
-`O(rows * T)` instead of `T x T`, beside any attention kernel, with exact gradients.
+It takes `O(rows * T)` memory instead of `T x T`, works beside any attention kernel, and has exact
+gradients.
 """
 
 from dataclasses import dataclass, field
@@ -11,27 +12,32 @@ import torch
 from retrofit.adapters._family import GatedAttention
 from retrofit.adapters._sink import Sink
 
-NEAR = 64  # attention to a key less than this far back is honest local attention
+NEAR = 64  # attention to a key fewer tokens back than this is honest local attention
 
 
 @dataclass
 class SampledRows:
-    """The query rows of one batch that are looked at.
+    """The query rows of one batch whose attention is read.
 
     Attributes:
-        rows: indices into the sequence `[batch, num_rows]`.
-        starts: where the document of each row begins, `[batch, num_rows]`.
-        counts: bool `[batch, num_rows]`, False for rows that only fill up.
+        rows: index of each row in its sequence, `[batch, num_rows]`.
+        starts: index of the first token of each row's document, `[batch, num_rows]`.
+        valid: bool `[batch, num_rows]`, False for rows that only fill up a sequence with too few.
+        masks: the masks of `mask_bias` by sliding window, and that of `far_keys` under "far".
     """
 
     rows: torch.Tensor
     starts: torch.Tensor
-    counts: torch.Tensor
+    valid: torch.Tensor
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def bias(self, length: int, sliding_window: int | None = None) -> torch.Tensor:
-        """0 for keys that a row sees and -inf for others, `[batch, 1, num_rows, length]`; made once
-        for all layers. To add it takes a third of the time of a fill, forward and backward."""
+    def mask_bias(self, length: int, sliding_window: int | None = None) -> torch.Tensor:
+        """The additive mask: 0 for keys that a row sees and -inf for others, `[batch, 1, num_rows,
+        length]`.
+
+        It is made once for all layers. Adding it takes a third of the time of `masked_fill`,
+        forward and backward.
+        """
         if sliding_window not in self.masks:
             keys = torch.arange(length, device=self.rows.device)
             rows, starts = self.rows[:, None, :, None], self.starts[:, None, :, None]
@@ -43,8 +49,9 @@ class SampledRows:
             ).masked_fill_(hidden, -torch.inf)
         return self.masks[sliding_window]
 
-    def far(self, length: int) -> torch.Tensor:
-        """1 for keys at least `NEAR` tokens before a row, 0 for others, as `bias` is made."""
+    def far_keys(self, length: int) -> torch.Tensor:
+        """1 for keys at least `NEAR` tokens before a row and 0 for others, `[batch, 1, num_rows,
+        length]`. It is made once for all layers."""
         if "far" not in self.masks:
             keys = torch.arange(length, device=self.rows.device)
             self.masks["far"] = (keys <= self.rows[:, None, :, None] - NEAR).float()
@@ -54,31 +61,34 @@ class SampledRows:
 def sample_rows(
     position_ids: torch.Tensor, num_rows: int, generator: torch.Generator | None = None
 ) -> SampledRows | None:
-    """Draw rows, without replacement, first among those that have far keys at all.
+    """Draw rows of each sequence, without replacement, among those that have far keys.
 
-    A sequence with fewer of those than another fills up with rows that see nothing and count
-    nothing, so that one short text does not take the losses off the whole batch. One that has a
-    single such row has no pair of them, and counts as it would alone: not at all.
+    A sequence with fewer such rows than another is filled up with invalid rows, which add nothing
+    to a loss. So one short text does not take the losses off the whole batch. A sequence with only
+    one such row has no pair of them, so all of its rows are invalid.
 
     Args:
-        position_ids: `[batch, T]`, from 0 at the start of each document; negative for padding.
-        num_rows: how many a sequence; all that there are, if fewer.
-        generator: for reproducible draws.
+        position_ids: positions, which start at 0 in each document and are negative for padding,
+            `[batch, T]`.
+        num_rows: how many rows of a sequence to draw. Fewer are drawn if no sequence has so many.
+        generator: makes the draws reproducible.
 
     Returns:
-        `None` where no document is long enough to have two such rows.
+        The rows, or `None` if no sequence has two rows with far keys.
     """
-    far = position_ids >= NEAR
-    far &= far.sum(-1, keepdim=True) > 1
-    num_rows = min(num_rows, int(far.sum(-1).max()))
+    # The rows to draw from: those with a key at least NEAR tokens back, [batch, T].
+    has_far_keys = position_ids >= NEAR
+    has_far_keys &= has_far_keys.sum(-1, keepdim=True) > 1
+    num_rows = min(num_rows, int(has_far_keys.sum(-1).max()))
     if num_rows < 2:
         return None
-    noise = torch.rand(far.shape, generator=generator).to(far.device)
-    rows = noise.masked_fill(~far, -1).topk(num_rows, dim=-1).indices
-    counts = far.gather(-1, rows)
-    # A row of padding has no document; it may look at itself, which is no far key.
-    starts = torch.where(counts, rows - position_ids.gather(-1, rows), rows)
-    return SampledRows(rows, starts, counts)
+    # The rows with the most noise are a draw without replacement; all others come after them.
+    noise = torch.rand(has_far_keys.shape, generator=generator).to(has_far_keys.device)
+    rows = noise.masked_fill(~has_far_keys, -1).topk(num_rows, dim=-1).indices
+    valid = has_far_keys.gather(-1, rows)
+    # An invalid row may be padding, which has no document: it sees itself, which is no far key.
+    starts = torch.where(valid, rows - position_ids.gather(-1, rows), rows)
+    return SampledRows(rows, starts, valid)
 
 
 def sampled_attention(
@@ -90,35 +100,39 @@ def sampled_attention(
     sinks: torch.Tensor | None = None,
     sink: Sink | None = None,
 ) -> torch.Tensor:
-    """The attention that the sampled rows pay.
+    """Compute the attention weights of the sampled rows.
 
     Args:
-        query_states: `[batch, heads, T, head_dim]`, after RoPE.
-        key_states: `[batch, kv_heads, T, head_dim]`, after RoPE.
+        query_states: queries after RoPE, `[batch, heads, T, head_dim]`.
+        key_states: keys after RoPE, `[batch, kv_heads, T, head_dim]`.
         scaling: factor of the logits.
-        sampled: from `sample_rows`.
-        sliding_window: keys that a query sees, itself included, where a layer limits them.
-        sinks: `[heads]`, a logit that joins each softmax without being a key, as in gpt-oss.
-        sink: the slots of a gated layer, with the gradient of its logits and odds.
+        sampled: the rows, from `sample_rows`.
+        sliding_window: how many keys a query sees, itself included, if the layer limits them.
+        sinks: logits that join each softmax without being a key, as in gpt-oss, `[heads]`.
+        sink: the sinks of a gated layer, whose logits and odds get a gradient.
 
     Returns:
-        `[batch, heads, num_rows, T]` in float32, with the gradient of queries and keys. Rows sum to
-        1, or with sinks to what they leave: a slot is no key, and has no column.
+        `[batch, heads, num_rows, T]` in float32, with the gradient of queries and keys. A row sums
+        to 1, or with a sink to the share that the sink leaves to the keys; a sink has no column.
     """
     batch, heads, length, head_dim = query_states.shape
     kv_heads, num_rows = key_states.shape[1], sampled.rows.shape[1]
     index = sampled.rows.view(batch, 1, num_rows, 1).expand(-1, heads, -1, head_dim)
-    # Groups are folded into the rows, so that keys are not repeated for every query head.
+    # The query heads of a group are folded into its rows, [batch, kv_heads, group * num_rows,
+    # head_dim], so that keys are not repeated for every query head.
     queries = query_states.gather(2, index).reshape(batch, kv_heads, -1, head_dim) * scaling
     logits = (queries @ key_states.mT).view(batch, heads, num_rows, length)
-    logits = logits + sampled.bias(length, sliding_window)  # in float32
+    logits = logits + sampled.mask_bias(length, sliding_window)  # in float32
     if sinks is None and sink is None:
         return logits.softmax(-1)
+    # A sink raises the log-sum-exp [batch, heads, num_rows] by which the softmax divides.
     log_sum_exp = logits.logsumexp(-1)
     if sinks is not None:
         log_sum_exp = torch.logaddexp(log_sum_exp, sinks.float()[:, None])
     if sink is not None:
-        log_sum_exp = log_sum_exp + sink.of_sampled(sampled.rows).added(log_sum_exp)
+        log_sum_exp = log_sum_exp + sink.select_queries(sampled.rows).log_sum_exp_increase(
+            log_sum_exp
+        )
     return (logits - log_sum_exp.unsqueeze(-1)).exp()
 
 
@@ -129,7 +143,7 @@ def attention_of_rows(
     sampled: SampledRows,
     sink: Sink | None = None,
 ) -> torch.Tensor:
-    """`sampled_attention` as a family's module computes it."""
+    """Compute `sampled_attention` with the scaling, sliding window and sinks of a module."""
     kwargs = attention.attention_kwargs()
     return sampled_attention(
         query_states,

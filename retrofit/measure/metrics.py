@@ -86,7 +86,7 @@ def left_by_slot(log_sum_exp: torch.Tensor, sink_logits: torch.Tensor) -> torch.
         sink_logits: the slot's logit `s`, `[heads]` or `[batch, heads, T]`.
     """
     odds = torch.ones(log_sum_exp.shape[1], device=log_sum_exp.device)
-    return Sink(sink_logits, odds).left(log_sum_exp)
+    return Sink(sink_logits, odds).key_share(log_sum_exp)
 
 
 def _blocks(

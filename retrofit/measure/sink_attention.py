@@ -11,7 +11,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from retrofit.adapters._log_sum_exp import read_log_sum_exp
-from retrofit.adapters._sink import Sink, towards
+from retrofit.adapters._sink import Sink, pull_towards_center
 from retrofit.adapters._sink_attention import sdpa_with_sink
 
 
@@ -91,7 +91,7 @@ def beside_slots(
         slots: the slots of each head.
     """
     for slot in slots:
-        left = slot.left(log_sum_exp)  # [batch, heads, T]
-        output = towards(output.transpose(1, 2), left, slot.center).transpose(1, 2)
+        left = slot.key_share(log_sum_exp)  # [batch, heads, T]
+        output = pull_towards_center(output.transpose(1, 2), left, slot.center).transpose(1, 2)
         log_sum_exp = log_sum_exp - left.log()
     return output

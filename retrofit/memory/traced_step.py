@@ -160,7 +160,7 @@ def _by_document(
     outputs = []
     for row in range(len(query)):
         at = slice(row, row + 1), slice(None)
-        slot = None if sink is None else sink.of_queries(*at)
+        slot = None if sink is None else sink.select_block(*at)
         q, k, v = (states[at] for states in (query, key, value))
         attended = attend_to_documents(q, k, v, scaling, dropout, slot)
         outputs.append(attended.transpose(1, 2))

@@ -19,8 +19,8 @@ from transformers.masking_utils import flash_attention_mask
 from retrofit.adapters._family import sliding_window_of
 from retrofit.adapters._flash_on_cpu import attend_on_cpu
 from retrofit.adapters._log_sum_exp import read_log_sum_exp
-from retrofit.adapters._sink import Sink, towards
-from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS, check_heeded
+from retrofit.adapters._sink import Sink, pull_towards_center
+from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS, check_supported
 
 NAME = "sdpa_by_document"
 
@@ -63,7 +63,7 @@ def sdpa_by_document(
     """
     if attention_mask is not None or key.shape[2] != query.shape[2]:
         raise ValueError(f"{NAME} reads packed rows, which have no attention mask and no cache")
-    check_heeded(kwargs, "s_aux")
+    check_supported(kwargs, "s_aux")
     outputs = []
     for row, positions in enumerate(position_ids.expand(len(query), -1)):
         start = 0
@@ -72,7 +72,7 @@ def sdpa_by_document(
             at = slice(row, row + 1), slice(start, end)
             states = (states[at[0], :, at[1]] for states in (query, key, value))
             q, k, v = (_by_document(part, count) for part in states)
-            slot = None if sink is None else _slot_by_document(sink.of_queries(*at), count)
+            slot = None if sink is None else _slot_by_document(sink.select_block(*at), count)
             attended = attend_to_documents(q, k, v, scaling, dropout, slot)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
             start = end
@@ -120,14 +120,14 @@ def attend_to_documents(
     if sink is None:
         return output
     log_sum_exp = read_log_sum_exp(query, key, scaling)
-    return towards(output, sink.left(log_sum_exp), sink.center)
+    return pull_towards_center(output, sink.key_share(log_sum_exp), sink.center)
 
 
 def _beside_itself(query, key, value, scaling: float, sink: Sink) -> torch.Tensor:
     """The attention of tokens that have themselves and a slot."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     log_sum_exp = torch.linalg.vecdot(query.float(), key.float()) * scaling
-    return towards(value, sink.left(log_sum_exp), sink.center)
+    return pull_towards_center(value, sink.key_share(log_sum_exp), sink.center)
 
 
 AttentionInterface.register(NAME, sdpa_by_document)

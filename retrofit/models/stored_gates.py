@@ -98,7 +98,7 @@ def _add(gates: Gates, index: int, gate: GateProjection) -> None:
     if gate.sink_weight is not None:
         gates.sink_weights[index] = gate.sink_weight.detach()
     if gate.key_bias is not None:
-        gates.key_biases[index] = gate.bias_of_keys(gate.head_dim)
+        gates.key_biases[index] = gate.full_key_bias(gate.head_dim)
     gates.parameters += sum(parameter.numel() for parameter in gate.parameters())
 
 

@@ -73,7 +73,7 @@ class Calibration:
                 if gate.center is not None:
                     gate.center.copy_(self.values[index])
                 if gate.sink_odds is not None and index in self.sink_logits:
-                    gate.start_sinks_from(
+                    gate.set_calibration(
                         self.sink_logits[index], self.mean_queries[index], self.first_keys[index]
                     )
 
@@ -151,7 +151,7 @@ class _Reader:
             (self.queries, queries.float()),
             (self.keys, keys.float()),
         ):
-            seen.append(states.transpose(1, 2)[sampled.counts])
+            seen.append(states.transpose(1, 2)[sampled.valid])
 
     def sink_logits(self) -> torch.Tensor:
         return closest_logits(torch.cat(self.others), torch.cat(self.shares))

@@ -1,8 +1,9 @@
-"""vLLM's plugin: checkpoints of `retrofit merge --format remote-code` on vLLM's own model classes.
+"""A plugin that runs checkpoints of `retrofit merge --format remote-code` on vLLM's own models.
 
 vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. Of
-the rest of this package only `retrofit.stored_names` is imported there, so that it may be installed
-without what the others need: vLLM wants an older transformers than training does.
+the rest of this package, the plugin imports only `retrofit.stored_names`. So the package can be
+installed in vLLM's environment without its dependencies: vLLM needs an older transformers than
+training does.
 
     pip install --no-deps gate-retrofit
     vllm serve CHECKPOINT
@@ -12,8 +13,8 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Tell transformers the configs, and vLLM where the models are, which it imports when asked for
-    one."""
+    """Register the configs with transformers, and with vLLM the module of each model, which vLLM
+    imports when that model is asked for."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

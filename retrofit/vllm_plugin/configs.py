@@ -1,7 +1,7 @@
-"""The configs of gated checkpoints: the base's, what gates need, and the name of a vLLM class.
+"""The configs of gated checkpoints: the base's config, the gates' settings and a vLLM class name.
 
-In the checkpoints `GatedForCausalLM` stands for the model of every family, and `model_type` says
-which one is meant.
+In the checkpoints, the architecture of every family is called `GatedForCausalLM`, and `model_type`
+tells the families apart.
 """
 
 from typing import Any
@@ -16,13 +16,16 @@ from transformers import (
 )
 
 
-def gated(base: type, name: str) -> Any:
-    """The config of a family, `Gated{name}Config`, with the arguments that
+def gated_config(base: type, name: str) -> Any:
+    """Make the config class of a family, `Gated{name}Config`, whose arguments
     `adapters/modeling_gated.py` describes.
 
-    Raises:
-        NotImplementedError: when built for gates that vLLM's attention cannot have. vLLM would
-            wrap a `ValueError` in several lines.
+    An instance raises NotImplementedError if vLLM's attention cannot run its gates. vLLM would wrap
+    a ValueError in several lines.
+
+    Args:
+        base: the config class of the base.
+        name: the family's name in the names of the classes.
     """
 
     class GatedConfig(base):  # type: ignore[misc, valid-type]
@@ -39,8 +42,8 @@ def gated(base: type, name: str) -> Any:
             **kwargs,
         ):
             super().__init__(**kwargs)
-            if reason := _refusal(gate_sinks, kwargs):
-                raise NotImplementedError(reason)
+            if problem := _unsupported(gate_sinks, kwargs):
+                raise NotImplementedError(problem)
             self.gate_granularity = gate_granularity
             self.gate_sinks = gate_sinks
             self.gate_key_bias = gate_key_bias
@@ -48,28 +51,29 @@ def gated(base: type, name: str) -> Any:
             self.gated_layers = gated_layers or []
             self.architectures = [self.architecture]
 
-    # vLLM sends configs to its processes, which find the class by its name.
+    # vLLM pickles configs for its processes, which find the class by its name.
     GatedConfig.__name__ = GatedConfig.__qualname__ = f"Gated{name}Config"
     return GatedConfig
 
 
-def _refusal(sinks: str, others: dict) -> str | None:
+def _unsupported(sinks: str, base_settings: dict) -> str | None:
+    """Why vLLM's attention cannot run gates with these sinks, or `None` if it can."""
     if sinks not in ("none", "constant"):
         return (
             f"gates with sinks={sinks!r} do not run in vLLM, whose attention takes constant sinks; "
             "transformers runs them, with trust_remote_code"
         )
-    if sinks != "none" and others.get("dual_chunk_attention_config"):
+    if sinks != "none" and base_settings.get("dual_chunk_attention_config"):
         return "vLLM has no dual chunk attention with sinks; drop dual_chunk_attention_config"
     return None
 
 
-GatedGemma3TextConfig = gated(Gemma3TextConfig, "Gemma3Text")
-GatedLlamaConfig = gated(LlamaConfig, "Llama")
-GatedMistralConfig = gated(MistralConfig, "Mistral")
-GatedQwen2Config = gated(Qwen2Config, "Qwen2")
-GatedQwen3Config = gated(Qwen3Config, "Qwen3")
-GatedQwen3MoeConfig = gated(Qwen3MoeConfig, "Qwen3Moe")
+GatedGemma3TextConfig = gated_config(Gemma3TextConfig, "Gemma3Text")
+GatedLlamaConfig = gated_config(LlamaConfig, "Llama")
+GatedMistralConfig = gated_config(MistralConfig, "Mistral")
+GatedQwen2Config = gated_config(Qwen2Config, "Qwen2")
+GatedQwen3Config = gated_config(Qwen3Config, "Qwen3")
+GatedQwen3MoeConfig = gated_config(Qwen3MoeConfig, "Qwen3Moe")
 
 CONFIGS = (
     GatedGemma3TextConfig,

@@ -1,6 +1,6 @@
-"""The gate of one layer, under the names that the checkpoint gives its parts, on vLLM's layers.
+"""The gate of one layer, built of vLLM's layers, with the parameter names of the checkpoint.
 
-Where attention runs on several devices, each holds the parts of its own heads.
+If attention runs on several devices, each holds the part of the gate that belongs to its heads.
 """
 
 import torch
@@ -14,21 +14,22 @@ from vllm.model_executor.utils import set_weight_attrs
 
 
 class Gate(nn.Module):
-    """What `config` has of `center + g * (Y - center)`, as `adapters/modeling_gated.py` has it.
+    """The gate of one layer, `center + g * (Y - center)`, with the parts of
+    `adapters/modeling_gated.py` that `config` asks for.
 
-    The center is taken off the values, before attention, and put back behind the gates: the slot of
-    a sink adds nothing to the output, so it is scaled by `g`, as the projection scales it.
+    The center is subtracted from the values before attention and added back after the gate. The
+    slot of vLLM's sinks has the value 0, so the sink scales `Y - center`, as the projection does.
 
     Args:
-        config: of the model.
-        attention: vLLM's, whose heads are gated.
-        prefix: name of the gate in the model.
+        config: the model's config.
+        attention: vLLM's attention module, whose heads are gated.
+        prefix: the gate's name in the model.
 
     Attributes:
-        g_proj: `W_g` of `g = 2 * sigmoid(X W_g)`.
-        sinks: logits of the slots, `[num_heads]`.
-        key_bias: added to the keys before RoPE, `[num_kv_heads, head_dim]`.
-        center: `[num_kv_heads, head_dim]`.
+        g_proj: the projection `W_g` of `g = 2 * sigmoid(X W_g)`.
+        sinks: the sink logits, `[num_heads]`.
+        key_bias: a bias of the keys before RoPE, `[num_kv_heads, head_dim]`.
+        center: what a closed gate leaves, `[num_kv_heads, head_dim]`.
     """
 
     def __init__(self, config, attention: nn.Module, prefix: str):
@@ -46,15 +47,22 @@ class Gate(nn.Module):
                 prefix=f"{prefix}.g_proj",
             )
         if config.gate_sinks != "none":
-            self.sinks = _by_head(attention.num_heads)
+            self.sinks = _parameter_by_head(attention.num_heads)
         if config.gate_key_bias:
-            self.key_bias = _by_head(*by_kv_head)
+            self.key_bias = _parameter_by_head(*by_kv_head)
         if config.gate_centered:
-            self.center = _by_head(*by_kv_head)
+            self.center = _parameter_by_head(*by_kv_head)
 
-    def before(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys before RoPE and values, both `[tokens, num_kv_heads * head_dim]`, as attention is
-        to have them."""
+    def prepare(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the bias to the keys and subtract the center from the values.
+
+        Args:
+            key: the keys before RoPE, `[tokens, num_kv_heads * head_dim]`.
+            value: the values, of the same shape.
+
+        Returns:
+            The keys and values, of the same shape.
+        """
         if self.key_bias is not None:
             key = key + self.key_bias.flatten()
         if self.center is not None:
@@ -62,10 +70,18 @@ class Gate(nn.Module):
         return key, value
 
     def forward(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The output of attention, `[tokens, num_heads * head_dim]`, gated by what
-        `hidden_states` `[tokens, hidden_size]` say."""
+        """Scale the output of attention by the gate and add the center.
+
+        Args:
+            output: the output of attention, `[tokens, num_heads * head_dim]`.
+            hidden_states: the input of the attention module, `[tokens, hidden_size]`.
+
+        Returns:
+            The shape of `output`.
+        """
         if self.g_proj is not None:
             logits, _ = self.g_proj(hidden_states)
+            # The gate is [tokens, num_heads, head_dim or 1].
             gate = 2 * torch.sigmoid(logits).unflatten(-1, (self.num_heads, -1))
             output = (output.unflatten(-1, (self.num_heads, -1)) * gate).flatten(-2)
         if self.center is not None:
@@ -73,15 +89,16 @@ class Gate(nn.Module):
         return output
 
 
-def _by_head(*shape: int) -> nn.Parameter:
-    """Numbers of this device's heads, or of its key-value heads."""
+def _parameter_by_head(*shape: int) -> nn.Parameter:
+    """Make a parameter whose first dimension is this device's heads, or its key-value heads."""
     parameter = nn.Parameter(torch.zeros(shape), requires_grad=False)
     set_weight_attrs(parameter, {"weight_loader": _load_own_heads})
     return parameter
 
 
 def _load_own_heads(parameter: nn.Parameter, stored: torch.Tensor) -> None:
-    """Where there are more devices than key-value heads, neighbours hold the same."""
+    """Load this device's part of a stored parameter. If there are more devices than key-value
+    heads, neighbouring devices hold the same head."""
     rank, devices = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     first = rank * len(stored) // devices
     parameter.data.copy_(stored[first : first + len(parameter)])

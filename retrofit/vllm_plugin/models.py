@@ -19,23 +19,24 @@ from retrofit.vllm_plugin.attention import GatedAttention
 
 
 class Gated(nn.Module):
-    """A mixin before a model of vLLM, which puts gates into the layers that the config names."""
+    """A mixin that comes before a model class of vLLM and adds gates to the layers that the config
+    names."""
 
     model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         decoder = self.model
-        # Where the layers are spread over devices, those of others are placeholders here.
-        here = range(decoder.start_layer, decoder.end_layer)
+        # If the layers are spread over devices, those of other devices are placeholders here.
+        local_layers = range(decoder.start_layer, decoder.end_layer)
         for index in vllm_config.model_config.hf_config.gated_layers:
-            if index in here:
+            if index in local_layers:
                 layer = decoder.layers[index]
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{index}.self_attn"
                 layer.self_attn = GatedAttention(layer.self_attn, vllm_config, name)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """vLLM's, of checkpoints with former names as well."""
+        """Overrides vLLM's method, so that checkpoints with former names load too."""
         return super().load_weights((current_name(name), tensor) for name, tensor in weights)
 
 

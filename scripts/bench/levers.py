@@ -103,7 +103,7 @@ LEVERS = {
         spares=True,
     ),
     "teacher shared below the lowest gate (upper half gated)": Lever(
-        (patch(SharedLayers, "_below", lambda self: []),),
+        (patch(SharedLayers, "_layers_below_gates", lambda self: []),),
         recipe={"gate": {"layers": list(range(15, 30))}},
     ),
     "each layer compiled": Lever(compiled=True),

@@ -156,7 +156,7 @@ def test_a_slot_without_weight_changes_no_bit(dtype, length, keys, masked):
 def test_a_query_that_sees_nothing_has_no_slot_either():
     sink = Sink(torch.zeros(HEADS), torch.ones(HEADS))
     for nothing in (-torch.inf, torch.finfo(torch.float32).min):
-        assert sink.left(torch.full((1, HEADS, 3), nothing)).eq(1).all()
+        assert sink.key_share(torch.full((1, HEADS, 3), nothing)).eq(1).all()
 
 
 def test_log_sum_exp_in_blocks_is_the_whole(monkeypatch):

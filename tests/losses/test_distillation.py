@@ -96,7 +96,7 @@ def test_no_tensor_of_full_logits_is_made(monkeypatch):
     head = torch.nn.Linear(16, 5000, bias=False).requires_grad_(False)
     labels = torch.randint(0, 5000, (1, 400))
     with Largest() as largest:
-        states = distillation.predicting(hidden, labels)
+        states = distillation.select_predicting(hidden, labels)
         outputs = distillation.chunked_objectives(
             states, states.detach(), head, labels, Objective(lm=1, kl=1)
         )

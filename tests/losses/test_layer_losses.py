@@ -46,8 +46,9 @@ class Added(LayerLosses):
         index = attention.layer_idx
         losses = (
             3.0 * collision_probability(weights, self.sampled)
-            + 0.5 * balance_loss(load, self.sampled.counts, 1)
-            + 2.0 * relative_distance(hidden_states, self.base[index], self.kept[index])
+            + 0.5 * balance_loss(load, self.sampled.valid, 1)
+            + 2.0
+            * relative_distance(hidden_states, self.base_inputs[index], self.compared_tokens[index])
         )
         self.total = self.total + losses / 3
         return attn_output
@@ -145,7 +146,7 @@ def test_a_token_that_is_massive_in_the_base_is_not_held_to_it(monkeypatch):
         model(inputs_embeds=embeddings, position_ids=POSITION_IDS)
     expected = POSITION_IDS > 0
     expected[0, 5] = False
-    assert all(kept.equal(expected) for kept in layer_losses.kept.values())
+    assert all(tokens.equal(expected) for tokens in layer_losses.compared_tokens.values())
 
 
 def test_distance_is_relative_and_leaves_out_what_does_not_count():

@@ -107,7 +107,7 @@ def test_rows_have_far_keys_and_padding_is_left_alone():
     position_ids[1, 120:] = -1
     sampled = sample_rows(position_ids, 32)
     assert sampled.rows.shape == (2, 32)
-    assert sampled.counts.all()
+    assert sampled.valid.all()
     assert (position_ids.gather(-1, sampled.rows) >= NEAR).all()
     assert sample_rows(positions(40, 40, 40), 32) is None
 
