@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.models.source import MergeSource
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import CheckError, UserError
 
 LOAD = """\
@@ -60,7 +61,7 @@ class CheckpointFormat:
             UserError: if it cannot hold weights of that dtype.
         """
         output = source.weights["model.layers.0.self_attn.o_proj.weight"]
-        name = asked or str(output.dtype).removeprefix("torch.")
+        name = asked or dtype_name(output.dtype)
         if name not in self.dtypes:
             raise UserError(
                 f"cannot store weights as {name}; dtype must be {', '.join(self.dtypes)}"

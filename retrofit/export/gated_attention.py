@@ -15,9 +15,11 @@ import torch
 from retrofit.export import qwen3_5
 from retrofit.export.checkpoint_format import LOAD, TRUST, CheckpointFormat
 from retrofit.export.constant_head import add_center
+from retrofit.models.base_config import head_dim_of
 from retrofit.models.published import unpack
 from retrofit.models.safetensors_io import write_shards
 from retrofit.models.source import MergeSource
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.files import temporary_folder, write_json
 
 
@@ -38,14 +40,14 @@ def _config(source: MergeSource, dtype: torch.dtype) -> dict:
             "AutoModelForCausalLM": "modeling_qwen3.Qwen3ForCausalLM",
         },
         **{name: getattr(config, name, None) for name in copied},
-        "head_dim": qwen3_5.head_dim_of(config),
+        "head_dim": head_dim_of(config),
         "rope_theta": rope.pop("rope_theta"),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "use_qk_norm": config.model_type == "qwen3",
         "qkv_bias": _is_biased(source),
         "headwise_attn_output_gate": source.gates.granularity == "headwise",
         "elementwise_attn_output_gate": source.gates.granularity != "headwise",
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
     }
 
 
@@ -58,7 +60,7 @@ def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, tor
     for name in source.shapes:
         if not name.startswith("model.layers."):
             yield name, weights[name].to(dtype)
-    width = 1 if source.gates.granularity == "headwise" else qwen3_5.head_dim_of(config)
+    width = 1 if source.gates.granularity == "headwise" else head_dim_of(config)
     ungated = torch.zeros(config.num_attention_heads * width, config.hidden_size)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."

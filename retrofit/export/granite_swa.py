@@ -18,7 +18,8 @@ from transformers import PreTrainedConfig
 
 from retrofit.adapters._family import sliding_window_of
 from retrofit.export.constant_head import add_center
-from retrofit.export.qwen3_5 import has_bias, head_dim_of, read_layer
+from retrofit.export.qwen3_5 import has_bias, read_layer
+from retrofit.models.base_config import head_dim_of
 
 NO_SINK = -1e4  # `sigmoid(LSE + 1e4)` is 1, and every float format holds it
 

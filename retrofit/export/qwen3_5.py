@@ -33,6 +33,7 @@ from retrofit.export.exact_norms import (
     fold_norm,
     scale,
 )
+from retrofit.models.base_config import head_dim_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -179,11 +180,6 @@ def _adds_constant(config: PreTrainedConfig, centered: bool) -> bool:
 def _groups(config: PreTrainedConfig) -> int:
     """Query heads to each key-value head."""
     return config.num_attention_heads // config.num_key_value_heads
-
-
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Width of a head, which not every config states."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _residual_shift(config: PreTrainedConfig, scales: Scales) -> int:

@@ -21,6 +21,7 @@ from retrofit.export.checkpoint_format import (
 from retrofit.export.granite_swa import NO_SINK
 from retrofit.models.safetensors_io import write_shards
 from retrofit.models.source import MergeSource
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.files import read_json, write_json
 
 CLASSES = {
@@ -68,7 +69,7 @@ def _text(name: str) -> str:
 def _config(source: MergeSource, dtype: torch.dtype) -> dict:
     """The base's file as it is, whatever version of transformers wrote it, and what gates need."""
     config = json.loads((source.base / "config.json").read_text())
-    stored = str(dtype).removeprefix("torch.")
+    stored = dtype_name(dtype)
     config |= {name: stored for name in ("dtype", "torch_dtype") if name in config}
     gates = source.gates
     return config | {

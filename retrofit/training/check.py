@@ -12,6 +12,7 @@ from retrofit.models.gated_model import gated_model
 from retrofit.models.opening import opening
 from retrofit.recipe import Recipe
 from retrofit.training.preflight import preflight, read_texts
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
 from retrofit.utils.output_path import refuse_unwritable
 from retrofit.utils.paths import expanded
@@ -73,7 +74,7 @@ def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
 
 
 def _dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
-    stored = str(config.dtype or torch.float32).removeprefix("torch.")
+    stored = dtype_name(config.dtype or torch.float32)
     return recipe.model.dtype if recipe.model.dtype != "auto" else stored
 
 

@@ -40,6 +40,7 @@ from retrofit.training.preflight import preflight, read_texts
 from retrofit.training.trainer import GateTrainer
 from retrofit.training.trainer_state import rows_per_step, whole_adapter
 from retrofit.utils.console import say
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import CheckError, UserError
 from retrofit.utils.files import (
     missing_above,
@@ -288,7 +289,7 @@ def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:
         "name_or_path": recipe.model.base,
         "revision": recipe.model.revision,
         "model_type": base.config.model_type,
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.dtype),
         "quantization": recipe.model.quantization,
         "weights_sha256": weights_sha256(base_weights(model)),
         "config": config_values(base.config),
