@@ -24,7 +24,7 @@ from retrofit.models.source import MergeSource, read_source
 from retrofit.recipe import RESOLVED, load_recipe
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import (
-    appearing_whole,
+    atomic_folder,
     copy,
     copy_tokenizer,
     refuse_existing,
@@ -80,7 +80,7 @@ def merge(
     form.check(source)
     check_shown(source.folder)
     seconds: dict[str, float] = {}
-    with appearing_whole(out) as folder:
+    with atomic_folder(out) as folder:
         with _timed(seconds, "reference"):
             rounding_kl = trained_reference(
                 source.base, source.adapter, PASSAGE, stored, folder / FILE, form.rounds_inputs

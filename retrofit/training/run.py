@@ -43,13 +43,13 @@ from retrofit.utils.console import say
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import CheckError, UserError
 from retrofit.utils.files import (
-    missing_above,
+    atomic_file,
+    missing_parents,
     remove,
     to_json,
     write_json,
     write_text,
     writing,
-    written_whole,
 )
 from retrofit.utils.output_path import refuse_unwritable
 from retrofit.utils.paths import expanded
@@ -101,7 +101,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 def _leaving_nothing(run: Path) -> Iterator[None]:
     """A run that ends before its first checkpoint has nothing to go on from, and its folder would
     be in the way of the next try."""
-    above = missing_above(run)
+    above = missing_parents(run)
     try:
         yield
     except BaseException:
@@ -302,7 +302,7 @@ def _finish(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Path, fac
     adapter, hidden = run / "adapter", run / ".adapter.partial"
     for left in (hidden, adapter):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    with written_whole(run / "run.json") as partial:
+    with atomic_file(run / "run.json") as partial:
         partial.write_text(to_json(facts), encoding="utf-8")
         trainer.model.save_pretrained(str(hidden), state_dict=gates)
         (hidden / "README.md").unlink(missing_ok=True)  # PEFT's empty card template
