@@ -59,7 +59,7 @@ def train(recipe: str, run: Path, overrides: list[str], done: str = "measure.jso
     """The run's exit code; 0 at once if its last file is there, `done`."""
     if (run / done).is_file():
         asked = load_recipe(recipe, [f"output_dir={run}", *overrides])
-        if (run / "recipe.resolved.yaml").read_text() != asked.anchored().to_yaml():
+        if (run / "recipe.resolved.yaml").read_text() != asked.with_absolute_paths().to_yaml():
             print(f"error: {run} was trained with another recipe; remove it", file=sys.stderr)
             return 2
         return 0

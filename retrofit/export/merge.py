@@ -129,7 +129,7 @@ def _write_recipe(source: MergeSource, folder: Path) -> None:
     """A damaged one is left out: it has no part in what was merged."""
     with suppress(ValueError, OSError):
         recipe = load_recipe(str(source.folder / RESOLVED))
-        write_text(folder / RESOLVED, recipe.published().to_yaml())
+        write_text(folder / RESOLVED, recipe.without_folders().to_yaml())
 
 
 def _report(source: MergeSource, about: dict, rounding_kl: float) -> dict:

@@ -87,7 +87,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     # Each rank on its own device, before anything is loaded.
     ranks = PartialState(cpu=not torch.accelerator.is_available())
     console = console or Console(quiet=not ranks.is_main_process)
-    recipe = recipe.anchored()
+    recipe = recipe.with_absolute_paths()
     run = expanded(recipe.output_dir)
     checkpoint = _check_folder(run, recipe, resume, console)
     config = preflight(recipe)
@@ -227,7 +227,7 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> 
         (run / name).exists() for name in ("checkpoints", "run.json")
     ):
         raise UserError(f"nothing to resume: {run} holds no run")
-    before, now = load_recipe(str(resolved)).anchored().model_dump(), recipe.model_dump()
+    before, now = load_recipe(str(resolved)).with_absolute_paths().model_dump(), recipe.model_dump()
     # The folder may have been moved.
     compared = now.keys() - {"measure", "output_dir"}
     changed = [key for key in now if key in compared and before[key] != now[key]]

@@ -477,7 +477,7 @@ def test_the_recipe_of_a_run_trains_another_one_elsewhere(stopped):
 def test_what_is_no_file_is_not_anchored(home, monkeypatch):
     monkeypatch.chdir(home)
     given = settings("run") | {"model": {"base": "org/name"}, "measure": {"text": "~/text.txt"}}
-    recipe = Recipe.model_validate(given).anchored()
+    recipe = Recipe.model_validate(given).with_absolute_paths()
     assert recipe.model.base == "org/name" and recipe.measure.text == "~/text.txt"
     assert recipe.data.sources[0].path == str(home / "text.jsonl")
 
