@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from retrofit.export import qwen3_5
-from retrofit.export.checkpoint_format import LOAD, TRUST, CheckpointFormat
+from retrofit.export.checkpoint_format import LOAD_CODE, TRUST_OPTION, CheckpointFormat
 from retrofit.export.constant_head import add_center
 from retrofit.models.base_config import head_dim_of
 from retrofit.models.published import unpack
@@ -85,7 +85,7 @@ def _pack(query: torch.Tensor, gate: torch.Tensor, num_key_value_heads: int) -> 
     return torch.cat(pair, dim=1).flatten(0, 1)
 
 
-class Published(CheckpointFormat):
+class GatedAttentionLayout(CheckpointFormat):
     """The paper's layout. Its two Python files, which run it, are its authors' to give, so it is
     proved by taking it apart again."""
 
@@ -107,7 +107,7 @@ class Published(CheckpointFormat):
         about = {"model_type": source.config.model_type, "constant_heads": 0}
         return about | write_shards(_tensors(source, stored), folder, max_shard_size)
 
-    def lies_in(self, folder, config, file):
+    def matches(self, folder, config, file):
         return "auto_map" in config and any(n.endswith("_attn_output_gate") for n in config)
 
     @contextmanager
@@ -121,8 +121,8 @@ class Published(CheckpointFormat):
             "With `configuration_qwen3.py` and `modeling_qwen3.py` of "
             "[qiuzh20/gated_attention](https://github.com/qiuzh20/gated_attention) in this folder, "
             "in the version of transformers that they are written for:\n\n"
-            + LOAD.format(name=name, imports="", options=TRUST)
+            + LOAD_CODE.format(name=name, imports="", options=TRUST_OPTION)
         )
 
 
-FORMAT = Published()
+FORMAT = GatedAttentionLayout()

@@ -41,7 +41,7 @@ class Gguf(CheckpointFormat):
         file = folder / f"{name}-{llama_cpp.KINDS[dtype][0].name}.gguf"
         return {"file": file.name} | llama_cpp.write_gguf(source, file, dtype)
 
-    def lies_in(self, folder, config, file):
+    def matches(self, folder, config, file):
         return file is not None and (folder / file).is_file()
 
     @contextmanager

@@ -49,7 +49,7 @@ def contents(source: MergeSource, kind: str) -> Contents:
     """Base and gates, stored as `kind`."""
     scales = _scales(source, kind)
     config = qwen3_5.native_config(source.config, bool(source.gates.centers), scales)
-    arch = MODEL_ARCH_NAMES[_arch(config)]
+    arch = MODEL_ARCH_NAMES[_architecture(config)]
     return Contents(
         arch, config, partial(_add_config, config=config), _tensors(source, config, scales)
     )
@@ -61,18 +61,18 @@ def _scales(source: MergeSource, kind: str) -> Scales:
         return Scales()
     unscaled = Scales(residual_shift=0)
     to_residual = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
-    tensors = _stock(source, unscaled)
+    tensors = _native_tensors(source, unscaled)
     largest = max(t.abs().max().item() for name, t in tensors if name.endswith(to_residual))
     room = math.floor(math.log2(_LARGEST[kind] / largest))
     return Scales(residual_shift=min(room, 20), dominance=2.0**-16)
 
 
-def _stock(source: MergeSource, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
+def _native_tensors(source: MergeSource, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
     parts = source.config, source.weights, source.gates.matrices, source.gates.centers
     return qwen3_5.native_tensors(*parts, torch.float32, scales=scales)
 
 
-def _arch(config: dict) -> MODEL_ARCH:
+def _architecture(config: dict) -> MODEL_ARCH:
     return MODEL_ARCH.QWEN35MOE if "num_experts" in config else MODEL_ARCH.QWEN35
 
 
@@ -90,7 +90,7 @@ def _add_config(writer: GGUFWriter, config: dict) -> None:
     writer.add_ssm_group_count(1)
     writer.add_ssm_time_step_rank(1)
     writer.add_ssm_inner_size(_STATE)
-    arch = MODEL_ARCH_NAMES[_arch(config)]
+    arch = MODEL_ARCH_NAMES[_architecture(config)]
     writer.add_array(f"{arch}.attention.recurrent_layers", [False] * layers + [True])
     if "num_experts" in config:
         writer.add_expert_count(config["num_experts"])
@@ -104,8 +104,8 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the file, under llama.cpp's names, in float32."""
     layers = config["num_hidden_layers"]
-    names = get_tensor_name_map(_arch(config), layers + 1)
-    for name, tensor in _with_stacked_experts(_stock(source, scales), config):
+    names = get_tensor_name_map(_architecture(config), layers + 1)
+    for name, tensor in _with_stacked_experts(_native_tensors(source, scales), config):
         if name.endswith("o_proj.bias"):  # zero: see `qwen3_5`
             continue
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))

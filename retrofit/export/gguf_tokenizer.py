@@ -37,7 +37,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder.name} has no tokenizer.json, which a GGUF file is made from")
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    if rules_of(tokenizer) is None and not is_sentencepiece(tokenizer):
+    if pre_tokenizer_name(tokenizer) is None and not is_sentencepiece(tokenizer):
         raise UserError(
             f"the tokenizer of {folder.name} is not one that can be named to llama.cpp (byte-level "
             "BPE as in SmolLM, Llama 3, Qwen or Mistral's tekken, or SentencePiece's as in Llama 2)"
@@ -45,7 +45,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     return tokenizer
 
 
-def rules_of(tokenizer: dict[str, Any]) -> str | None:
+def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str | None:
     """llama.cpp's name for how a `tokenizer.json` cuts text before BPE; `None` if it has none."""
     steps = tokenizer["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
@@ -94,7 +94,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
         writer.add_add_space_prefix(_prepends_space(tokenizer))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(str(rules_of(tokenizer)))
+        writer.add_tokenizer_pre(str(pre_tokenizer_name(tokenizer)))
     merges = not is_sentencepiece(tokenizer)
     SpecialVocab(folder, load_merges=merges, n_vocab=size).add_to_gguf(writer, quiet=True)
 

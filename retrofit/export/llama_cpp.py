@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-def _form(source: MergeSource) -> ModuleType:
+def _gguf_module(source: MergeSource) -> ModuleType:
     return gguf_granite_swa if source.gates.sinks else gguf_qwen35
 
 
@@ -28,7 +28,7 @@ def refusal(source: MergeSource) -> str | None:
     """Why base and gates cannot become a GGUF file, or `None` if they can."""
     gates = source.gates
     reason = native.refusal_of_gates(gates.granularity, gates.sink_form)
-    return reason or _form(source).refusal(source.config)
+    return reason or _gguf_module(source).refusal(source.config)
 
 
 def check_tokenizer(source: MergeSource) -> None:
@@ -52,7 +52,7 @@ def write_gguf(source: MergeSource, path: Path, kind: str) -> dict[str, Any]:
         `bytes` and `parameters` written, and what a merge says of the same model in its native
         form.
     """
-    contents = _form(source).contents(source, kind)
+    contents = _gguf_module(source).contents(source, kind)
     writer = GGUFWriter(path, contents.arch, use_temp_file=True)
     contents.add_config(writer)
     writer.add_file_type(KINDS[kind][1])
@@ -66,9 +66,9 @@ def write_gguf(source: MergeSource, path: Path, kind: str) -> dict[str, Any]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    config = native.form_for(source).config(source)
+    config = native.stock_architecture_of(source).config(source)
     written = {"bytes": path.stat().st_size, "parameters": parameters}
-    return native.architecture(config, source.config) | written
+    return native.describe_architecture(config, source.config) | written
 
 
 def _add_tensor(writer: GGUFWriter, name: str, tensor: torch.Tensor, kind: str) -> None:

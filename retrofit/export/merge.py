@@ -14,12 +14,12 @@ from accelerate.utils import convert_file_size_to_int
 from transformers import GenerationConfig
 
 from retrofit.export.checkpoint_format import MergeMismatchError
-from retrofit.export.model_card import check_shown, model_card
+from retrofit.export.model_card import check_card_inputs, model_card
 from retrofit.export.registry import FormatName, format_of
 from retrofit.export.verify.passage import PASSAGE
-from retrofit.export.verify.reference import FILE
-from retrofit.export.verify.report import REPORT
-from retrofit.export.verify.verify import trained_reference, verify
+from retrofit.export.verify.reference import REFERENCE_FILE
+from retrofit.export.verify.report import REPORT_FILE
+from retrofit.export.verify.verify import verify, write_reference
 from retrofit.models.source import MergeSource, read_source
 from retrofit.recipe import RESOLVED, load_recipe
 from retrofit.utils.errors import UserError
@@ -78,12 +78,17 @@ def merge(
             "any base that can be gated"
         )
     form.check(source)
-    check_shown(source.folder)
+    check_card_inputs(source.folder)
     seconds: dict[str, float] = {}
     with atomic_folder(out) as folder:
         with _timed(seconds, "reference"):
-            rounding_kl = trained_reference(
-                source.base, source.adapter, PASSAGE, stored, folder / FILE, form.rounds_inputs
+            rounding_kl = write_reference(
+                source.base,
+                source.adapter,
+                PASSAGE,
+                stored,
+                folder / REFERENCE_FILE,
+                form.rounds_inputs,
             )
         about = {"format": format, "dtype": stored, "untied": False}
         with _timed(seconds, "write"):
@@ -99,7 +104,7 @@ def merge(
         copy(source.base, folder, *_TERMS)
         copy(source.folder, folder, "measure.json")
         _write_recipe(source, folder)
-        write_json(folder / REPORT, report)
+        write_json(folder / REPORT_FILE, report)
         card = model_card(report, source.base, folder, repo_id or "path/to/this")
         card.save(folder / "README.md")
     return report

@@ -30,7 +30,7 @@ class _Measured(BaseModel):
     settings: dict[str, Any] = {}
 
 
-def check_shown(run: Path) -> None:
+def check_card_inputs(run: Path) -> None:
     """
     Args:
         run: whose recipe and measurement a card is to show.

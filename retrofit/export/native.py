@@ -1,6 +1,6 @@
 """`--format native`: a checkpoint of a stock architecture, for transformers and vLLM.
 
-Which architecture that is depends on the kind of gate: each has a `Form`.
+Which architecture that is depends on the kind of gate: each has a `StockArchitecture`.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from retrofit.export import gpt_oss, granite_swa, qwen3_5
-from retrofit.export.checkpoint_format import LOAD, CheckpointFormat
+from retrofit.export.checkpoint_format import LOAD_CODE, CheckpointFormat
 from retrofit.models.safetensors_io import write_shards
 from retrofit.models.source import MergeSource
 from retrofit.utils.errors import UserError
@@ -20,7 +20,7 @@ from retrofit.utils.files import write_json
 
 
 @dataclass(frozen=True)
-class Form:
+class StockArchitecture:
     """A stock architecture with gates.
 
     Attributes:
@@ -38,7 +38,7 @@ class Form:
     fits_float16: bool = True
 
 
-def form_of(model_type: str, sinks: str) -> Form:
+def stock_architecture(model_type: str, sinks: str) -> StockArchitecture:
     """The form for a base of this type.
 
     Args:
@@ -59,7 +59,7 @@ def refusal(
     """
     if centered and sinks != "none" and config.model_type == "gpt_oss":
         return gpt_oss.NO_CENTER
-    form = form_of(config.model_type, sinks)
+    form = stock_architecture(config.model_type, sinks)
     return refusal_of_gates(granularity, sinks) or form.refusal(config)
 
 
@@ -100,15 +100,17 @@ def _qwen_tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str
     )
 
 
-_QWEN = Form(
+_QWEN = StockArchitecture(
     lambda base: qwen3_5.native_config(base)["model_type"],
     qwen3_5.refusal,
     _qwen_config,
     _qwen_tensors,
     fits_float16=False,
 )
-_GRANITE = Form(lambda base: "granite_swa", granite_swa.refusal, _granite_config, _granite_tensors)
-_GPT_OSS = Form(
+_GRANITE = StockArchitecture(
+    lambda base: "granite_swa", granite_swa.refusal, _granite_config, _granite_tensors
+)
+_GPT_OSS = StockArchitecture(
     lambda base: "gpt_oss",
     lambda base: None,
     lambda source: source.config.to_dict(),
@@ -116,12 +118,12 @@ _GPT_OSS = Form(
 )
 
 
-def form_for(source: MergeSource) -> Form:
+def stock_architecture_of(source: MergeSource) -> StockArchitecture:
     """The form for the gates of a source."""
-    return form_of(source.config.model_type, source.gates.sink_form)
+    return stock_architecture(source.config.model_type, source.gates.sink_form)
 
 
-def architecture(config: dict[str, Any], base: PreTrainedConfig) -> dict[str, Any]:
+def describe_architecture(config: dict[str, Any], base: PreTrainedConfig) -> dict[str, Any]:
     """What a merge says of a stock architecture.
 
     Args:
@@ -145,7 +147,7 @@ class Native(CheckpointFormat):
 
     def dtype(self, source, asked):
         name = super().dtype(source, asked)
-        if name == "float16" and not form_for(source).fits_float16:
+        if name == "float16" and not stock_architecture_of(source).fits_float16:
             whose = "" if asked else f"base {source.base_name!r} is stored in float16, but "
             raise UserError(
                 f"{whose}a native checkpoint exceeds the range of float16: choose --dtype bfloat16 "
@@ -158,20 +160,20 @@ class Native(CheckpointFormat):
         return refusal(source.config, gates.granularity, gates.sink_form, bool(gates.centers))
 
     def write(self, source, folder: Path, dtype, max_shard_size, name):
-        form = form_for(source)
+        form = stock_architecture_of(source)
         config = form.config(source)
         write_json(folder / "config.json", config | {"dtype": dtype})
         tensors = form.tensors(source, getattr(torch, dtype))
         written = write_shards(tensors, folder, max_shard_size)
-        return written | architecture(config, source.config)
+        return written | describe_architecture(config, source.config)
 
-    def lies_in(self, folder, config, file):
+    def matches(self, folder, config, file):
         is_gguf = file is not None and (folder / file).is_file()
         return bool(config) and "auto_map" not in config and not is_gguf
 
     def how_to_load(self, report, name):
         return (
-            LOAD.format(name=name, imports="", options="")
+            LOAD_CODE.format(name=name, imports="", options="")
             + f"\n\nIt is a stock `{report['checkpoint']['architecture']}`: transformers 5 loads "
             f"it without remote code, and vLLM from 0.32 on:\n\n```bash\nvllm serve {name}\n```\n\n"
             "For llama.cpp, merge the run with `--format gguf`."

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from retrofit.export.checkpoint_format import (
-    LOAD,
-    TRUST,
+    LOAD_CODE,
+    TRUST_OPTION,
     CheckpointFormat,
     MergeMismatchError,
 )
@@ -115,7 +115,7 @@ class RemoteCode(CheckpointFormat):
         about = {"model_type": config["model_type"], "constant_heads": 0}
         return about | write_shards(_tensors(source, stored), folder, max_shard_size)
 
-    def lies_in(self, folder, config, file):
+    def matches(self, folder, config, file):
         return "auto_map" in config and not any(n.endswith("_attn_output_gate") for n in config)
 
     def check_code(self, folder, model_type):
@@ -137,7 +137,7 @@ class RemoteCode(CheckpointFormat):
     def how_to_load(self, report, name):
         return (
             "Its four Python files are the model; read them, then:\n\n"
-            + LOAD.format(name=name, imports="", options=TRUST)
+            + LOAD_CODE.format(name=name, imports="", options=TRUST_OPTION)
             + _how_to_serve(report, name)
         )
 

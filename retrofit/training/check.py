@@ -119,7 +119,7 @@ def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:
     gate = recipe.gate
     reason = native.refusal(config, gate.granularity, gate.sinks, gate.centered)
     if reason is None:
-        model_type = native.form_of(config.model_type, gate.sinks).model_type(config)
+        model_type = native.stock_architecture(config.model_type, gate.sinks).model_type(config)
         return f"stock {model_type} checkpoint, no code of ours needed"
     return f"with --format remote-code, which brings its code: {reason}"
 

@@ -18,10 +18,10 @@ from command_line import parse_arguments
 from reference import Reference, compare, summarize
 
 POSITIONS = 16  # of each window, spread over it: each is a prompt of its own
-LISTED = 100  # of the most probable tokens; more take the server long
+LISTED_TOKENS = 100  # of the most probable tokens; more take the server long
 
 
-def serve(path: Path, threads: int) -> xllamacpp.Server:
+def start_server(path: Path, threads: int) -> xllamacpp.Server:
     """llama.cpp's server in this process, with nothing rounded that the file does not round."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -33,7 +33,7 @@ def serve(path: Path, threads: int) -> xllamacpp.Server:
     return xllamacpp.Server(params)
 
 
-def ask(
+def request_next_token(
     server: xllamacpp.Server, prompt: str | list[int], cache: bool = True
 ) -> tuple[int, dict[int, float]]:
     """The tokens of a prompt, and the most probable next ones with their log probabilities: none
@@ -42,7 +42,7 @@ def ask(
     Without `cache`, nothing is kept of the prompt before, so that the same tokens give the same
     bits.
     """
-    request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": LISTED}
+    request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": LISTED_TOKENS}
     answer = server.handle_completions(request | {"ignore_eos": True, "cache_prompt": cache})
     if "choices" not in answer:
         raise SystemExit(f"llama.cpp answers {answer}")
@@ -55,16 +55,16 @@ def ask(
 
 def check(path: Path, reference: Path) -> dict:
     trained = Reference.load(reference)
-    server = serve(path, threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    server = start_server(path, threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     length = len(trained.input_ids[0])
     ends = torch.linspace(length / POSITIONS, length, POSITIONS).int().tolist()
     positions = []
     for ids, tokens, ours in zip(trained.input_ids, trained.tokens, trained.logprobs, strict=True):
         for end in ends:
-            if theirs := ask(server, ids[:end])[1]:
+            if theirs := request_next_token(server, ids[:end])[1]:
                 positions.append(compare(tokens[end - 1], ours[end - 1], theirs))
     heads = trained.head, trained.head_ids
-    cut_here, cut_there = (ask(server, head, cache=False) for head in heads)
+    cut_here, cut_there = (request_next_token(server, head, cache=False) for head in heads)
     return {
         "same_tokens": cut_here == cut_there,
         **summarize(positions),
@@ -76,7 +76,7 @@ def greedy_until(server: xllamacpp.Server, trained: Reference) -> int | None:
     """The first token at which a greedy continuation leaves that of the trained model."""
     for index in range(len(trained.greedy[0])):
         for ids, continuation in zip(trained.input_ids, trained.greedy, strict=True):
-            _, theirs = ask(server, ids + continuation[:index])
+            _, theirs = request_next_token(server, ids + continuation[:index])
             if theirs and max(theirs, key=theirs.__getitem__) != continuation[index]:
                 return index
     return None

@@ -22,8 +22,8 @@ if CACHE not in {field.name for field in fields(CausalLMOutputWithPast)}:
 MAX_WINDOW = 256
 STEPS = 16
 CANDIDATES = 32
-HEAD = 500  # characters
-FILE = "retrofit-reference.json"
+HEAD_LENGTH = 500  # characters
+REFERENCE_FILE = "retrofit-reference.json"
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def observe(model, input_ids: torch.Tensor, steps: int = STEPS) -> dict[str, tor
     return {"prefill": prefill, "cached": torch.cat(cached, 1), "greedy": torch.cat(greedy, 1)}
 
 
-def refer(
+def make_reference(
     tokenizer, text: str, input_ids: torch.Tensor, observed: Mapping[str, torch.Tensor]
 ) -> Reference:
     """The reference of a model, from what `observe` saw of it."""
-    head = text[:HEAD]
+    head = text[:HEAD_LENGTH]
     likely = observed["prefill"].double().log_softmax(-1).topk(CANDIDATES)
     parts = (input_ids, likely.indices, likely.values, observed["greedy"])
     return Reference(text, head, tokenizer(head)["input_ids"], *(part.tolist() for part in parts))

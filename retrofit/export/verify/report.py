@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from retrofit.export.registry import FORMATS, FormatName, format_of
-from retrofit.export.verify.reference import FILE, Reference
+from retrofit.export.verify.reference import REFERENCE_FILE, Reference
 from retrofit.utils.errors import UserError, one_line, validation_problem
 from retrofit.utils.files import read_json
 
-REPORT = "retrofit-merge.json"
+REPORT_FILE = "retrofit-merge.json"
 
 
 class _Part(BaseModel):
@@ -46,21 +46,21 @@ def read_report(folder: Path) -> dict[str, Any]:
         UserError: if it, the reference, or what the merge wrote is missing or damaged, or it says
             that the folder is of another kind than it is.
     """
-    for name in (REPORT, FILE):
+    for name in (REPORT_FILE, REFERENCE_FILE):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder} has no {name}: it is not a folder that `retrofit merge` wrote"
             )
     try:
-        report = read_json(folder / REPORT)
+        report = read_json(folder / REPORT_FILE)
         checkpoint = _Report.model_validate(report).checkpoint
         config = _config(folder)
     except ValidationError as error:
         problem = validation_problem(error)
-        raise UserError(f"{folder / REPORT} is damaged: {problem}; merge again") from None
+        raise UserError(f"{folder / REPORT_FILE} is damaged: {problem}; merge again") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
-    _check_reference(folder / FILE)
+        raise UserError(f"{folder / REPORT_FILE} is damaged: {error}; merge again") from error
+    _check_reference(folder / REFERENCE_FILE)
     contents = {"format": _format(folder, config, checkpoint)}
     if contents["format"] in ("native", "remote-code"):
         stored = config.get("dtype", config.get("torch_dtype", checkpoint.dtype))
@@ -68,7 +68,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     for name, value in contents.items():
         if value != getattr(checkpoint, name):
             raise UserError(
-                f"{folder / REPORT} says {name} {getattr(checkpoint, name)}, but the folder holds "
+                f"{folder / REPORT_FILE} says {name} {getattr(checkpoint, name)}, but the folder holds "
                 f"{value or 'none'}; merge again"
             )
     return report
@@ -100,5 +100,5 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _format(folder: Path, config: dict[str, Any], checkpoint: _Checkpoint) -> str | None:
     """What lies in the folder."""
-    formats = (name for name in FORMATS if format_of(name).lies_in(folder, config, checkpoint.file))
+    formats = (name for name in FORMATS if format_of(name).matches(folder, config, checkpoint.file))
     return next(formats, None)

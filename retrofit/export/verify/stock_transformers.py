@@ -21,7 +21,7 @@ import torch
 from command_line import parse_arguments
 from reference import STEPS, Reference, compare, observe, summarize, windows
 from streamed import STEPS as FEW_STEPS
-from streamed import load, stored_floats, stream
+from streamed import float32_weights, load, stream_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,14 +36,14 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) ->
     """
     trained = Reference.load(reference)
     model, wrong = _load(checkpoint, trust_remote_code)
-    streams = stream(model, stored_floats(checkpoint))
+    streams = stream_weights(model, float32_weights(checkpoint))
     input_ids = torch.tensor(trained.input_ids)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     seen = observe(model, input_ids, FEW_STEPS if streams else STEPS)
     return {
         **wrong,
         "same_tokens": torch.equal(windows(tokenizer, trained.text), input_ids),
-        **against(trained, seen),
+        **compare_with_reference(trained, seen),
         "unused_gates": unused_gates(model, input_ids[:1, :STEPS]),
     }
 
@@ -58,7 +58,7 @@ def _load(checkpoint: Path, trust_remote_code: bool) -> tuple[Any, dict[str, lis
     return model.eval(), {"missing": [], "unexpected": []}
 
 
-def against(trained: Reference, seen: dict[str, torch.Tensor]) -> dict:
+def compare_with_reference(trained: Reference, seen: dict[str, torch.Tensor]) -> dict:
     """Figures over all positions of a forward, and the last ones again, token by token."""
     tokens, ours = torch.tensor(trained.tokens), torch.tensor(trained.logprobs)
     positions = []

@@ -19,7 +19,7 @@ STEPS = 2  # cached and greedy ones: each reads all weights again
 _WHOLE = 4 * 2**30  # bytes in float32: a larger model is read from disk
 
 
-def stored_floats(folder: Path) -> Mapping[str, torch.Tensor]:
+def float32_weights(folder: Path) -> Mapping[str, torch.Tensor]:
     """The parameters of a checkpoint folder by name, each read in float32 when it is asked for."""
     index: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -36,7 +36,7 @@ def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, 
     """A checkpoint in float32, and the names that it lacks (`missing`) or has too many
     (`unexpected`).
 
-    If it is large, its weights are left out, for `stream` to read.
+    If it is large, its weights are left out, for `stream_weights` to read.
     """
     with init_empty_weights(include_buffers=False):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -44,9 +44,9 @@ def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, 
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    stored = set(stored_floats(folder))
+    stored = set(float32_weights(folder))
     # Experts that transformers stacks as it loads them are not stored by the name they get.
-    if fits(model) or not stored >= names:
+    if fits_in_memory(model) or not stored >= names:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -61,13 +61,13 @@ def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, 
     return model.eval(), {"missing": [], "unexpected": sorted(others - names)}
 
 
-def fits(model: nn.Module) -> bool:
+def fits_in_memory(model: nn.Module) -> bool:
     """Whether a model is small enough to be held: a merge should need two shards of memory, of any
     model."""
     return 4 * sum(parameter.numel() for parameter in model.parameters()) <= _WHOLE
 
 
-def stream(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
+def stream_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
     """Let every module without weights read them from `weights` each time that it runs; returns
     whether there is one.
 

@@ -16,7 +16,14 @@ from transformers import AutoTokenizer
 from retrofit.export.checkpoint_format import CheckpointFormat, MergeMismatchError
 from retrofit.export.registry import format_of
 from retrofit.export.verify import streamed
-from retrofit.export.verify.reference import FILE, STEPS, kl_divergence, observe, refer, windows
+from retrofit.export.verify.reference import (
+    REFERENCE_FILE,
+    STEPS,
+    kl_divergence,
+    make_reference,
+    observe,
+    windows,
+)
 from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
 from retrofit.models.loading import load_adapter
 from retrofit.models.opening import check_complete
@@ -64,7 +71,7 @@ _TOLERANCE = {
 }
 
 
-def trained_reference(
+def write_reference(
     base: Path, adapter: Path, text: str, kind: str, path: Path, inputs_too: bool = False
 ) -> float:
     """Run the trained model, in float32, and write what engines are compared with.
@@ -91,10 +98,10 @@ def trained_reference(
     check_complete({f"{kind}_keys": names for kind, names in wrong.items()}, str(base))
     on_disk = next(untrained.parameters()).is_meta
     model = load_adapter(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
-    weights = _Rounded(streamed.stored_floats(base))
-    streams = streamed.stream(untrained, weights)
+    weights = _RoundedWeights(streamed.float32_weights(base))
+    streams = streamed.stream_weights(untrained, weights)
     seen = observe(model, input_ids, streamed.STEPS if streams else STEPS)
-    trained = refer(tokenizer, text, input_ids, seen)
+    trained = make_reference(tokenizer, text, input_ids, seen)
     trained.save(path)
     if kind == "float32":
         return 0.0
@@ -122,7 +129,7 @@ def _round_inputs(model: torch.nn.Module, kind: str) -> None:
             module.register_forward_pre_hook(rounded)
 
 
-class _Rounded(Mapping[str, torch.Tensor]):
+class _RoundedWeights(Mapping[str, torch.Tensor]):
     """Weights as they are, until `kind` says what they are to be rounded to."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]):
@@ -167,10 +174,10 @@ def verify(
         refuse_other_weights(model)
     form.check_code(folder, report["base"]["model_type"])
     with form.loadable(folder, checkpoint.get("file")) as model:
-        figures = _run(_ENGINES[engine], [model, folder / FILE], form.options, python)
+        figures = _run(_ENGINES[engine], [model, folder / REFERENCE_FILE], form.options, python)
     kl, max_logprob_difference = _TOLERANCE[engine][checkpoint["dtype"]]
     if wrong := list(_differences(figures, kl + 2 * rounding_kl, max_logprob_difference)):
-        raise MergeMismatchError(f"the checkpoint differs from the trained model: {_said(wrong)}")
+        raise MergeMismatchError(f"the checkpoint differs from the trained model: {_listed(wrong)}")
     return figures
 
 
@@ -185,13 +192,13 @@ def _models_of(folder: Path) -> Iterator[Path]:
 def _differences(figures: dict, kl: float, max_logprob_difference: float) -> Iterator[str]:
     """What is wrong, in words, the causes before what follows from them."""
     if names := figures.get("missing"):
-        yield f"it lacks {_said(names)}"
+        yield f"it lacks {_listed(names)}"
     if names := figures.get("unexpected"):
-        yield f"it holds {_said(names)}, which the engine leaves out"
+        yield f"it holds {_listed(names)}, which the engine leaves out"
     if not figures["same_tokens"]:
         yield "its tokenizer cuts the text into other tokens"
     if names := figures.get("unused_gates"):
-        yield f"the engine does not use the gates of {_said(names)}"
+        yield f"the engine does not use the gates of {_listed(names)}"
     # A NaN is not below anything.
     if not figures["kl"] <= kl:
         yield f"KL {figures['kl']:.1e} where {kl:.1e} is allowed"
@@ -202,7 +209,7 @@ def _differences(figures: dict, kl: float, max_logprob_difference: float) -> Ite
         )
 
 
-def _said(names: Sequence[str], most: int = 5) -> str:
+def _listed(names: Sequence[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -261,11 +268,11 @@ def _run(
             env=offline,
         )
         if run.returncode:
-            raise MergeMismatchError(f"the checkpoint does not load: {_reason(run.stderr)}")
+            raise MergeMismatchError(f"the checkpoint does not load: {_error_line(run.stderr)}")
         return json.loads(result.read_text())
 
 
-def _reason(stderr: str) -> str:
+def _error_line(stderr: str) -> str:
     """The line that says what went wrong: the first error that was raised, if one was."""
     lines = stderr.strip().splitlines() or ["no message"]
     raised = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]
