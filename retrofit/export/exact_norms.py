@@ -105,7 +105,7 @@ def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def qk_bound(layer: Tensors) -> float:
-    """Returns a bound on all entries of q and k: `|W (w * x)| <= |W w| sqrt(n)` for a normed `x`."""
+    """Returns a bound on q and k: `|W (w * x)| <= |W w| sqrt(n)` for a normed `x`."""
     norm = layer["input_layernorm.weight"]
     bounds = []
     for name in ("self_attn.q_proj", "self_attn.k_proj"):

@@ -1,10 +1,11 @@
-"""`--format gated-attention`: the layout of the models published with Gated Attention, at
+"""`--format gated-attention`: the layout of the models published with the Gated Attention paper, at
 github.com/qiuzh20/gated_attention.
 
-Their `modeling_qwen3.py` computes `Y * sigmoid(X W_g)`, with the rows of `W_g` in `q_proj`: for
-each key-value head first its query heads, then their gates. `use_qk_norm` says whether queries and
-keys are normalized, and `qkv_bias` gives all four projections a bias. Gates trained here are `2 *
-sigmoid`: `o_proj` takes the 2 when a run is written, and gives it back when such a model is read.
+The `modeling_qwen3.py` of these models computes `Y * sigmoid(X W_g)`, with the rows of `W_g` in
+`q_proj`: for each key-value head first its query heads, then their gates. `use_qk_norm` says
+whether queries and keys are normalized, and `qkv_bias` gives all four projections a bias. Gates
+trained here are `2 * sigmoid`: a merge multiplies `o_proj` by the 2, and reading such a model
+divides it again.
 """
 
 from collections.abc import Iterator
@@ -72,22 +73,27 @@ def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, tor
             yield prefix + name, tensor.to(dtype)
 
 
-def _pack_gate(layer: qwen3_5.Tensors, gate: torch.Tensor, kv_heads: int) -> None:
+def _pack_gate(layer: qwen3_5.Tensors, gate: torch.Tensor, num_key_value_heads: int) -> None:
+    """Appends the gate's rows to those of the queries in `q_proj`, and doubles `o_proj`."""
     layer["self_attn.o_proj.weight"] = 2 * layer["self_attn.o_proj.weight"]
     query = layer["self_attn.q_proj.weight"]
-    layer["self_attn.q_proj.weight"] = _pack(query, gate.to(query.dtype), kv_heads)
+    layer["self_attn.q_proj.weight"] = _pack(query, gate.to(query.dtype), num_key_value_heads)
     if (bias := layer.get("self_attn.q_proj.bias")) is not None:
-        layer["self_attn.q_proj.bias"] = _pack(bias, torch.zeros(len(gate)), kv_heads)
+        layer["self_attn.q_proj.bias"] = _pack(bias, torch.zeros(len(gate)), num_key_value_heads)
 
 
 def _pack(query: torch.Tensor, gate: torch.Tensor, num_key_value_heads: int) -> torch.Tensor:
+    """Returns for each key-value head the rows of its query heads, then those of their gates."""
     pair = [rows.unflatten(0, (num_key_value_heads, -1)) for rows in (query, gate)]
     return torch.cat(pair, dim=1).flatten(0, 1)
 
 
 class GatedAttentionLayout(CheckpointFormat):
-    """The paper's layout. Its two Python files, which run it, are its authors' to give, so it is
-    proved by taking it apart again."""
+    """The layout of the paper's models.
+
+    The two Python files that run it belong to its authors and are not copied. A checkpoint is
+    therefore proved by splitting it into a base and an adapter again.
+    """
 
     name = "gated-attention"
     engines = ("transformers",)
@@ -104,17 +110,17 @@ class GatedAttentionLayout(CheckpointFormat):
     def write(self, source, folder, dtype, max_shard_size, name):
         stored = getattr(torch, dtype)
         write_json(folder / "config.json", _config(source, stored))
-        about = {"model_type": source.config.model_type, "constant_heads": 0}
-        return about | write_shards(_tensors(source, stored), folder, max_shard_size)
+        description = {"model_type": source.config.model_type, "constant_heads": 0}
+        return description | write_shards(_tensors(source, stored), folder, max_shard_size)
 
     def matches(self, folder, config, file):
-        return "auto_map" in config and any(n.endswith("_attn_output_gate") for n in config)
+        return "auto_map" in config and any(key.endswith("_attn_output_gate") for key in config)
 
     @contextmanager
     def loadable(self, folder, file):
-        with temporary_folder() as apart:
-            unpack(folder, apart / "model")
-            yield apart / "model/adapter"
+        with temporary_folder() as unpacked:
+            unpack(folder, unpacked / "model")
+            yield unpacked / "model/adapter"
 
     def how_to_load(self, report, name):
         return (

@@ -1,6 +1,6 @@
 """`--format native`: a checkpoint of a stock architecture, for transformers and vLLM.
 
-Which architecture that is depends on the kind of gate: each has a `StockArchitecture`.
+The kind of gates and the base decide which `StockArchitecture` it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,14 +21,15 @@ from retrofit.utils.files import write_json
 
 @dataclass(frozen=True)
 class StockArchitecture:
-    """A stock architecture with gates.
+    """A stock architecture that can hold gates, as functions that map a base and gates to it.
 
     Attributes:
-        model_type: of the checkpoint, for a base with a config.
-        refusal: why a base with a config cannot have it, or `None` if it can.
-        config: of a source, `config.json` without its `dtype`.
-        tensors: of a source, by name, in a dtype.
-        fits_float16: whether float16 holds its weights and activations where it holds the base's.
+        model_type: returns the `model_type` of the checkpoint for the config of a base.
+        refusal: returns why a base with this config cannot become it, or `None` if it can.
+        config: returns the `config.json` of the checkpoint, without its `dtype`.
+        tensors: yields the tensors of the checkpoint by name, in the given dtype.
+        fits_float16: whether float16 can hold its weights and activations if it can hold those of
+            the base.
     """
 
     model_type: Callable[[PreTrainedConfig], str]
@@ -39,10 +40,11 @@ class StockArchitecture:
 
 
 def stock_architecture(model_type: str, sinks: str) -> StockArchitecture:
-    """The form for a base of this type.
+    """Returns the stock architecture for a base of this type with gates of this kind.
 
     Args:
-        sinks: as `GateConfig` has it.
+        model_type: the `model_type` of the base.
+        sinks: the setting of `GateConfig`.
     """
     if sinks == "none":
         return _QWEN
@@ -52,19 +54,20 @@ def stock_architecture(model_type: str, sinks: str) -> StockArchitecture:
 def refusal(
     config: PreTrainedConfig, granularity: str, sinks: str, centered: bool = False
 ) -> str | None:
-    """Why a base with this config and gates of this kind has no native form, or `None` if it has.
+    """Returns why no stock architecture holds this base with these gates, or `None` if one does.
 
     Args:
-        granularity, sinks, centered: as `GateConfig` has them.
+        config: the config of the base.
+        granularity, sinks, centered: the settings of `GateConfig`.
     """
     if centered and sinks != "none" and config.model_type == "gpt_oss":
         return gpt_oss.NO_CENTER
-    form = stock_architecture(config.model_type, sinks)
-    return refusal_of_gates(granularity, sinks) or form.refusal(config)
+    architecture = stock_architecture(config.model_type, sinks)
+    return refusal_of_gates(granularity, sinks) or architecture.refusal(config)
 
 
 def refusal_of_gates(granularity: str, sinks: str) -> str | None:
-    """Why gates of this kind have no native form on any base, or `None` if they have on some."""
+    """Returns why no stock architecture holds gates of this kind, or `None` if one does."""
     if sinks == "input":
         return "no stock architecture has sinks that read the input, only constant ones"
     if sinks != "none" and granularity != "none":
@@ -119,16 +122,16 @@ _GPT_OSS = StockArchitecture(
 
 
 def stock_architecture_of(source: MergeSource) -> StockArchitecture:
-    """The form for the gates of a source."""
+    """Returns the stock architecture for the base and the gates of a source."""
     return stock_architecture(source.config.model_type, source.gates.sink_form)
 
 
 def describe_architecture(config: dict[str, Any], base: PreTrainedConfig) -> dict[str, Any]:
-    """What a merge says of a stock architecture.
+    """Returns the entries of `retrofit-merge.json` on a stock architecture.
 
     Args:
-        config: `config.json` of the checkpoint.
-        base: that of the base.
+        config: the `config.json` of the checkpoint.
+        base: the config of the base.
     """
     return {
         "model_type": config["model_type"],
@@ -141,17 +144,17 @@ def describe_architecture(config: dict[str, Any], base: PreTrainedConfig) -> dic
 
 
 class Native(CheckpointFormat):
-    """A stock architecture, which needs no code of ours."""
+    """A checkpoint of a stock architecture, which needs no code of ours."""
 
     name = "native"
 
     def dtype(self, source, asked):
         name = super().dtype(source, asked)
         if name == "float16" and not stock_architecture_of(source).fits_float16:
-            whose = "" if asked else f"base {source.base_name!r} is stored in float16, but "
+            reason = "" if asked else f"base {source.base_name!r} is stored in float16, but "
             raise UserError(
-                f"{whose}a native checkpoint exceeds the range of float16: choose --dtype bfloat16 "
-                "or float32"
+                f"{reason}a native checkpoint exceeds the range of float16: choose --dtype "
+                "bfloat16 or float32"
             )
         return name
 
@@ -160,10 +163,10 @@ class Native(CheckpointFormat):
         return refusal(source.config, gates.granularity, gates.sink_form, bool(gates.centers))
 
     def write(self, source, folder: Path, dtype, max_shard_size, name):
-        form = stock_architecture_of(source)
-        config = form.config(source)
+        architecture = stock_architecture_of(source)
+        config = architecture.config(source)
         write_json(folder / "config.json", config | {"dtype": dtype})
-        tensors = form.tensors(source, getattr(torch, dtype))
+        tensors = architecture.tensors(source, getattr(torch, dtype))
         written = write_shards(tensors, folder, max_shard_size)
         return written | describe_architecture(config, source.config)
 

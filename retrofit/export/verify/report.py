@@ -68,8 +68,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     for name, value in contents.items():
         if value != getattr(checkpoint, name):
             raise UserError(
-                f"{folder / REPORT_FILE} says {name} {getattr(checkpoint, name)}, but the folder holds "
-                f"{value or 'none'}; merge again"
+                f"{folder / REPORT_FILE} says {name} {getattr(checkpoint, name)}, but the folder "
+                f"holds {value or 'none'}; merge again"
             )
     return report
 
