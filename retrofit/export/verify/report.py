@@ -1,4 +1,4 @@
-"""`retrofit-merge.json`: what a merge says of the folder that it wrote, held against the folder."""
+"""Reads `retrofit-merge.json`, a merge's report, and checks it against the folder it lies in."""
 
 import json
 from pathlib import Path
@@ -40,11 +40,11 @@ class _Report(_Part):
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """`retrofit-merge.json` of a folder that a merge wrote.
+    """Returns the `retrofit-merge.json` of a folder that a merge wrote.
 
     Raises:
-        UserError: if it, the reference, or what the merge wrote is missing or damaged, or it says
-            that the folder is of another kind than it is.
+        UserError: if the report, the reference or the checkpoint is missing or damaged, or the
+            report describes another kind of checkpoint than the folder holds.
     """
     for name in (REPORT_FILE, REFERENCE_FILE):
         if not (folder / name).is_file():
@@ -75,9 +75,10 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def _check_reference(path: Path) -> None:
-    """
+    """Checks that an engine can be compared with a reference.
+
     Raises:
-        UserError: if an engine could not be held against it.
+        UserError: if the reference is damaged.
     """
     try:
         text = json.dumps(read_json(path))
@@ -99,6 +100,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _format(folder: Path, config: dict[str, Any], checkpoint: _Checkpoint) -> str | None:
-    """What lies in the folder."""
+    """Returns the name of the format that lies in a folder, or `None` for an unknown one."""
     formats = (name for name in FORMATS if format_of(name).matches(folder, config, checkpoint.file))
     return next(formats, None)
