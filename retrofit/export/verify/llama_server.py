@@ -69,10 +69,12 @@ def check(path: Path, reference: Path) -> dict:
     length = len(trained.input_ids[0])
     ends = torch.linspace(length / POSITIONS, length, POSITIONS).int().tolist()
     positions = []
-    for ids, tokens, ours in zip(trained.input_ids, trained.tokens, trained.logprobs, strict=True):
+    for ids, tokens, expected in zip(
+        trained.input_ids, trained.tokens, trained.logprobs, strict=True
+    ):
         for end in ends:
-            if theirs := request_next_token(server, ids[:end])[1]:
-                positions.append(compare(tokens[end - 1], ours[end - 1], theirs))
+            if measured := request_next_token(server, ids[:end])[1]:
+                positions.append(compare(tokens[end - 1], expected[end - 1], measured))
     # The server's own tokenizer splits the text; the ids are from the trained model's tokenizer.
     from_text, from_ids = (
         request_next_token(server, prompt, cache=False)
@@ -89,8 +91,8 @@ def greedy_until(server: xllamacpp.Server, trained: Reference) -> int | None:
     """Returns the index of the first greedy token that differs from the trained model's, if any."""
     for index in range(len(trained.greedy[0])):
         for ids, continuation in zip(trained.input_ids, trained.greedy, strict=True):
-            _, theirs = request_next_token(server, ids + continuation[:index])
-            if theirs and max(theirs, key=theirs.__getitem__) != continuation[index]:
+            _, logprobs = request_next_token(server, ids + continuation[:index])
+            if logprobs and max(logprobs, key=logprobs.__getitem__) != continuation[index]:
                 return index
     return None
 

@@ -96,13 +96,15 @@ def make_reference(
     return Reference(text, head, tokenizer(head)["input_ids"], *(part.tolist() for part in parts))
 
 
-def kl_divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Returns the mean KL in nats from one tensor of logits to another."""
-    p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+def kl_divergence(expected: torch.Tensor, measured: torch.Tensor) -> float:
+    """Returns the mean `KL(expected || measured)` in nats of two tensors of logits."""
+    p, q = expected.double().log_softmax(-1), measured.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
-def compare(tokens: list[int], ours: list[float], theirs: Mapping[int, float]) -> dict[str, float]:
+def compare(
+    tokens: list[int], expected: list[float], measured: Mapping[int, float]
+) -> dict[str, float]:
     """Compares the reference's candidates at one position with an engine's log probabilities.
 
     `kl`, in nats, is taken over the candidates, with both sides normalized over them, because
@@ -111,16 +113,19 @@ def compare(tokens: list[int], ours: list[float], theirs: Mapping[int, float]) -
 
     Args:
         tokens: the candidates, the most probable first.
-        ours: the log probabilities of the candidates in the reference.
-        theirs: the engine's log probabilities by token.
+        expected: the log probabilities of the candidates in the reference.
+        measured: the engine's log probabilities by token.
     """
-    least = min(theirs.values())
-    pairs = [(mine, theirs.get(token, least)) for token, mine in zip(tokens, ours, strict=True)]
+    least = min(measured.values())
+    pairs = [
+        (logprob, measured.get(token, least))
+        for token, logprob in zip(tokens, expected, strict=True)
+    ]
     p, q = (torch.tensor(side).double().log_softmax(0) for side in zip(*pairs, strict=True))
     return {
         "kl": (p.exp() * (p - q)).sum().item(),
-        "max_logprob_difference": max(abs(mine - yours) for mine, yours in pairs[:10]),
-        "top1_agreement": float(max(theirs, key=theirs.__getitem__) == tokens[0]),
+        "max_logprob_difference": max(abs(a - b) for a, b in pairs[:10]),
+        "top1_agreement": float(max(measured, key=measured.__getitem__) == tokens[0]),
     }
 
 

@@ -39,11 +39,11 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) ->
     streams = stream_weights(model, float32_weights(checkpoint))
     input_ids = torch.tensor(trained.input_ids)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    seen = observe(model, input_ids, FEW_STEPS if streams else STEPS)
+    observed = observe(model, input_ids, FEW_STEPS if streams else STEPS)
     return {
         **wrong,
         "same_tokens": torch.equal(windows(tokenizer, trained.text), input_ids),
-        **compare_with_reference(trained, seen),
+        **compare_with_reference(trained, observed),
         "unused_gates": unused_gates(model, input_ids[:1, :STEPS]),
     }
 
@@ -58,25 +58,27 @@ def _load(checkpoint: Path, trust_remote_code: bool) -> tuple[Any, dict[str, lis
     return model.eval(), {"missing": [], "unexpected": []}
 
 
-def compare_with_reference(trained: Reference, seen: dict[str, torch.Tensor]) -> dict:
+def compare_with_reference(trained: Reference, observed: dict[str, torch.Tensor]) -> dict:
     """Returns the figures over all positions of one forward, and the last ones with a cache."""
-    tokens, ours = torch.tensor(trained.tokens), torch.tensor(trained.logprobs)
+    tokens, expected = torch.tensor(trained.tokens), torch.tensor(trained.logprobs)
     positions = []
-    for name, start in (("prefill", 0), ("cached", -seen["cached"].shape[1])):
-        theirs = seen[name].double().log_softmax(-1)
+    for name, start in (("prefill", 0), ("cached", -observed["cached"].shape[1])):
+        logprobs = observed[name].double().log_softmax(-1)
         rows = zip(
             tokens[:, start:].flatten(0, 1),
-            ours[:, start:].flatten(0, 1),
-            theirs.flatten(0, 1),
+            expected[:, start:].flatten(0, 1),
+            logprobs.flatten(0, 1),
             strict=True,
         )
-        for candidates, mine, row in rows:
+        for candidates, logprobs_of_candidates, row in rows:
             top = torch.cat([candidates, row.argmax()[None]]).tolist()
-            yours = dict(zip(top, row[top].tolist(), strict=True))
-            positions.append(compare(candidates.tolist(), mine.tolist(), yours))
+            measured = dict(zip(top, row[top].tolist(), strict=True))
+            positions.append(
+                compare(candidates.tolist(), logprobs_of_candidates.tolist(), measured)
+            )
     greedy = torch.tensor(trained.greedy)
-    length = min(greedy.shape[1], seen["greedy"].shape[1])
-    differs = (greedy[:, :length] != seen["greedy"][:, :length]).any(0).nonzero()
+    length = min(greedy.shape[1], observed["greedy"].shape[1])
+    differs = (greedy[:, :length] != observed["greedy"][:, :length]).any(0).nonzero()
     until = differs[0].item() if len(differs) else None
     return summarize(positions) | {"greedy_until": until}
 

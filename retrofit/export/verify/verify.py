@@ -49,8 +49,8 @@ _REQUIRED_MODULES = {
 # the cost of rounding, and the largest difference of a log probability. In transformers,
 # SmolLM2-135M has 1e-11 and 7e-5 in float32 and 2e-8 in bfloat16, but 4e-5 if norm weights of q and
 # k spread over [0.1, 30], for which `w - 1` rounds. In llama.cpp it has 5e-3 to 6e-3 in bfloat16
-# and 1.2e-2 in q8_0 with nearly untrained gates, which leave the massive activation in place; there, rounding
-# weights and inputs costs 9e-3 and 1.5e-2.
+# and 1.2e-2 in q8_0 with nearly untrained gates, which leave the massive activation in place;
+# there, rounding weights and inputs costs 9e-3 and 1.5e-2.
 _TOLERANCE = {
     "transformers": {
         "float32": (1e-7, 1e-2),

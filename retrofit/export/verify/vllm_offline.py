@@ -45,11 +45,13 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool) -> dict:
     )
     answers = engine.generate([{"prompt_token_ids": ids} for ids in trained.input_ids], sampling)
     positions, continuations = [], []
-    for tokens, ours, answer in zip(trained.tokens, trained.logprobs, answers, strict=True):
+    for tokens, logprobs, answer in zip(trained.tokens, trained.logprobs, answers, strict=True):
         # vLLM lists at each token the predictions from the token before it.
-        for candidates, mine, listed in zip(tokens, ours, answer.prompt_logprobs[1:], strict=False):
-            theirs = {token: logprob.logprob for token, logprob in listed.items()}
-            positions.append(compare(candidates, mine, theirs))
+        for candidates, expected, listed in zip(
+            tokens, logprobs, answer.prompt_logprobs[1:], strict=False
+        ):
+            measured = {token: logprob.logprob for token, logprob in listed.items()}
+            positions.append(compare(candidates, expected, measured))
         continuations.append(list(answer.outputs[0].token_ids))
     return {
         "same_tokens": torch.equal(windows(engine.get_tokenizer(), trained.text), input_ids),
@@ -64,10 +66,10 @@ def is_known(checkpoint: Path) -> bool:
     return json.loads((checkpoint / "config.json").read_text())["model_type"] in CONFIG_MAPPING
 
 
-def greedy_until(ours: list[list[int]], theirs: list[list[int]]) -> int | None:
+def greedy_until(expected: list[list[int]], measured: list[list[int]]) -> int | None:
     """Returns the index of the first greedy token that differs from the trained model's, if any."""
-    steps = zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=False)
-    return next((index for index, (mine, yours) in enumerate(steps) if mine != yours), None)
+    steps = zip(zip(*expected, strict=True), zip(*measured, strict=True), strict=False)
+    return next((index for index, (a, b) in enumerate(steps) if a != b), None)
 
 
 def main() -> None:
