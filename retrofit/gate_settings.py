@@ -1,4 +1,4 @@
-"""The kinds of gates there are, for the PEFT config and for recipes alike."""
+"""Types of the settings of gates, which the PEFT config and the recipes share."""
 
 from typing import Literal, Protocol
 
@@ -9,7 +9,7 @@ Sinks = Literal["none", "constant", "input"]
 
 
 class GateSettings(Protocol):
-    """What `retrofit.gates.GateConfig` documents."""
+    """Settings of gates that depend on each other; see `retrofit.gates.GateConfig`."""
 
     granularity: Granularity
     position: Position
@@ -19,7 +19,7 @@ class GateSettings(Protocol):
 
 
 def conflict(gates: GateSettings) -> str | None:
-    """Why these settings do not go together, or `None` if they do."""
+    """Returns why these settings cannot be combined, or `None` if they can."""
     if gates.granularity == "none" and gates.sinks == "none":
         return "granularity and sinks are both none, which leaves no gates; choose one"
     if gates.key_bias and gates.sinks == "none":

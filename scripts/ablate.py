@@ -59,7 +59,7 @@ def train(recipe: str, run: Path, overrides: list[str], last_file: str = "measur
     """Train a run and return its exit code, which is 0 at once if `last_file` is there already."""
     if (run / last_file).is_file():
         wanted = load_recipe(recipe, [f"output_dir={run}", *overrides])
-        if (run / "recipe.resolved.yaml").read_text() != wanted.anchored().to_yaml():
+        if (run / "recipe.resolved.yaml").read_text() != wanted.with_absolute_paths().to_yaml():
             print(f"error: {run} was trained with another recipe; remove it", file=sys.stderr)
             return 2
         return 0

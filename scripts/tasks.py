@@ -26,6 +26,7 @@ import transformers
 
 import assets
 from retrofit.measure import names
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import write_json
 from retrofit.utils.process import prepare_process
@@ -95,7 +96,7 @@ def compare(
     for name, source in zip(names(sources), sources, strict=True):
         print(name, file=sys.stderr)
         lm = RetrofitLM(source, dtype, batch_size=batch_size)
-        dtype = str(lm.model.dtype).removeprefix("torch.")  # all models use the base's
+        dtype = dtype_name(lm.model.dtype)  # all models use the base's
         outcomes = answer(lm, documents, samples)
         if not all(math.isfinite(sum(outcome["nats"])) for outcome in outcomes.values()):
             raise UserError(f"the predictions of {name} are not finite in {dtype}")

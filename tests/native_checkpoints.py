@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
-from stock_transformers import against
+from stock_transformers import compare_with_reference
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
 from retrofit.export import qwen3_5
-from retrofit.export.verify.reference import observe, refer
+from retrofit.export.verify.reference import make_reference, observe
 from retrofit.gates import gate_layers
 from retrofit.models.fingerprint import base_weights
 
@@ -78,8 +78,8 @@ def as_native(model: Any, folder: Path, dtype: torch.dtype) -> Any:
 def assert_same(model: Any, loaded: torch.nn.Module, kl: float, max_logprob_difference: float):
     """In prefill, token by token, greedily, and with padding on the left."""
     input_ids = torch.randint(0, 256, (2, 96), generator=torch.Generator().manual_seed(1))
-    trained = refer(tiny_tokenizer(), "", input_ids, observe(model, input_ids))
-    figures = against(trained, observe(loaded, input_ids))
+    trained = make_reference(tiny_tokenizer(), "", input_ids, observe(model, input_ids))
+    figures = compare_with_reference(trained, observe(loaded, input_ids))
     assert figures["kl"] < kl and figures["max_logprob_difference"] < max_logprob_difference, (
         figures
     )

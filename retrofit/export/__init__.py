@@ -1,1 +1,1 @@
-"""What a run is merged into: mappings of tensors and the files, a module for each format."""
+"""Formats of merged checkpoints: one module for each maps the tensors and writes the files."""

@@ -1,15 +1,15 @@
-"""`--format adapter`: the gates alone, for PEFT."""
+"""`--format adapter`: only the gates, for PEFT."""
 
 from pathlib import Path
 
-from retrofit.export.checkpoint_format import LOAD, CheckpointFormat
+from retrofit.export.checkpoint_format import LOAD_CODE, CheckpointFormat
 from retrofit.models.source import MergeSource
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import copy, read_json, write_json
 
 
 class Adapter(CheckpointFormat):
-    """The gates alone, as they were trained."""
+    """Only the gates, as they were trained."""
 
     name = "adapter"
     engines = ("transformers",)
@@ -23,25 +23,25 @@ class Adapter(CheckpointFormat):
         return "float32"
 
     def write(self, source: MergeSource, folder: Path, dtype, max_shard_size, name):
-        names = ("adapter_config.json", "adapter_model.safetensors")
-        copy(source.adapter, folder, *names)
-        # A local base as PEFT finds it, which knows no `~`.
+        config_file, weights_file = "adapter_config.json", "adapter_model.safetensors"
+        copy(source.adapter, folder, config_file, weights_file)
+        # PEFT does not expand `~`, so the path of a local base is written out.
         base = str(source.base.resolve()) if source.base_is_local else source.base_name
-        config = read_json(folder / names[0]) | {"base_model_name_or_path": base}
-        write_json(folder / names[0], config)
+        config = read_json(folder / config_file) | {"base_model_name_or_path": base}
+        write_json(folder / config_file, config)
         return {
             "model_type": source.config.model_type,
             "constant_heads": 0,
-            "bytes": (folder / names[1]).stat().st_size,
+            "bytes": (folder / weights_file).stat().st_size,
             "parameters": source.gates.parameters,
         }
 
-    def lies_in(self, folder, config, file):
+    def matches(self, folder, config, file):
         return not config and (folder / "adapter_config.json").is_file()
 
     def how_to_load(self, report, name):
         imports = "import retrofit  # pip install gate-retrofit\n"
-        return LOAD.format(name=name, imports=imports, options="")
+        return LOAD_CODE.format(name=name, imports=imports, options="")
 
 
 FORMAT = Adapter()

@@ -1,4 +1,4 @@
-"""What a merge asks of every format of checkpoint."""
+"""The interface of the checkpoint formats that a merge can write."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,36 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.models.source import MergeSource
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import CheckError, UserError
 
-LOAD = """\
+LOAD_CODE = """\
 ```python
 {imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{options})
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```"""
-TRUST = ", trust_remote_code=True"
+TRUST_OPTION = ", trust_remote_code=True"
 
 
 class MergeMismatchError(CheckError):
-    """The written checkpoint does not compute what was trained. Nothing is left on disk."""
+    """The written checkpoint does not compute what was trained, and is removed from the disk."""
 
 
 class CheckpointFormat:
-    """A form in which base and gates are written. Each subclass has one instance, `FORMAT` in its
-    module, which `retrofit.export.registry` finds by its name.
+    """A format in which a merge writes the base and the gates.
+
+    Each subclass has one instance, `FORMAT` in its module, which `retrofit.export.registry` finds
+    by the name of the format.
 
     Attributes:
-        name: on the command line and in `retrofit-merge.json`.
-        engines: that read it. A checkpoint is proved in the first one before it appears.
-        dtypes: that its weights can be stored in.
-        rounds_inputs: whether the first engine rounds what it multiplies weights by to their dtype.
-        library: what loads it, by the hub's name.
-        options: of the script that proves it in an engine.
-        has_tokenizer_files: whether the tokenizer lies beside the weights, in files of its own.
-        is_model: whether it holds a whole model. One with tokenizer files has a
-            `generation_config.json` as well.
+        name: its name on the command line and in `retrofit-merge.json`.
+        engines: the engines that read it. The first one proves a checkpoint before it appears.
+        dtypes: the dtypes that it can store weights in.
+        rounds_inputs: whether the first engine also rounds the inputs of matrix products to the
+            dtype of the weights.
+        library: the library that loads it, by the hub's name.
+        options: the options of the script that proves it in an engine.
+        has_tokenizer_files: whether the tokenizer has files of its own beside the weights.
+        is_model: whether it holds a whole model. A whole model with tokenizer files also has a
+            `generation_config.json`.
     """
 
     name: str
@@ -48,19 +52,20 @@ class CheckpointFormat:
     is_model = True
 
     def check_installed(self) -> None:
-        """
+        """Checks the libraries that write and prove this format.
+
         Raises:
-            UserError: if a library is missing that writes or proves it.
+            UserError: if one of them is not installed.
         """
 
     def dtype(self, source: MergeSource, asked: str | None) -> str:
-        """What weights are stored in: as asked, or as the base's are.
+        """Returns the dtype to store weights in: the one asked for, else that of the base.
 
         Raises:
-            UserError: if it cannot hold weights of that dtype.
+            UserError: if the format cannot store weights in that dtype.
         """
-        output = source.weights["model.layers.0.self_attn.o_proj.weight"]
-        name = asked or str(output.dtype).removeprefix("torch.")
+        o_proj = source.weights["model.layers.0.self_attn.o_proj.weight"]
+        name = asked or dtype_name(o_proj.dtype)
         if name not in self.dtypes:
             raise UserError(
                 f"cannot store weights as {name}; dtype must be {', '.join(self.dtypes)}"
@@ -68,60 +73,65 @@ class CheckpointFormat:
         return name
 
     def refusal(self, source: MergeSource) -> str | None:
-        """Why base and gates have no place in it, or `None` if they have one."""
+        """Returns why this format cannot hold the base and the gates, or `None` if it can."""
         return None
 
     def check(self, source: MergeSource) -> None:
-        """Look at once at what would fail only after the work.
+        """Checks early what would otherwise fail only after the work.
 
         Raises:
-            UserError: if the base has what the format cannot hold.
+            UserError: if a part of the base cannot be written in this format.
         """
 
     def write(
         self, source: MergeSource, folder: Path, dtype: str, max_shard_size: int, name: str
     ) -> dict[str, Any]:
-        """Write base and gates, which `refusal` has passed, into an empty folder.
+        """Writes the base and the gates into an empty folder, if `refusal` returned `None`.
 
         Args:
-            dtype: of the stored weights.
-            max_shard_size: bytes of one file.
-            name: that the folder will have.
+            source: the base and the gates.
+            folder: the empty folder to write into.
+            dtype: the dtype of the stored weights.
+            max_shard_size: the largest size of a file, in bytes.
+            name: the name that the folder will have.
 
         Returns:
-            What `retrofit-merge.json` says of the checkpoint beside its format and dtype: `bytes`,
-            `parameters`, `model_type`, and what the format's own section of the card needs.
+            The entries of `checkpoint` in `retrofit-merge.json` beside its format and dtype:
+            `bytes`, `parameters`, `model_type`, and those that `how_to_load` needs.
         """
         raise NotImplementedError
 
-    def lies_in(self, folder: Path, config: dict[str, Any], file: str | None) -> bool:
-        """Whether a folder holds this format.
+    def matches(self, folder: Path, config: dict[str, Any], file: str | None) -> bool:
+        """Tells whether a folder holds a checkpoint in this format.
 
         Args:
-            config: its `config.json`, empty if there is none.
-            file: the GGUF file that its report names.
+            folder: the folder.
+            config: the folder's `config.json`, empty if it has none.
+            file: the name of the GGUF file in the folder's report, if it has one.
         """
         raise NotImplementedError
 
     def check_code(self, folder: Path, model_type: str) -> None:
-        """
+        """Checks the code that loading a checkpoint would run.
+
         Args:
-            model_type: of the base.
+            folder: the folder of the checkpoint.
+            model_type: the `model_type` of the base.
 
         Raises:
-            MergeMismatchError: if the folder holds code that would run and is not ours.
+            MergeMismatchError: if the folder holds code that a merge did not write.
         """
 
     @contextmanager
     def loadable(self, folder: Path, file: str | None) -> Iterator[Path]:
-        """What an engine is given to load."""
+        """Yields the path that an engine can load."""
         yield folder
 
     def how_to_load(self, report: dict[str, Any], name: str) -> str:
-        """The section of the model card, in Markdown.
+        """Returns the section of the model card on loading the checkpoint, in Markdown.
 
         Args:
-            report: `retrofit-merge.json`.
-            name: what it is loaded by.
+            report: the contents of `retrofit-merge.json`.
+            name: the path or hub id of the checkpoint.
         """
         raise NotImplementedError

@@ -1,6 +1,6 @@
-"""The norms of other families in the form that Qwen3.5 has: `1 + w`, and around q and k as well.
+"""Converts the norms of other families to those of Qwen3.5: `1 + w`, with norms of q and k.
 
-Everything is scaled by powers of two, so that no bit of a weight is lost.
+All scaling is by powers of two, so that no bit of a weight is lost.
 """
 
 import math
@@ -13,13 +13,13 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Scales:
-    """What a family without q and k norms is scaled by, so that norms are constant.
+    """The scaling that makes q and k norms constant in a family that has none.
 
     Attributes:
-        residual_shift: the residual stream is multiplied by 2 to this power. The more, the less q
-            and k are scaled down: by about 2**-12 at 14.
-        dominance: the share of eps that the mean squares of q and k stay below. The norm is then
-            constant to within half of it.
+        residual_shift: the residual stream is multiplied by 2 to this power. The larger it is, the
+            less q and k are scaled down: by about 2**-12 at 14.
+        dominance: the mean squares of q and k stay below this share of eps. The norm is then
+            constant to within half of this share.
     """
 
     residual_shift: int = 14
@@ -27,16 +27,23 @@ class Scales:
 
 
 def scale(tensors: Tensors, exponent: int, *names: str) -> None:
+    """Multiplies the named tensors, those that are there, by `2**exponent`."""
     for name in names:
         if name in tensors:
             tensors[name] = tensors[name] * 2.0**exponent
 
 
 def fold_norm(tensors: Tensors, norm: str, consumers: list[str]) -> None:
-    """Move powers of two from a norm into its consumers until `w - 1` keeps every bit of `w`.
+    """Moves powers of two from a norm into its consumers until `w - 1` keeps every bit of `w`.
 
-    That is so for `w >= 1/2` (and 0). Smaller and negative weights, often 0.02 to 0.5 in Llama,
-    would be rounded by up to 9% in bfloat16; they are divided by `p = +-2**e` into [1/2, 1).
+    It keeps them for `w >= 1/2` and for 0. Smaller and negative weights, often 0.02 to 0.5 in
+    Llama, would be rounded by up to 9% in bfloat16, so they are divided by `p = +-2**e` into
+    [1/2, 1).
+
+    Args:
+        tensors: the tensors of a layer by name, changed in place.
+        norm: the name of the norm's weight.
+        consumers: the names of the matrices that read the norm's output.
     """
     weight = tensors[norm]
     mantissa, exponent = torch.frexp(weight)
@@ -49,10 +56,10 @@ def fold_norm(tensors: Tensors, norm: str, consumers: list[str]) -> None:
 
 
 def balance_qk_norms(layer: Tensors) -> None:
-    """Move powers of two between q_norm and k_norm so that both reach 1/2 where they can.
+    """Moves powers of two between q_norm and k_norm so that both reach 1/2 where possible.
 
-    `q . k` is unchanged exactly: RoPE mixes channels i and i + head_dim/2, so a pair shares its
-    factor. Where both are small, `w - 1` still rounds.
+    `q . k` stays exactly the same. RoPE mixes the channels i and i + head_dim/2, so a pair has one
+    factor. Where both norms are small, `w - 1` still rounds.
     """
     smallest = []
     for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
@@ -67,24 +74,24 @@ def balance_qk_norms(layer: Tensors) -> None:
 def add_constant_qk_norms(
     layer: Tensors, head_dim: int, eps: float, scales: Scales, dtype: torch.dtype
 ) -> None:
-    """Scale q and k by `2**-m` and add norms that scale them back.
+    """Scales q and k by `2**-m` and adds norms that scale them back.
 
     `RMSNorm(x * 2**-m) * g = x * g * 2**-m / sqrt(eps + mean(x**2) * 4**-m)`, and with the mean
     far below `eps` this is `x` for `g = sqrt(eps) * 2**m`.
     """
-    needed = largest_qk(layer) / math.sqrt(eps * scales.dominance)
+    needed = qk_bound(layer) / math.sqrt(eps * scales.dominance)
     m = max(0, math.ceil(math.log2(max(needed, 1.0))))
     for name in "qk":
         scale(layer, -m, f"self_attn.{name}_proj.weight", f"self_attn.{name}_proj.bias")
-    for name, value in zip("qk", factor(eps * 4.0**m, dtype), strict=True):
+    for name, value in zip("qk", factorize(eps * 4.0**m, dtype), strict=True):
         layer[f"self_attn.{name}_norm.weight"] = torch.full((head_dim,), value)
 
 
-def factor(target: float, dtype: torch.dtype) -> tuple[float, float]:
-    """`a * b = target`, where `a - 1` and `b - 1` are numbers of `dtype`.
+def factorize(target: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Returns `a` and `b` with `a * b` near `target`, where `dtype` holds `a - 1` and `b - 1`.
 
-    No single bfloat16 number is close to `sqrt(eps) * 2**m`. Over one octave of `a` the best pair
-    is within 1e-4, an error of the attention logits far below bfloat16's own.
+    No single bfloat16 number is close enough to `sqrt(eps) * 2**m`. The best pair over one octave
+    of `a` is within 1e-4, which changes attention logits far less than bfloat16 itself does.
     """
     a = 1 + (math.sqrt(target) * torch.linspace(1, 2, 129).double()).to(dtype).double()
     b = 1 + (target / a - 1).to(dtype).double()
@@ -93,12 +100,12 @@ def factor(target: float, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """Exactly `2**exponent` in float32, from its bits; `exp2` and `pow` may round."""
+    """Returns exactly `2**exponent` in float32, made from its bits; `exp2` and `pow` may round."""
     return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
-def largest_qk(layer: Tensors) -> float:
-    """A bound on every entry of q and k: `|W (w * x)| <= |W w| sqrt(n)` for a normed `x`."""
+def qk_bound(layer: Tensors) -> float:
+    """Returns a bound on q and k: `|W (w * x)| <= |W w| sqrt(n)` for a normed `x`."""
     norm = layer["input_layernorm.weight"]
     bounds = []
     for name in ("self_attn.q_proj", "self_attn.k_proj"):

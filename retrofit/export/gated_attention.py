@@ -1,10 +1,11 @@
-"""`--format gated-attention`: the layout of the models published with Gated Attention, at
+"""`--format gated-attention`: the layout of the models published with the Gated Attention paper, at
 github.com/qiuzh20/gated_attention.
 
-Their `modeling_qwen3.py` computes `Y * sigmoid(X W_g)`, with the rows of `W_g` in `q_proj`: for
-each key-value head first its query heads, then their gates. `use_qk_norm` says whether queries and
-keys are normalized, and `qkv_bias` gives all four projections a bias. Gates trained here are `2 *
-sigmoid`: `o_proj` takes the 2 when a run is written, and gives it back when such a model is read.
+The `modeling_qwen3.py` of these models computes `Y * sigmoid(X W_g)`, with the rows of `W_g` in
+`q_proj`: for each key-value head first its query heads, then their gates. `use_qk_norm` says
+whether queries and keys are normalized, and `qkv_bias` gives all four projections a bias. Gates
+trained here are `2 * sigmoid`: a merge multiplies `o_proj` by the 2, and reading such a model
+divides it again.
 """
 
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from contextlib import contextmanager
 import torch
 
 from retrofit.export import qwen3_5
-from retrofit.export.checkpoint_format import LOAD, TRUST, CheckpointFormat
+from retrofit.export.checkpoint_format import LOAD_CODE, TRUST_OPTION, CheckpointFormat
 from retrofit.export.constant_head import add_center
+from retrofit.models.base_config import head_dim_of
 from retrofit.models.published import unpack
 from retrofit.models.safetensors_io import write_shards
 from retrofit.models.source import MergeSource
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.files import temporary_folder, write_json
 
 
@@ -38,14 +41,14 @@ def _config(source: MergeSource, dtype: torch.dtype) -> dict:
             "AutoModelForCausalLM": "modeling_qwen3.Qwen3ForCausalLM",
         },
         **{name: getattr(config, name, None) for name in copied},
-        "head_dim": qwen3_5.head_dim_of(config),
+        "head_dim": head_dim_of(config),
         "rope_theta": rope.pop("rope_theta"),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "use_qk_norm": config.model_type == "qwen3",
         "qkv_bias": _is_biased(source),
         "headwise_attn_output_gate": source.gates.granularity == "headwise",
         "elementwise_attn_output_gate": source.gates.granularity != "headwise",
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
     }
 
 
@@ -58,7 +61,7 @@ def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, tor
     for name in source.shapes:
         if not name.startswith("model.layers."):
             yield name, weights[name].to(dtype)
-    width = 1 if source.gates.granularity == "headwise" else qwen3_5.head_dim_of(config)
+    width = 1 if source.gates.granularity == "headwise" else head_dim_of(config)
     ungated = torch.zeros(config.num_attention_heads * width, config.hidden_size)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
@@ -70,22 +73,27 @@ def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, tor
             yield prefix + name, tensor.to(dtype)
 
 
-def _pack_gate(layer: qwen3_5.Tensors, gate: torch.Tensor, kv_heads: int) -> None:
+def _pack_gate(layer: qwen3_5.Tensors, gate: torch.Tensor, num_key_value_heads: int) -> None:
+    """Appends the gate's rows to those of the queries in `q_proj`, and doubles `o_proj`."""
     layer["self_attn.o_proj.weight"] = 2 * layer["self_attn.o_proj.weight"]
     query = layer["self_attn.q_proj.weight"]
-    layer["self_attn.q_proj.weight"] = _pack(query, gate.to(query.dtype), kv_heads)
+    layer["self_attn.q_proj.weight"] = _pack(query, gate.to(query.dtype), num_key_value_heads)
     if (bias := layer.get("self_attn.q_proj.bias")) is not None:
-        layer["self_attn.q_proj.bias"] = _pack(bias, torch.zeros(len(gate)), kv_heads)
+        layer["self_attn.q_proj.bias"] = _pack(bias, torch.zeros(len(gate)), num_key_value_heads)
 
 
 def _pack(query: torch.Tensor, gate: torch.Tensor, num_key_value_heads: int) -> torch.Tensor:
+    """Returns for each key-value head the rows of its query heads, then those of their gates."""
     pair = [rows.unflatten(0, (num_key_value_heads, -1)) for rows in (query, gate)]
     return torch.cat(pair, dim=1).flatten(0, 1)
 
 
-class Published(CheckpointFormat):
-    """The paper's layout. Its two Python files, which run it, are its authors' to give, so it is
-    proved by taking it apart again."""
+class GatedAttentionLayout(CheckpointFormat):
+    """The layout of the paper's models.
+
+    The two Python files that run it belong to its authors and are not copied. A checkpoint is
+    therefore proved by splitting it into a base and an adapter again.
+    """
 
     name = "gated-attention"
     engines = ("transformers",)
@@ -102,25 +110,25 @@ class Published(CheckpointFormat):
     def write(self, source, folder, dtype, max_shard_size, name):
         stored = getattr(torch, dtype)
         write_json(folder / "config.json", _config(source, stored))
-        about = {"model_type": source.config.model_type, "constant_heads": 0}
-        return about | write_shards(_tensors(source, stored), folder, max_shard_size)
+        description = {"model_type": source.config.model_type, "constant_heads": 0}
+        return description | write_shards(_tensors(source, stored), folder, max_shard_size)
 
-    def lies_in(self, folder, config, file):
-        return "auto_map" in config and any(n.endswith("_attn_output_gate") for n in config)
+    def matches(self, folder, config, file):
+        return "auto_map" in config and any(key.endswith("_attn_output_gate") for key in config)
 
     @contextmanager
     def loadable(self, folder, file):
-        with temporary_folder() as apart:
-            unpack(folder, apart / "model")
-            yield apart / "model/adapter"
+        with temporary_folder() as unpacked:
+            unpack(folder, unpacked / "model")
+            yield unpacked / "model/adapter"
 
     def how_to_load(self, report, name):
         return (
             "With `configuration_qwen3.py` and `modeling_qwen3.py` of "
             "[qiuzh20/gated_attention](https://github.com/qiuzh20/gated_attention) in this folder, "
             "in the version of transformers that they are written for:\n\n"
-            + LOAD.format(name=name, imports="", options=TRUST)
+            + LOAD_CODE.format(name=name, imports="", options=TRUST_OPTION)
         )
 
 
-FORMAT = Published()
+FORMAT = GatedAttentionLayout()

@@ -1,5 +1,7 @@
-"""`--format gguf`: one file for llama.cpp. What writes it, `llama_cpp`, needs libraries that not
-everybody has."""
+"""`--format gguf`: one file for llama.cpp.
+
+The module that writes it, `llama_cpp`, is imported late, because it needs optional libraries.
+"""
 
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -9,7 +11,7 @@ from retrofit.utils.errors import UserError
 
 
 class Gguf(CheckpointFormat):
-    """One file for llama.cpp."""
+    """One GGUF file for llama.cpp."""
 
     name = "gguf"
     engines = ("llama.cpp",)
@@ -26,7 +28,7 @@ class Gguf(CheckpointFormat):
             )
 
     def refusal(self, source):
-        from retrofit.export import llama_cpp  # an extra
+        from retrofit.export import llama_cpp  # needs the extra `gguf`
 
         return llama_cpp.refusal(source)
 
@@ -41,7 +43,7 @@ class Gguf(CheckpointFormat):
         file = folder / f"{name}-{llama_cpp.KINDS[dtype][0].name}.gguf"
         return {"file": file.name} | llama_cpp.write_gguf(source, file, dtype)
 
-    def lies_in(self, folder, config, file):
+    def matches(self, folder, config, file):
         return file is not None and (folder / file).is_file()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What a GGUF file holds: the fields and tensors that an architecture of llama.cpp reads."""
+"""The contents of a GGUF file: the fields and tensors that an architecture of llama.cpp reads."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from gguf import GGUFWriter, RopeScalingType
 
 @dataclass(frozen=True)
 class Contents:
-    """One model.
+    """The contents of one model's GGUF file, without its tokenizer.
 
     Attributes:
         arch: llama.cpp's name of the architecture.
-        config: `config.json` of the same model for transformers.
-        add_config: adds the fields that are not the tokenizer's.
-        tensors: under llama.cpp's names, in float32.
+        config: the `config.json` of the same model for transformers.
+        add_config: a function that adds the fields of the config to a writer.
+        tensors: the tensors under llama.cpp's names, in float32.
     """
 
     arch: str
@@ -25,7 +25,7 @@ class Contents:
 
 
 def add_shape(writer: GGUFWriter, config: dict, block_count: int) -> None:
-    """Add the fields that every decoder has."""
+    """Adds the fields that every decoder has."""
     writer.add_block_count(block_count)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -40,7 +40,7 @@ def add_shape(writer: GGUFWriter, config: dict, block_count: int) -> None:
 
 
 def _add_rope(writer: GGUFWriter, rope: dict) -> None:
-    """llama3's scaling is no field but a tensor, `rope_freqs`, where an architecture reads it."""
+    """Adds the fields of RoPE. The scaling of llama3 has none: it is a tensor, `rope_freqs`."""
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))

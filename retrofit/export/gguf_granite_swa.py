@@ -1,11 +1,12 @@
-"""The native checkpoint under llama.cpp's `granite_swa` architecture, its name for the same class.
+"""Maps a base with sink logits to llama.cpp's `granite_swa`, its `GraniteSWAForCausalLM`.
 
-What differs from the safetensors form, and why:
+The GGUF file differs from the safetensors files in three ways:
 
-- RoPE there turns neighbouring channels, not those half a head apart: the rows of q and k, and
-  their biases, are interleaved, as in every file of a Llama.
-- It aborts where no layer has a window: where none has, all have one that no context fills.
-- llama3's scaling of RoPE is a tensor: what each frequency is divided by.
+- RoPE in llama.cpp rotates neighbouring channels, not channels half a head apart. The rows of q and
+  k and their biases are therefore interleaved, as in every GGUF file of a Llama.
+- llama.cpp aborts if no layer has a sliding window. A model without windows therefore gets one in
+  every layer that is longer than any context.
+- The llama3 scaling of RoPE is a tensor that holds the divisor of each frequency.
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Why a base with this config cannot become a GGUF file, or `None` if it can."""
+    """Returns why a base with this config cannot become a GGUF file, or `None` if it can."""
     if reason := granite_swa.refusal(config):
         return reason
     rope_type = config.rope_parameters.get("rope_type", "default")
@@ -36,7 +37,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
 
 
 def contents(source: MergeSource, kind: str) -> Contents:
-    """Base and sinks, stored as `kind`."""
+    """Returns the contents of the GGUF file; `kind` does not change them."""
     gates = source.gates
     config = granite_swa.granite_config(source.config, bool(gates.key_biases or gates.centers))
     return Contents(
@@ -56,30 +57,30 @@ def _add_config(writer: GGUFWriter, config: dict) -> None:
 
 
 def _tensors(source: MergeSource, head_dim: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the file, under llama.cpp's names, in float32."""
+    """Yields every tensor of the file under llama.cpp's name, in float32."""
     gates = source.gates
     parts = source.weights, gates.sinks, gates.key_biases, gates.centers
-    # The names of plain Granite: gguf does not list this architecture.
+    # The library gguf does not list this architecture, but that of Granite, with the same names.
     names = get_tensor_name_map(MODEL_ARCH.GRANITE, source.config.num_hidden_layers)
     for name, tensor in granite_swa.granite_tensors(source.config, *parts, torch.float32):
         if name.endswith("self_attn.sinks"):
             yield f"blk.{name.split('.')[2]}.attn_sinks.weight", tensor
             continue
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None, name
-        turned = ".q_proj." in name or ".k_proj." in name
-        yield theirs, _interleaved(tensor, head_dim) if turned else tensor
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        is_rotated = ".q_proj." in name or ".k_proj." in name
+        yield gguf_name, _interleaved(tensor, head_dim) if is_rotated else tensor
     if source.config.rope_parameters["rope_type"] == "llama3":
         yield "rope_freqs.weight", _divisors(source.config, head_dim)
 
 
 def _interleaved(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Channels `i` and `i + head_dim / 2` of each head side by side."""
+    """Returns the rows with channels `i` and `i + head_dim / 2` of each head side by side."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def _divisors(config: PreTrainedConfig, head_dim: int) -> torch.Tensor:
-    """What llama3's scaling divides each frequency of RoPE by."""
+    """Returns the numbers that the llama3 scaling divides the frequencies of RoPE by."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     return config.rope_parameters["rope_theta"] ** -exponents / scaled

@@ -1,14 +1,13 @@
-"""The native checkpoint under llama.cpp's `qwen35` architecture, or `qwen35moe`: its names for the
-attention of `qwen3_5`.
+"""Maps a base with gates to llama.cpp's `qwen35`, or to `qwen35moe` for a mixture of experts.
 
-What differs from the safetensors form, and why:
+The GGUF file differs from the safetensors files of `qwen3_5` in three ways:
 
-- Norms are stored as they multiply, not as `w - 1`.
-- llama.cpp allocates the state of linear attention only where a layer has it, and aborts without:
-  one more layer, whose outputs are all zero, is appended. It costs a feed-forward block of zeros,
-  which in a mixture of experts is all of a layer's experts.
-- float16 and Q8_0 (whose scales are float16) hold neither large nor tiny numbers: the residual
-  stream is scaled by less or by more, so that its weights and those of q and k fit.
+- Norms are stored as the factors themselves, not as `w - 1`.
+- llama.cpp allocates the state of linear attention only if a layer uses it, and aborts without one.
+  One more layer is therefore appended, whose outputs are all zero. It costs a feed-forward block of
+  zeros, which in a mixture of experts is all experts of a layer.
+- float16, and Q8_0, whose scales are float16, hold neither large nor tiny numbers. The scale of the
+  residual stream is therefore chosen so that its weights and those of q and k fit.
 """
 
 import math
@@ -25,14 +24,14 @@ from retrofit.export.exact_norms import Scales
 from retrofit.export.gguf_contents import Contents, add_shape
 from retrofit.models.source import MergeSource
 
-# Of a weight; the scale of a block of Q8_0 is a float16, and 127 of it its largest weight.
+# The largest weight of each kind; that of Q8_0 is 127 times the float16 scale of its block.
 _LARGEST = {"float16": 65504.0, "q8_0": 65504.0 * 127}
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_STATE = 128  # width of the appended layer's linear attention; llama.cpp has kernels for no less
+_STATE = 128  # width of the appended layer's linear attention, the least that llama.cpp supports
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Why a base with this config cannot become a GGUF file, or `None` if it can."""
+    """Returns why a base with this config cannot become a GGUF file, or `None` if it can."""
     if reason := qwen3_5.refusal(config):
         return reason
     if config.model_type == "qwen3_moe":
@@ -46,41 +45,41 @@ def refusal(config: PreTrainedConfig) -> str | None:
 
 
 def contents(source: MergeSource, kind: str) -> Contents:
-    """Base and gates, stored as `kind`."""
+    """Returns the contents of the GGUF file, scaled so that `kind` can store them."""
     scales = _scales(source, kind)
     config = qwen3_5.native_config(source.config, bool(source.gates.centers), scales)
-    arch = MODEL_ARCH_NAMES[_arch(config)]
+    arch = MODEL_ARCH_NAMES[_architecture(config)]
     return Contents(
         arch, config, partial(_add_config, config=config), _tensors(source, config, scales)
     )
 
 
 def _scales(source: MergeSource, kind: str) -> Scales:
-    """The largest that the weights leave room for, where numbers are float16."""
+    """Returns the scales, for float16 numbers the largest with which the weights still fit."""
     if kind not in _LARGEST:
         return Scales()
     unscaled = Scales(residual_shift=0)
-    to_residual = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
-    tensors = _stock(source, unscaled)
-    largest = max(t.abs().max().item() for name, t in tensors if name.endswith(to_residual))
-    room = math.floor(math.log2(_LARGEST[kind] / largest))
-    return Scales(residual_shift=min(room, 20), dominance=2.0**-16)
+    residual_writers = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+    tensors = _native_tensors(source, unscaled)
+    largest = max(t.abs().max().item() for name, t in tensors if name.endswith(residual_writers))
+    largest_shift = math.floor(math.log2(_LARGEST[kind] / largest))
+    return Scales(residual_shift=min(largest_shift, 20), dominance=2.0**-16)
 
 
-def _stock(source: MergeSource, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
+def _native_tensors(source: MergeSource, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
     parts = source.config, source.weights, source.gates.matrices, source.gates.centers
     return qwen3_5.native_tensors(*parts, torch.float32, scales=scales)
 
 
-def _arch(config: dict) -> MODEL_ARCH:
+def _architecture(config: dict) -> MODEL_ARCH:
     return MODEL_ARCH.QWEN35MOE if "num_experts" in config else MODEL_ARCH.QWEN35
 
 
 def _add_config(writer: GGUFWriter, config: dict) -> None:
     layers = config["num_hidden_layers"]
     add_shape(writer, config, layers + 1)
-    # Pairs of channels take turns at three position ids, which are the same in text; a fourth would
-    # be 0, so all pairs are dealt out.
+    # Pairs of channels read three position ids in turn, which are equal for text. Every pair must
+    # read one of them, because the fourth position id is 0.
     half = config["head_dim"] // 2
     writer.add_rope_dimension_sections(
         [math.ceil(half / 3), math.ceil((half - 1) / 3), half // 3, 0]
@@ -90,7 +89,7 @@ def _add_config(writer: GGUFWriter, config: dict) -> None:
     writer.add_ssm_group_count(1)
     writer.add_ssm_time_step_rank(1)
     writer.add_ssm_inner_size(_STATE)
-    arch = MODEL_ARCH_NAMES[_arch(config)]
+    arch = MODEL_ARCH_NAMES[_architecture(config)]
     writer.add_array(f"{arch}.attention.recurrent_layers", [False] * layers + [True])
     if "num_experts" in config:
         writer.add_expert_count(config["num_experts"])
@@ -102,39 +101,39 @@ def _add_config(writer: GGUFWriter, config: dict) -> None:
 def _tensors(
     source: MergeSource, config: dict, scales: Scales
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the file, under llama.cpp's names, in float32."""
+    """Yields every tensor of the file under llama.cpp's name, in float32."""
     layers = config["num_hidden_layers"]
-    names = get_tensor_name_map(_arch(config), layers + 1)
-    for name, tensor in _with_stacked_experts(_stock(source, scales), config):
-        if name.endswith("o_proj.bias"):  # zero: see `qwen3_5`
+    names = get_tensor_name_map(_architecture(config), layers + 1)
+    for name, tensor in _with_stacked_experts(_native_tensors(source, scales), config):
+        if name.endswith("o_proj.bias"):  # it is zero, see `qwen3_5`
             continue
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None, name
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
         if name.endswith("shared_expert_gate.weight"):
             tensor = tensor.squeeze(0)
-        yield theirs, tensor + 1 if "norm" in name else tensor
+        yield gguf_name, tensor + 1 if "norm" in name else tensor
     yield from _zero_layer(f"blk.{layers}.", config)
 
 
 def _with_stacked_experts(
     tensors: Iterator[tuple[str, torch.Tensor]], config: dict
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """`mlp.experts.N.up_proj.weight` of all experts as one tensor, those of a layer at a time."""
+    """Yields the tensors, with those of a layer's experts (`mlp.experts.N`) stacked into one."""
     experts: dict[str, list[torch.Tensor]] = {}
     for name, tensor in tensors:
-        one = _EXPERT.search(name)
-        if one is None:
+        expert = _EXPERT.search(name)
+        if expert is None:
             yield name, tensor
             continue
-        together = name.replace(one[0], ".experts.")
-        experts.setdefault(together, []).append(tensor)
-        assert len(experts[together]) == int(one[1]) + 1, name
-        if len(experts[together]) == config["num_experts"]:
-            yield together, torch.stack(experts.pop(together))
+        stacked_name = name.replace(expert[0], ".experts.")
+        experts.setdefault(stacked_name, []).append(tensor)
+        assert len(experts[stacked_name]) == int(expert[1]) + 1, name
+        if len(experts[stacked_name]) == config["num_experts"]:
+            yield stacked_name, torch.stack(experts.pop(stacked_name))
 
 
 def _zero_layer(prefix: str, config: dict) -> Iterator[tuple[str, torch.Tensor]]:
-    """A layer of linear attention that adds nothing to the residual stream."""
+    """Yields the tensors of a linear attention layer that adds nothing to the residual stream."""
     hidden_size = config["hidden_size"]
     zeros = {
         "attn_qkv.weight": (3 * _STATE, hidden_size),
@@ -155,6 +154,7 @@ def _zero_layer(prefix: str, config: dict) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _feed_forward(config: dict) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a feed-forward block, or of a layer's router and experts, by name."""
     hidden_size = config["hidden_size"]
 
     def block(suffix: str, width: int, *experts: int) -> dict[str, tuple[int, ...]]:

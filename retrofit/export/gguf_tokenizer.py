@@ -1,9 +1,9 @@
-"""A Hugging Face tokenizer as the fields of a GGUF file.
+"""Writes a Hugging Face tokenizer as the fields of a GGUF file.
 
-llama.cpp has two kinds. Byte-level BPE (SmolLM, Llama 3, Qwen, Mistral's tekken) cuts text by rules
-that it knows by name (`tokenizer.ggml.pre`), so such a tokenizer is carried over only if its rules
-are recognized. SentencePiece's BPE (Llama 1 and 2, TinyLlama, Mistral 7B) joins the pair whose
-result has the best score: minus its rank among the merges.
+llama.cpp has two kinds of BPE. Byte-level BPE (SmolLM, Llama 3, Qwen, Mistral's tekken) splits text
+by rules that llama.cpp knows by name (`tokenizer.ggml.pre`), so such a tokenizer can be written
+only if its rules are recognized. SentencePiece's BPE (Llama 1 and 2, TinyLlama, Mistral 7B) joins
+the pair whose result has the highest score, which is minus the rank of the merge.
 """
 
 import json
@@ -28,7 +28,7 @@ _RULES = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe", _TEKKEN: "tekken"
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """`tokenizer.json` of a model folder.
+    """Returns the `tokenizer.json` of a model folder.
 
     Raises:
         UserError: if there is none, or llama.cpp has no name for its rules.
@@ -37,7 +37,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder.name} has no tokenizer.json, which a GGUF file is made from")
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    if rules_of(tokenizer) is None and not is_sentencepiece(tokenizer):
+    if pre_tokenizer_name(tokenizer) is None and not is_sentencepiece(tokenizer):
         raise UserError(
             f"the tokenizer of {folder.name} is not one that can be named to llama.cpp (byte-level "
             "BPE as in SmolLM, Llama 3, Qwen or Mistral's tekken, or SentencePiece's as in Llama 2)"
@@ -45,8 +45,11 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     return tokenizer
 
 
-def rules_of(tokenizer: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how a `tokenizer.json` cuts text before BPE; `None` if it has none."""
+def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str | None:
+    """Returns llama.cpp's name for the pre-tokenizer of a `tokenizer.json`, or `None`.
+
+    The result is `None` if llama.cpp has no name for the rules that split text before BPE.
+    """
     steps = tokenizer["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]
@@ -62,17 +65,18 @@ def rules_of(tokenizer: dict[str, Any]) -> str | None:
 
 
 def is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
-    """Whether a `tokenizer.json` was made from a SentencePiece BPE model."""
+    """Tells whether a `tokenizer.json` was made from a SentencePiece BPE model."""
     model = tokenizer["model"]
     return model["type"] == "BPE" and model.get("byte_fallback", False)
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
-    """Add vocabulary, merges or scores, special tokens and chat template.
+    """Adds the vocabulary, merges or scores, special tokens and the chat template.
 
     Args:
-        folder: of the model.
-        size: of the vocabulary; models have more rows than tokenizers have tokens.
+        writer: the writer of the GGUF file.
+        folder: the folder of the model.
+        size: the rows of the model's embeddings, which may be more than the tokenizer has tokens.
     """
     tokenizer = read_tokenizer(folder)
     tokens = [f"[PAD{index}]" for index in range(size)]
@@ -81,9 +85,9 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
         is_byte = is_sentencepiece(tokenizer) and re.fullmatch("<0x[0-9A-F]{2}>", token)
         tokens[index], types[index] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
     for added in tokenizer["added_tokens"]:
-        special = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        unknown = added["content"] == tokenizer["model"].get("unk_token")
-        types[added["id"]] = TokenType.UNKNOWN if unknown else special
+        token_type = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        is_unknown = added["content"] == tokenizer["model"].get("unk_token")
+        types[added["id"]] = TokenType.UNKNOWN if is_unknown else token_type
         tokens[added["id"]] = added["content"]
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -94,13 +98,13 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
         writer.add_add_space_prefix(_prepends_space(tokenizer))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(str(rules_of(tokenizer)))
-    merges = not is_sentencepiece(tokenizer)
-    SpecialVocab(folder, load_merges=merges, n_vocab=size).add_to_gguf(writer, quiet=True)
+        writer.add_tokenizer_pre(str(pre_tokenizer_name(tokenizer)))
+    has_merges = not is_sentencepiece(tokenizer)
+    SpecialVocab(folder, load_merges=has_merges, n_vocab=size).add_to_gguf(writer, quiet=True)
 
 
 def _scores(tokenizer: dict[str, Any], tokens: list[str]) -> list[float]:
-    """Minus the rank of the merge that makes a token; those that none makes are below all."""
+    """Returns minus the rank of each token's merge, and the lowest score without a merge."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(tokenizer["model"]["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -111,5 +115,5 @@ def _scores(tokenizer: dict[str, Any], tokens: list[str]) -> list[float]:
 def _prepends_space(tokenizer: dict[str, Any]) -> bool:
     normalizer = tokenizer["normalizer"] or {}
     kinds = [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
-    cutter = tokenizer["pre_tokenizer"] or {}
-    return "Prepend" in kinds or cutter.get("prepend_scheme", "never") != "never"
+    pre_tokenizer = tokenizer["pre_tokenizer"] or {}
+    return "Prepend" in kinds or pre_tokenizer.get("prepend_scheme", "never") != "never"

@@ -1,14 +1,14 @@
-"""gpt-oss + sink logits as gpt-oss: two logits that give no value are one.
+"""Maps gpt-oss with sink logits to plain gpt-oss by merging each pair of sinks into one.
 
-`exp` of the base's own sink and of the gate's add up in the denominator of the same softmax. All
-else is the base, but for the bias of its keys, which takes that of the gate.
+The `exp` of the base's own sink and the `exp` of the gate's sink add up in the denominator of the
+same softmax. The bias of the keys takes the key bias of the gate. Nothing else changes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-# Its own sinks take weight from the values, and from what is taken off them.
+# The base's own sinks take weight from the values, and so from a center subtracted from them.
 NO_CENTER = "where a base has sinks of its own, no bias gives back what a center takes away"
 
 
@@ -19,14 +19,15 @@ def gpt_oss_tensors(
     key_biases: Mapping[int, torch.Tensor],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the native checkpoint.
+    """Yields the tensors of the native checkpoint by name.
 
     Args:
-        names: of the base's parameters.
-        base: its tensors by name, read when asked for.
-        sinks: logits by layer, `[num_heads]`.
-        key_biases: by layer, `[num_key_value_heads, head_dim]`; none where keys have no bias.
-        dtype: of the result.
+        names: the names of the base's parameters.
+        base: the base's tensors by name, each read when it is asked for.
+        sinks: the sink logits by layer, `[num_heads]`.
+        key_biases: the key biases by layer, `[num_key_value_heads, head_dim]`; empty for gates
+            without them.
+        dtype: the dtype of the result.
     """
     sinks_by_name = {f"model.layers.{i}.self_attn.sinks": sink for i, sink in sinks.items()}
     biases_by_name = {

@@ -1,14 +1,14 @@
-"""Base + sink logits as `GraniteSWAForCausalLM`, an architecture that stock engines already ship.
+"""Maps a base with sink logits to `GraniteSWAForCausalLM`, which stock engines already ship.
 
-It is a Llama whose attention has one learned logit a head more, `sinks`, which takes weight in the
-softmax and gives no value: `Y * sigmoid(LSE - sinks)`
+That architecture is a Llama with one more learned logit for each head, `sinks`, which takes weight
+in the softmax and gives no value: it computes `Y * sigmoid(LSE - sinks)`
 (`transformers.models.granite_swa.modeling_granite_swa`). The gate here is `c + g * (Y - c)` with
-that `g`, so that nothing has to be scaled, and every format that holds the base holds the result:
+the same `g`. No weight has to be scaled, so every dtype that holds the base holds the result:
 
-- Granite's multipliers are 1, that of the logits of attention is the usual `head_dim**-0.5`.
-- A center `c` is taken off the bias of `v_proj`, and put back by that of `o_proj`.
-- A key bias, before RoPE, is the bias of `k_proj`.
-- A layer without gates has a logit that is too low to matter.
+- Granite's multipliers are 1, except that of the attention logits, which is `head_dim**-0.5`.
+- A center `c` is subtracted from the bias of `v_proj`, and the bias of `o_proj` adds it again.
+- A key bias, which is added before RoPE, becomes the bias of `k_proj`.
+- A layer without gates gets a sink logit that is too low to matter.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,10 @@ from transformers import PreTrainedConfig
 
 from retrofit.adapters._family import sliding_window_of
 from retrofit.export.constant_head import add_center
-from retrofit.export.qwen3_5 import has_bias, head_dim_of, read_layer
+from retrofit.export.qwen3_5 import has_bias, read_layer
+from retrofit.models.base_config import head_dim_of
 
-NO_SINK = -1e4  # `sigmoid(LSE + 1e4)` is 1, and every float format holds it
+NO_SINK = -1e4  # the logit of no sink: `sigmoid(LSE + 1e4)` is 1, and every float dtype holds it
 
 _MAPPED = ("llama", "mistral", "qwen2")
 _NO_TARGET = {
@@ -32,7 +33,7 @@ _NO_TARGET = {
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Why a base with this config cannot become `GraniteSWAForCausalLM`, or `None` if it can."""
+    """Returns why a base cannot become `GraniteSWAForCausalLM`, or `None` if it can."""
     if config.model_type not in _MAPPED:
         return _NO_TARGET.get(config.model_type, f"there is no mapping from {config.model_type!r}")
     if config.hidden_act != "silu":
@@ -43,10 +44,10 @@ def refusal(config: PreTrainedConfig) -> str | None:
 
 
 def granite_config(config: PreTrainedConfig, biased: bool) -> dict:
-    """`config.json` of the native checkpoint, without its `dtype`.
+    """Returns the `config.json` of the native checkpoint, without its `dtype`.
 
     Args:
-        config: of the base.
+        config: the config of the base.
         biased: whether the gates have centers or key biases.
     """
     head_dim, window = head_dim_of(config), sliding_window_of(config)
@@ -68,7 +69,7 @@ def granite_config(config: PreTrainedConfig, biased: bool) -> dict:
         "attention_bias": biased or has_bias(config),
         "mlp_bias": getattr(config, "mlp_bias", False),
         "layer_types": _layer_types(config),
-        # A mask for sliding layers is made even where there are none.
+        # The mask of sliding layers is built even if no layer is sliding.
         "sliding_window": window or config.max_position_embeddings,
         "rope_parameters": dict(config.rope_parameters),
     }
@@ -82,15 +83,17 @@ def granite_tensors(
     centers: Mapping[int, torch.Tensor],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the native checkpoint, one layer of the base in memory at a time.
+    """Yields the tensors of the native checkpoint, with one layer of the base in memory at a time.
 
     Args:
-        config: of the base; `refusal(config)` must be `None`.
-        base: its tensors by name, read when asked for.
-        sinks: logits by layer, `[num_heads]`.
-        key_biases: by layer, `[num_key_value_heads, head_dim]`; none where keys have no bias.
-        centers: of centered gates by layer, `[num_key_value_heads, head_dim]`; else empty.
-        dtype: of the result.
+        config: the config of the base; `refusal(config)` must be `None`.
+        base: the base's tensors by name, each read when it is asked for.
+        sinks: the sink logits by layer, `[num_heads]`.
+        key_biases: the key biases by layer, `[num_key_value_heads, head_dim]`; empty for gates
+            without them.
+        centers: the centers by layer, `[num_key_value_heads, head_dim]`; empty for gates that are
+            not centered.
+        dtype: the dtype of the result.
     """
     biased = bool(key_biases or centers) or has_bias(config)
     no_sinks = torch.full((config.num_attention_heads,), NO_SINK)
@@ -112,8 +115,8 @@ def granite_tensors(
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:
-    """Mistral's config only says that there is a window, and every layer has it."""
+    """Returns the type of each layer. If the config lists none, as Mistral's, all have a window."""
     if sliding_window_of(config) is None:
         return ["full_attention"] * config.num_hidden_layers
-    everywhere = ["sliding_attention"] * config.num_hidden_layers
-    return list(getattr(config, "layer_types", None) or everywhere)
+    all_sliding = ["sliding_attention"] * config.num_hidden_layers
+    return list(getattr(config, "layer_types", None) or all_sliding)

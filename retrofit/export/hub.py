@@ -1,4 +1,4 @@
-"""Publish a merged checkpoint on the Hugging Face hub."""
+"""Publishes a merged checkpoint on the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from retrofit.utils.errors import UserError, one_line
 
 
 def check_access(repo_id: str) -> None:
-    """Before hours of work: the name is one, and somebody is logged in.
+    """Checks a repository's name and the login before hours of work.
 
     Raises:
-        UserError: if not.
+        UserError: if the name is invalid, nobody is logged in, or the hub does not answer.
     """
     try:
         validate_repo_id(repo_id)
@@ -27,10 +27,11 @@ def check_access(repo_id: str) -> None:
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload a folder that is whole; returns its address.
+    """Uploads a finished folder and returns its address on the hub.
 
     Raises:
-        UserError: if the upload fails. The folder stays as it is, and says how to go on.
+        UserError: if the upload fails. The folder stays as it is, and the message says how to go
+            on.
     """
     api = HfApi()
     try:

@@ -1,4 +1,4 @@
-"""Base + gates as a GGUF file for llama.cpp."""
+"""Writes a base with gates as a GGUF file for llama.cpp."""
 
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +12,7 @@ from retrofit.export import gguf_granite_swa, gguf_qwen35, native
 from retrofit.export.gguf_tokenizer import add_tokenizer, read_tokenizer
 from retrofit.models.source import MergeSource
 
+# The kinds of stored weights, with gguf's types of a tensor and of a whole file.
 KINDS = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
@@ -20,39 +21,42 @@ KINDS = {
 }
 
 
-def _form(source: MergeSource) -> ModuleType:
+def _gguf_module(source: MergeSource) -> ModuleType:
+    """Returns the module that maps gates of this kind to an architecture of llama.cpp."""
     return gguf_granite_swa if source.gates.sinks else gguf_qwen35
 
 
 def refusal(source: MergeSource) -> str | None:
-    """Why base and gates cannot become a GGUF file, or `None` if they can."""
+    """Returns why the base and the gates cannot become a GGUF file, or `None` if they can."""
     gates = source.gates
     reason = native.refusal_of_gates(gates.granularity, gates.sink_form)
-    return reason or _form(source).refusal(source.config)
+    return reason or _gguf_module(source).refusal(source.config)
 
 
 def check_tokenizer(source: MergeSource) -> None:
-    """Refuse at once what would fail only after the work.
+    """Checks the base's tokenizer early, because it is written only after the work.
 
     Raises:
-        UserError: if llama.cpp has no name for the rules of this tokenizer.
+        UserError: if there is none, or llama.cpp has no name for its rules.
     """
     read_tokenizer(source.base)
 
 
 def write_gguf(source: MergeSource, path: Path, kind: str) -> dict[str, Any]:
-    """Write base and gates, which `refusal` has passed, as one GGUF file.
+    """Writes the base and the gates as one GGUF file, if `refusal` returned `None`.
 
     The tensors pass through a temporary file, so that few of them are in memory at a time.
 
     Args:
-        kind: of `KINDS`.
+        source: the base and the gates.
+        path: the path of the file.
+        kind: the kind of the stored weights, a key of `KINDS`.
 
     Returns:
-        `bytes` and `parameters` written, and what a merge says of the same model in its native
-        form.
+        The `bytes` and `parameters` written, and the description of the same model in the native
+        format.
     """
-    contents = _form(source).contents(source, kind)
+    contents = _gguf_module(source).contents(source, kind)
     writer = GGUFWriter(path, contents.arch, use_temp_file=True)
     contents.add_config(writer)
     writer.add_file_type(KINDS[kind][1])
@@ -66,15 +70,15 @@ def write_gguf(source: MergeSource, path: Path, kind: str) -> dict[str, Any]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    config = native.form_for(source).config(source)
+    config = native.stock_architecture_of(source).config(source)
     written = {"bytes": path.stat().st_size, "parameters": parameters}
-    return native.architecture(config, source.config) | written
+    return native.describe_architecture(config, source.config) | written
 
 
 def _add_tensor(writer: GGUFWriter, name: str, tensor: torch.Tensor, kind: str) -> None:
-    """Matrices in `kind`; vectors, routers and what is small in linear attention in float32."""
-    small = tensor.ndim < 2 or any(part in name for part in (".ssm_", "ffn_gate_inp"))
-    stored = KINDS["float32" if small else kind][0]
+    """Adds a tensor in `kind`, or in float32 if it is a vector, a router or of linear attention."""
+    is_small = tensor.ndim < 2 or any(part in name for part in (".ssm_", "ffn_gate_inp"))
+    stored = KINDS["float32" if is_small else kind][0]
     if stored == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32:
         stored = GGMLQuantizationType.F16
     data = tensor.numpy()

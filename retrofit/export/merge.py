@@ -1,6 +1,6 @@
-"""`retrofit merge`: a run in, a checkpoint out that computes what was trained, or nothing at all.
+"""`retrofit merge`: writes a checkpoint that provably computes what was trained, or nothing.
 
-Each format has a module beside this one. How a checkpoint is proved stands in `verify/`.
+Each format has a module beside this one. The proof of a checkpoint is in `verify/`.
 """
 
 import math
@@ -14,17 +14,17 @@ from accelerate.utils import convert_file_size_to_int
 from transformers import GenerationConfig
 
 from retrofit.export.checkpoint_format import MergeMismatchError
-from retrofit.export.model_card import check_shown, model_card
+from retrofit.export.model_card import check_card_inputs, model_card
 from retrofit.export.registry import FormatName, format_of
 from retrofit.export.verify.passage import PASSAGE
-from retrofit.export.verify.reference import FILE
-from retrofit.export.verify.report import REPORT
-from retrofit.export.verify.verify import trained_reference, verify
+from retrofit.export.verify.reference import REFERENCE_FILE
+from retrofit.export.verify.report import REPORT_FILE
+from retrofit.export.verify.verify import verify, write_reference
 from retrofit.models.source import MergeSource, read_source
 from retrofit.recipe import RESOLVED, load_recipe
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import (
-    appearing_whole,
+    atomic_folder,
     copy,
     copy_tokenizer,
     refuse_existing,
@@ -35,7 +35,8 @@ from retrofit.utils.paths import expanded
 
 __all__ = ["MergeMismatchError", "merge"]
 
-_TERMS = ("LICENSE*", "NOTICE*")
+_LICENSE_FILES = ("LICENSE*", "NOTICE*")
+_VERSIONED = ("gate-retrofit", "torch", "transformers", "peft")
 
 
 def merge(
@@ -48,58 +49,64 @@ def merge(
     max_shard_size: int | str = "5GB",
     repo_id: str | None = None,
 ) -> dict:
-    """Write base + gates as one checkpoint, verified against the trained model.
+    """Writes the base and the gates as one checkpoint, verified against the trained model.
 
     Args:
-        run: a run folder, or a bare PEFT adapter folder.
-        out: the checkpoint folder; it appears only when it is whole and verified.
-        format: one of `retrofit.export.registry.FORMATS`, which says what each of them is.
-        base: the base model where it is not the one that the run names.
-        dtype: of the stored weights, as the base's by default; for GGUF also `q8_0`.
-        max_shard_size: bytes, or a string such as "5GB".
-        repo_id: the name that it will have on the hub, for the card.
+        run: a run folder, or the folder of a PEFT adapter.
+        out: the folder of the checkpoint, which appears only when it is whole and verified.
+        format: the name of a format in `retrofit.export.registry.FORMATS`, which describes each.
+        base: the base model, if it is not the one that the run names.
+        dtype: the dtype of the stored weights, by default that of the base; for GGUF also `q8_0`.
+        max_shard_size: the largest size of a file, in bytes or as a string such as "5GB".
+        repo_id: the name of the checkpoint on the hub, for the model card.
 
     Returns:
-        What `retrofit-merge.json` holds: `checkpoint`, `base`, `gate`, `verification`, `seconds`,
-            `versions`.
+        The contents of `retrofit-merge.json`: `checkpoint`, `base`, `gate`, `training`,
+        `verification`, `seconds` and `versions`.
 
     Raises:
-        UserError: if the input is missing, damaged or does not belong together.
+        UserError: if the input is missing or damaged, or its parts do not belong together.
         MergeMismatchError: if the checkpoint does not compute what was trained.
     """
-    run, out, form = expanded(run), expanded(out), format_of(format)
+    run, out, checkpoint_format = expanded(run), expanded(out), format_of(format)
     refuse_existing(out)
-    form.check_installed()
+    checkpoint_format.check_installed()
     source = read_source(run, base)
-    stored, max_bytes = form.dtype(source, dtype), _bytes(max_shard_size)
-    if reason := form.refusal(source):
+    stored_dtype = checkpoint_format.dtype(source, dtype)
+    max_bytes = _bytes(max_shard_size)
+    if reason := checkpoint_format.refusal(source):
         raise UserError(
             f"no {format} checkpoint of {source.base_name!r}: {reason}; --format remote-code holds "
             "any base that can be gated"
         )
-    form.check(source)
-    check_shown(source.folder)
+    checkpoint_format.check(source)
+    check_card_inputs(source.folder)
     seconds: dict[str, float] = {}
-    with appearing_whole(out) as folder:
+    with atomic_folder(out) as folder:
         with _timed(seconds, "reference"):
-            rounding_kl = trained_reference(
-                source.base, source.adapter, PASSAGE, stored, folder / FILE, form.rounds_inputs
+            rounding_kl = write_reference(
+                source.base,
+                source.adapter,
+                PASSAGE,
+                stored_dtype,
+                folder / REFERENCE_FILE,
+                checkpoint_format.rounds_inputs,
             )
-        about = {"format": format, "dtype": stored, "untied": False}
+        checkpoint = {"format": format, "dtype": stored_dtype, "untied": False}
         with _timed(seconds, "write"):
-            about |= form.write(source, folder, stored, max_bytes, out.name)
-            if form.has_tokenizer_files:
+            checkpoint |= checkpoint_format.write(source, folder, stored_dtype, max_bytes, out.name)
+            if checkpoint_format.has_tokenizer_files:
                 copy_tokenizer(source.base, folder)
-                if form.is_model:
+                if checkpoint_format.is_model:
                     _write_generation_config(source, folder)
-        report = _report(source, about, rounding_kl)
+        report = _report(source, checkpoint, rounding_kl)
         with _timed(seconds, "verify"):
             report["verification"] |= verify(report, folder)
         report["seconds"] = seconds
-        copy(source.base, folder, *_TERMS)
+        copy(source.base, folder, *_LICENSE_FILES)
         copy(source.folder, folder, "measure.json")
         _write_recipe(source, folder)
-        write_json(folder / REPORT, report)
+        write_json(folder / REPORT_FILE, report)
         card = model_card(report, source.base, folder, repo_id or "path/to/this")
         card.save(folder / "README.md")
     return report
@@ -107,12 +114,14 @@ def merge(
 
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the time that the `with` block takes to `seconds`, as the entry of its phase."""
     start = perf_counter()
     yield
     seconds[phase] = round(perf_counter() - start, 1)
 
 
 def _bytes(size: int | str) -> int:
+    """Returns a size such as "5GB" in bytes."""
     try:
         return convert_file_size_to_int(size)
     except (ValueError, OverflowError) as error:
@@ -126,16 +135,16 @@ def _write_generation_config(source: MergeSource, folder: Path) -> None:
 
 
 def _write_recipe(source: MergeSource, folder: Path) -> None:
-    """A damaged one is left out: it has no part in what was merged."""
+    """Writes the recipe of the run, unless it is damaged: the merge does not depend on it."""
     with suppress(ValueError, OSError):
         recipe = load_recipe(str(source.folder / RESOLVED))
-        write_text(folder / RESOLVED, recipe.published().to_yaml())
+        write_text(folder / RESOLVED, recipe.without_folders().to_yaml())
 
 
-def _report(source: MergeSource, about: dict, rounding_kl: float) -> dict:
+def _report(source: MergeSource, checkpoint: dict, rounding_kl: float) -> dict:
     return {
-        "checkpoint": about,
-        "base": _about_base(source),
+        "checkpoint": checkpoint,
+        "base": _describe_base(source),
         "gate": {
             "granularity": source.gates.granularity,
             "sinks": source.gates.sink_form,
@@ -147,16 +156,16 @@ def _report(source: MergeSource, about: dict, rounding_kl: float) -> dict:
         },
         "training": {key: source.facts[key] for key in ("steps", "tokens") if key in source.facts},
         "verification": {"rounding_kl": rounding_kl},
-        "versions": {n: version(n) for n in ("gate-retrofit", "torch", "transformers", "peft")},
+        "versions": {name: version(name) for name in _VERSIONED},
     }
 
 
-def _about_base(source: MergeSource) -> dict:
+def _describe_base(source: MergeSource) -> dict:
     trained_on = source.facts.get("base", {})
     is_local = source.base_is_local
     biases = {name.split(".")[-2] for name in source.shapes if name.endswith("proj.bias")}
     return {
-        # Where a folder lies is nobody's business.
+        # The card may be published, so it does not tell where the base's folder lies.
         "name": source.base.name if is_local else source.base_name,
         "is_local": is_local,
         "revision": trained_on.get("revision"),

@@ -1,4 +1,4 @@
-"""The model card of a merged checkpoint: what was done to the base, what it cost, how to run it."""
+"""Writes the model card of a merged checkpoint: what was done to the base, and how to run it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from retrofit.export.registry import format_of
 from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import read_json
 
-_PAPER = "[arXiv:2505.06708](https://arxiv.org/abs/2505.06708)"
-_SINKS = "[arXiv:2602.01203](https://arxiv.org/abs/2602.01203)"
+_GATES_PAPER = "[arXiv:2505.06708](https://arxiv.org/abs/2505.06708)"
+_SINKS_PAPER = "[arXiv:2602.01203](https://arxiv.org/abs/2602.01203)"
 
 
 class _Model(BaseModel):
@@ -23,29 +23,30 @@ class _Model(BaseModel):
     metrics: dict[str, FiniteFloat | None]
 
 
-class _Measured(BaseModel):
-    """What is shown of `measure.json`."""
+class _Measurement(BaseModel):
+    """The part of `measure.json` that a card shows."""
 
     models: list[_Model]
     settings: dict[str, Any] = {}
 
 
-def check_shown(run: Path) -> None:
-    """
+def check_card_inputs(run: Path) -> None:
+    """Checks early the files of a run that its model card will show.
+
     Args:
-        run: whose recipe and measurement a card is to show.
+        run: the run folder.
 
     Raises:
-        UserError: if one of them cannot be read, which would else be noticed when all is done.
+        UserError: if its recipe or its measurement cannot be read.
     """
-    measured, recipe = run / "measure.json", run / "recipe.resolved.yaml"
+    measurement, recipe = run / "measure.json", run / "recipe.resolved.yaml"
     try:
-        if measured.is_file():
-            _Measured.model_validate(read_json(measured))
+        if measurement.is_file():
+            _Measurement.model_validate(read_json(measurement))
     except ValidationError as error:
-        raise UserError(f"{measured}: {validation_problem(error)}; remove it") from None
+        raise UserError(f"{measurement}: {validation_problem(error)}; remove it") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{measured} is damaged ({error}); remove it") from None
+        raise UserError(f"{measurement} is damaged ({error}); remove it") from None
     try:
         if recipe.is_file():
             recipe.read_text(encoding="utf-8")
@@ -54,30 +55,30 @@ def check_shown(run: Path) -> None:
 
 
 def model_card(report: dict, base: Path, checkpoint: Path, name: str) -> ModelCard:
-    """The card of `checkpoint`.
+    """Returns the model card of a checkpoint.
 
     Args:
-        report: what `retrofit.export.merge.merge` returns.
-        base: folder of the base model; its license is carried over if its card names one.
-        checkpoint: the merged folder, whose `measure.json` and recipe are shown if it has them.
-        name: what it is loaded by, its repository on the hub or a path.
+        report: the report that `retrofit.export.merge.merge` returns.
+        base: the folder of the base model; if its card names a license, the new card has it too.
+        checkpoint: the merged folder; the card shows its `measure.json` and recipe if it has them.
+        name: the checkpoint's repository on the hub, or its path, for the code that loads it.
     """
-    form = format_of(report["checkpoint"]["format"])
+    checkpoint_format = format_of(report["checkpoint"]["format"])
     sections = [
         f"---\n{_data(report, base).to_yaml()}\n---",
         f"# {report['base']['name']} with attention gates",
         _what_was_done(report),
-        _measured(checkpoint / "measure.json"),
-        _verified(report),
+        _measurement(checkpoint / "measure.json"),
+        _verification(report),
         _costs(report),
-        f"## How to load it\n\n{form.how_to_load(report, name)}",
+        f"## How to load it\n\n{checkpoint_format.how_to_load(report, name)}",
         _recipe(checkpoint / "recipe.resolved.yaml"),
     ]
     return ModelCard("\n\n".join(section for section in sections if section) + "\n")
 
 
 def _data(report: dict, base: Path) -> ModelCardData:
-    """Metadata for the hub, which knows its own models only."""
+    """Returns the metadata for the hub, which can name a base only if it is on the hub."""
     return ModelCardData(
         base_model=None if report["base"]["is_local"] else report["base"]["name"],
         base_model_relation=None if report["base"]["is_local"] else "finetune",
@@ -89,13 +90,15 @@ def _data(report: dict, base: Path) -> ModelCardData:
 
 
 def license_of(card: Path) -> dict[str, Any]:
-    """License and language as the base's card has them, or nothing if it cannot be read: a merge
-    that is verified does not end at somebody's README."""
-    if not card.is_file():  # a pipe would be read for ever
+    """Returns the license and language in the base's card, or nothing if it cannot be read.
+
+    A damaged card of the base is no reason for a verified merge to fail.
+    """
+    if not card.is_file():  # reading a pipe would never end
         return {}
     try:
         block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
-        # Read as text, for in YAML the language `no` is false.
+        # BaseLoader reads all values as text: otherwise the language `no` would become false.
         metadata = yaml.load(block[2], yaml.BaseLoader) if block else None
     except (OSError, RecursionError, yaml.YAMLError):
         return {}
@@ -105,7 +108,7 @@ def license_of(card: Path) -> dict[str, Any]:
 
 
 def _is_text(value: Any) -> bool:
-    """Or a list of texts."""
+    """Tells whether a value is a text that is not empty, or a list of such texts."""
     values = value if isinstance(value, list) else [value]
     return bool(values) and all(isinstance(value, str) and value for value in values)
 
@@ -129,7 +132,7 @@ def _what_was_done(report: dict) -> str:
 
 
 def _gates(gate: dict) -> str:
-    """What scales a head, in a clause or two."""
+    """Returns a clause or two on what scales the heads."""
     scope = "head" if gate["granularity"] == "headwise" else "channel of each head"
     around = "around the value that the base's heads take from their first token"
     clauses = []
@@ -137,25 +140,25 @@ def _gates(gate: dict) -> str:
         read = ", read from the layer's input," if gate["sinks"] == "input" else ""
         moved = ", to which keys are moved by a bias" if gate["key_bias"] else ""
         clauses.append(
-            f"each head has a learned sink{read} in its softmax{moved} ({_SINKS}), and is scaled "
-            "by how much it found"
+            f"each head has a learned sink{read} in its softmax{moved} ({_SINKS_PAPER}), and is "
+            "scaled by the share of attention that the sink leaves"
         )
     if gate["granularity"] != "none":
         clauses.append(
             f"each attention {scope} is scaled by a sigmoid that reads the layer's input (G1 of "
-            f"{_PAPER}, {gate['granularity']})"
+            f"{_GATES_PAPER}, {gate['granularity']})"
         )
     if gate["centered"]:
         clauses[-1] += f", {around}"
     return "; ".join(clauses)
 
 
-def _measured(path: Path) -> str:
-    """A column for each model that was measured, a row for each figure."""
+def _measurement(path: Path) -> str:
+    """Returns a table with a column for each measured model and a row for each figure."""
     if not path.is_file():
         return ""
-    measured = read_json(path)
-    models = measured["models"]
+    measurement = read_json(path)
+    models = measurement["models"]
     names = dict.fromkeys(name for model in models for name in model["metrics"])
     rows = [
         [name, *(_number(model["metrics"].get(name)) for model in models)]
@@ -164,11 +167,11 @@ def _measured(path: Path) -> str:
     ]
     header = ["", *(model["name"] for model in models)]
     table = [header, ["---"] * len(header), *rows]
-    settings = measured.get("settings", {})
-    at = ", ".join(
+    settings = measurement.get("settings", {})
+    conditions = ", ".join(
         f"{key} {settings[key]}" for key in ("text", "length", "tokens") if key in settings
     )
-    lines = ["## Before and after\n", f"Measured on {at}.\n" if at else ""]
+    lines = ["## Before and after\n", f"Measured on {conditions}.\n" if conditions else ""]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in table])
 
 
@@ -176,7 +179,7 @@ def _number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "-"
 
 
-def _verified(report: dict) -> str:
+def _verification(report: dict) -> str:
     figures, dtype = report["verification"], report["checkpoint"]["dtype"]
     until = figures["greedy_until"]
     greedy = "the same" if until is None else f"the same up to token {until}"
@@ -187,8 +190,8 @@ def _verified(report: dict) -> str:
     )
     return (
         "## Verification\n\n"
-        f"Before this folder got its name, {_by(report)} was compared with the trained model in "
-        f"float32 at {figures['positions']} positions of text:\n\n"
+        f"Before this folder got its name, {_how_loaded(report)} was compared with the trained "
+        f"model in float32 at {figures['positions']} positions of text:\n\n"
         f"- mean KL divergence {figures['kl']:.2g} nats{rounding}; "
         f"largest difference of a log probability {figures['max_logprob_difference']:.2g}\n"
         f"- same most probable token at {figures['top1_agreement']:.2%} of the positions; "
@@ -196,7 +199,7 @@ def _verified(report: dict) -> str:
     )
 
 
-def _by(report: dict) -> str:
+def _how_loaded(report: dict) -> str:
     if "file" in report["checkpoint"]:
         return "llama.cpp loaded it in a fresh process and, with the tokens it finds likely,"
     return "a fresh process loaded it and, computing in float32,"
@@ -207,24 +210,24 @@ def _costs(report: dict) -> str:
     if not format_of(checkpoint["format"]).is_model:
         return ""
     added = checkpoint["parameters"] / base["parameters"] - 1
-    reasons = "the gates" if "heads" not in checkpoint else _why_more(report)
+    reasons = "the gates" if "heads" not in checkpoint else _added_parameters(report)
     reasons += ", and input and output embeddings are now two" if checkpoint["untied"] else ""
     lines = [f"{checkpoint['parameters']:,} parameters, {added:.1%} more than the base: {reasons}."]
-    if _is_qwen(report):
-        lines += _costs_of_qwen(report)
+    if _has_packed_gates(report):
+        lines += _costs_of_packed_gates(report)
     return "## Costs\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _is_qwen(report: dict) -> bool:
-    """Whether its stock architecture holds gates in `q_proj`, by scaling what the base has."""
+def _has_packed_gates(report: dict) -> bool:
+    """Tells whether its stock architecture holds the gates in `q_proj`, as Qwen3.5 does."""
     return "heads" in report["checkpoint"] and report["gate"]["sinks"] == "none"
 
 
-def _why_more(report: dict) -> str:
-    return "the gates fill half of `q_proj`" if _is_qwen(report) else "sinks and biases"
+def _added_parameters(report: dict) -> str:
+    return "the gates fill half of `q_proj`" if _has_packed_gates(report) else "sinks and biases"
 
 
-def _costs_of_qwen(report: dict) -> list[str]:
+def _costs_of_packed_gates(report: dict) -> list[str]:
     base, checkpoint = report["base"], report["checkpoint"]
     lines = []
     if "file" in checkpoint:
@@ -238,10 +241,10 @@ def _costs_of_qwen(report: dict) -> list[str]:
         lines += [
             f"{heads} of its {checkpoint['heads']} attention heads a layer hold a constant, and "
             f"{1 / checkpoint['kv_heads']:.0%} of its KV cache with them: only transformers reads "
-            "the bias of `o_proj` that would do."
+            "the bias of `o_proj` that they replace."
         ]
     if "file" not in checkpoint and (base["biases"] or heads):
-        lines += ["Not for SGLang, which drops the biases of q, k and v without a word."]
+        lines += ["Not for SGLang, which drops the biases of q, k and v silently."]
     return lines
 
 

@@ -1,6 +1,6 @@
 """`--format native`: a checkpoint of a stock architecture, for transformers and vLLM.
 
-Which architecture that is depends on the kind of gate: each has a `Form`.
+The kind of gates and the base decide which `StockArchitecture` it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from retrofit.export import gpt_oss, granite_swa, qwen3_5
-from retrofit.export.checkpoint_format import LOAD, CheckpointFormat
+from retrofit.export.checkpoint_format import LOAD_CODE, CheckpointFormat
 from retrofit.models.safetensors_io import write_shards
 from retrofit.models.source import MergeSource
 from retrofit.utils.errors import UserError
@@ -20,15 +20,16 @@ from retrofit.utils.files import write_json
 
 
 @dataclass(frozen=True)
-class Form:
-    """A stock architecture with gates.
+class StockArchitecture:
+    """A stock architecture that can hold gates, as functions that map a base and gates to it.
 
     Attributes:
-        model_type: of the checkpoint, for a base with a config.
-        refusal: why a base with a config cannot have it, or `None` if it can.
-        config: of a source, `config.json` without its `dtype`.
-        tensors: of a source, by name, in a dtype.
-        fits_float16: whether float16 holds its weights and activations where it holds the base's.
+        model_type: returns the `model_type` of the checkpoint for the config of a base.
+        refusal: returns why a base with this config cannot become it, or `None` if it can.
+        config: returns the `config.json` of the checkpoint, without its `dtype`.
+        tensors: yields the tensors of the checkpoint by name, in the given dtype.
+        fits_float16: whether float16 can hold its weights and activations if it can hold those of
+            the base.
     """
 
     model_type: Callable[[PreTrainedConfig], str]
@@ -38,11 +39,12 @@ class Form:
     fits_float16: bool = True
 
 
-def form_of(model_type: str, sinks: str) -> Form:
-    """The form for a base of this type.
+def stock_architecture(model_type: str, sinks: str) -> StockArchitecture:
+    """Returns the stock architecture for a base of this type with gates of this kind.
 
     Args:
-        sinks: as `GateConfig` has it.
+        model_type: the `model_type` of the base.
+        sinks: the setting of `GateConfig`.
     """
     if sinks == "none":
         return _QWEN
@@ -52,19 +54,20 @@ def form_of(model_type: str, sinks: str) -> Form:
 def refusal(
     config: PreTrainedConfig, granularity: str, sinks: str, centered: bool = False
 ) -> str | None:
-    """Why a base with this config and gates of this kind has no native form, or `None` if it has.
+    """Returns why no stock architecture holds this base with these gates, or `None` if one does.
 
     Args:
-        granularity, sinks, centered: as `GateConfig` has them.
+        config: the config of the base.
+        granularity, sinks, centered: the settings of `GateConfig`.
     """
     if centered and sinks != "none" and config.model_type == "gpt_oss":
         return gpt_oss.NO_CENTER
-    form = form_of(config.model_type, sinks)
-    return refusal_of_gates(granularity, sinks) or form.refusal(config)
+    architecture = stock_architecture(config.model_type, sinks)
+    return refusal_of_gates(granularity, sinks) or architecture.refusal(config)
 
 
 def refusal_of_gates(granularity: str, sinks: str) -> str | None:
-    """Why gates of this kind have no native form on any base, or `None` if they have on some."""
+    """Returns why no stock architecture holds gates of this kind, or `None` if one does."""
     if sinks == "input":
         return "no stock architecture has sinks that read the input, only constant ones"
     if sinks != "none" and granularity != "none":
@@ -100,15 +103,17 @@ def _qwen_tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str
     )
 
 
-_QWEN = Form(
+_QWEN = StockArchitecture(
     lambda base: qwen3_5.native_config(base)["model_type"],
     qwen3_5.refusal,
     _qwen_config,
     _qwen_tensors,
     fits_float16=False,
 )
-_GRANITE = Form(lambda base: "granite_swa", granite_swa.refusal, _granite_config, _granite_tensors)
-_GPT_OSS = Form(
+_GRANITE = StockArchitecture(
+    lambda base: "granite_swa", granite_swa.refusal, _granite_config, _granite_tensors
+)
+_GPT_OSS = StockArchitecture(
     lambda base: "gpt_oss",
     lambda base: None,
     lambda source: source.config.to_dict(),
@@ -116,17 +121,17 @@ _GPT_OSS = Form(
 )
 
 
-def form_for(source: MergeSource) -> Form:
-    """The form for the gates of a source."""
-    return form_of(source.config.model_type, source.gates.sink_form)
+def stock_architecture_of(source: MergeSource) -> StockArchitecture:
+    """Returns the stock architecture for the base and the gates of a source."""
+    return stock_architecture(source.config.model_type, source.gates.sink_form)
 
 
-def architecture(config: dict[str, Any], base: PreTrainedConfig) -> dict[str, Any]:
-    """What a merge says of a stock architecture.
+def describe_architecture(config: dict[str, Any], base: PreTrainedConfig) -> dict[str, Any]:
+    """Returns the entries of `retrofit-merge.json` on a stock architecture.
 
     Args:
-        config: `config.json` of the checkpoint.
-        base: that of the base.
+        config: the `config.json` of the checkpoint.
+        base: the config of the base.
     """
     return {
         "model_type": config["model_type"],
@@ -139,17 +144,17 @@ def architecture(config: dict[str, Any], base: PreTrainedConfig) -> dict[str, An
 
 
 class Native(CheckpointFormat):
-    """A stock architecture, which needs no code of ours."""
+    """A checkpoint of a stock architecture, which needs no code of ours."""
 
     name = "native"
 
     def dtype(self, source, asked):
         name = super().dtype(source, asked)
-        if name == "float16" and not form_for(source).fits_float16:
-            whose = "" if asked else f"base {source.base_name!r} is stored in float16, but "
+        if name == "float16" and not stock_architecture_of(source).fits_float16:
+            reason = "" if asked else f"base {source.base_name!r} is stored in float16, but "
             raise UserError(
-                f"{whose}a native checkpoint exceeds the range of float16: choose --dtype bfloat16 "
-                "or float32"
+                f"{reason}a native checkpoint exceeds the range of float16: choose --dtype "
+                "bfloat16 or float32"
             )
         return name
 
@@ -158,20 +163,20 @@ class Native(CheckpointFormat):
         return refusal(source.config, gates.granularity, gates.sink_form, bool(gates.centers))
 
     def write(self, source, folder: Path, dtype, max_shard_size, name):
-        form = form_for(source)
-        config = form.config(source)
+        architecture = stock_architecture_of(source)
+        config = architecture.config(source)
         write_json(folder / "config.json", config | {"dtype": dtype})
-        tensors = form.tensors(source, getattr(torch, dtype))
+        tensors = architecture.tensors(source, getattr(torch, dtype))
         written = write_shards(tensors, folder, max_shard_size)
-        return written | architecture(config, source.config)
+        return written | describe_architecture(config, source.config)
 
-    def lies_in(self, folder, config, file):
+    def matches(self, folder, config, file):
         is_gguf = file is not None and (folder / file).is_file()
         return bool(config) and "auto_map" not in config and not is_gguf
 
     def how_to_load(self, report, name):
         return (
-            LOAD.format(name=name, imports="", options="")
+            LOAD_CODE.format(name=name, imports="", options="")
             + f"\n\nIt is a stock `{report['checkpoint']['architecture']}`: transformers 5 loads "
             f"it without remote code, and vLLM from 0.32 on:\n\n```bash\nvllm serve {name}\n```\n\n"
             "For llama.cpp, merge the run with `--format gguf`."

@@ -1,22 +1,23 @@
-"""Base + gates as `Qwen3_5ForCausalLM`, an architecture that transformers and vLLM already ship.
+"""Maps a base with gates to `Qwen3_5ForCausalLM`, which transformers and vLLM already ship.
 
-Its attention is G1 with a plain sigmoid: `q_proj` holds `[query; gate]` rows a head, and
-`Y * sigmoid(gate)` goes to `o_proj` (`transformers.models.qwen3_5.modeling_qwen3_5`). A mixture of
-experts becomes `Qwen3NextForCausalLM`, with the same attention and one expert more, shared and
-zero. Four things differ from the families here. What is scaled is scaled by powers of two, which is
-exact in float32 and bfloat16:
+The attention of that architecture is G1 with a plain sigmoid: `q_proj` holds the rows
+`[query; gate]` of each head, and `Y * sigmoid(gate)` goes to `o_proj`
+(`transformers.models.qwen3_5.modeling_qwen3_5`). A mixture of experts becomes
+`Qwen3NextForCausalLM`, which has the same attention and a shared expert, whose weights are zero.
+The architecture differs from the supported families in four ways. All scaling is by powers of two,
+which is exact in float32 and bfloat16:
 
-- Trained gates are `2 * sigmoid`: `o_proj` takes the 2. A layer without gates gets gate rows 0,
-  where `2 * sigmoid(0) = 1`.
-- Norms are `1 + w`: weights below 1/2 would lose bits in `w - 1`, so they are scaled up to
-  [1/2, 1) and the consumers' input columns scaled down.
-- vLLM and llama.cpp read no bias of `o_proj`, and vLLM does not say so. Where a layer has one, or
-  centered gates need a constant, a further key-value head adds it: its values are the
-  same in all tokens, and the columns of its `o_proj` hold the constant.
-- q and k pass an RMSNorm that cannot be switched off. Families without one scale q and k down
-  until the norm's eps swamps their mean square; the norm is then a constant, which its weight
-  undoes. The residual stream is scaled up, and its eps with it, so that this needs only a small
-  shift of q and k and survives weight quantization.
+- Trained gates are `2 * sigmoid`, so `o_proj` is multiplied by the 2. A layer without gates gets
+  gate rows of zeros, where `2 * sigmoid(0) = 1`.
+- Norms are `1 + w`. Weights below 1/2 would lose bits in `w - 1`, so they are scaled up to
+  [1/2, 1), and the input columns of their consumers are scaled down.
+- vLLM and llama.cpp read no bias of `o_proj`, and vLLM ignores it silently. If a layer has one, or
+  centered gates need one, a further key-value head adds it: its values are the same for all tokens,
+  and its columns of `o_proj` hold the bias.
+- q and k pass an RMSNorm that cannot be switched off. For families without one, q and k are scaled
+  down until eps dominates their mean square. The norm is then a constant, which its weight undoes.
+  The residual stream is scaled up, and its eps with it, so that a small scaling of q and k suffices
+  and survives weight quantization.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,7 @@ from retrofit.export.exact_norms import (
     fold_norm,
     scale,
 )
+from retrofit.models.base_config import head_dim_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -42,12 +44,12 @@ _NO_TARGET = {
     "gpt_oss": "no stock architecture has both gates and learned sinks",
 }
 
-# RoPE scalings that Qwen3_5TextRotaryEmbedding computes as the source families do.
+# Qwen3_5TextRotaryEmbedding computes these RoPE scalings as the families of the bases do.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Why a base with this config cannot become `Qwen3_5ForCausalLM`, or `None` if it can."""
+    """Returns why a base cannot become `Qwen3_5ForCausalLM`, or `None` if it can."""
     window = sliding_window_of(config)
     rope_type = config.rope_parameters.get("rope_type", "default")
     if config.model_type not in _MAPPED:
@@ -64,22 +66,22 @@ def refusal(config: PreTrainedConfig) -> str | None:
 
 
 _DENSE = {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}
-_SHARED_EXPERT = 16  # width of the expert that all tokens share, which the target has: zeros
+_SHARED_EXPERT = 16  # width of the shared expert of zeros
 
 
 def native_config(
     config: PreTrainedConfig, centered: bool = False, scales: Scales | None = None
 ) -> dict:
-    """`config.json` of the native checkpoint, without its `dtype`.
+    """Returns the `config.json` of the native checkpoint, without its `dtype`.
+
+    It is a plain dict because engines read the same setting under different names: vLLM reads
+    `qkv_bias` where transformers reads `attention_bias`, and SGLang and MLX read top-level RoPE
+    fields and `full_attention_interval`. A missing `partial_rotary_factor` would silently be 0.25.
 
     Args:
-        config: of the base.
+        config: the config of the base.
         centered: whether the gates have centers.
-        scales: as for `native_tensors`.
-
-    Written as a plain dict because engines read the same fact under different names: vLLM takes
-    `qkv_bias` where transformers takes `attention_bias`, SGLang and MLX take top-level RoPE fields
-    and `full_attention_interval`. `partial_rotary_factor` is silently 0.25 where it is absent.
+        scales: the scales that `native_tensors` is given.
     """
     shift = _residual_shift(config, scales or Scales())
     rope = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
@@ -106,8 +108,8 @@ def native_config(
         "qkv_bias": biased,
         "attn_output_gate": True,
         "tie_word_embeddings": _stays_tied(config),
-        # Ours, for `retrofit measure`: activations of this checkpoint over those of its base, and
-        # the last heads of each layer that hold a constant.
+        # Only `retrofit measure` reads these two: the ratio of this checkpoint's activations to
+        # those of its base, and the number of last heads of each layer that hold a constant.
         "retrofit_residual_scale": 2**shift,
         "retrofit_constant_heads": constant * _groups(config),
     }
@@ -121,15 +123,17 @@ def native_tensors(
     dtype: torch.dtype,
     scales: Scales | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the native checkpoint, one layer of the base in memory at a time.
+    """Yields the tensors of the native checkpoint, with one layer of the base in memory at a time.
 
     Args:
-        config: of the base; `refusal(config)` must be `None`.
-        base: its tensors by name, read when asked for.
+        config: the config of the base; `refusal(config)` must be `None`.
+        base: the base's tensors by name, each read when it is asked for.
         gates: `W_g` by layer, `[num_heads, hidden_size]` or `[num_heads * head_dim, hidden_size]`.
-        centers: of centered gates by layer, `[num_key_value_heads, head_dim]`; else empty.
-        dtype: of the result. float16 cannot hold it: see the module's docstring.
-        scales: for formats that hold less than bfloat16.
+        centers: the centers by layer, `[num_key_value_heads, head_dim]`; empty for gates that are
+            not centered.
+        dtype: the dtype of the result. float16 cannot hold the scaled weights: see the module's
+            docstring.
+        scales: the scales for dtypes with a smaller range than bfloat16.
     """
     scales = scales or Scales()
     shift = _residual_shift(config, scales)
@@ -167,23 +171,21 @@ def _has_qk_norm(config: PreTrainedConfig) -> bool:
 
 
 def has_bias(config: PreTrainedConfig) -> bool:
+    """Tells whether the base has biases in its attention."""
     return config.model_type == "qwen2" or getattr(config, "attention_bias", False)
 
 
 def _adds_constant(config: PreTrainedConfig, centered: bool) -> bool:
-    """Whether a layer's attention output has a constant part; `attention_bias` is that of Llama and
-    Qwen3, which have a bias on `o_proj`, unlike Qwen2."""
+    """Tells whether the output of attention needs a constant part.
+
+    The `attention_bias` of Llama and Qwen3 includes a bias of `o_proj`; Qwen2 has none there.
+    """
     return centered or (config.model_type != "qwen2" and getattr(config, "attention_bias", False))
 
 
 def _groups(config: PreTrainedConfig) -> int:
-    """Query heads to each key-value head."""
+    """Returns the number of query heads of each key-value head."""
     return config.num_attention_heads // config.num_key_value_heads
-
-
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Width of a head, which not every config states."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _residual_shift(config: PreTrainedConfig, scales: Scales) -> int:
@@ -191,12 +193,12 @@ def _residual_shift(config: PreTrainedConfig, scales: Scales) -> int:
 
 
 def _eps(config: PreTrainedConfig, shift: int) -> float:
-    """The norms of a residual stream scaled by 2**k are unchanged if eps is scaled by 4**k."""
+    """Returns the eps that keeps norms the same if the residual stream is scaled by `2**shift`."""
     return config.rms_norm_eps * 4**shift
 
 
 def _stays_tied(config: PreTrainedConfig) -> bool:
-    """Only the input embeddings are scaled with the residual stream, so that unties the head."""
+    """Tells whether embeddings stay tied: the residual stream scales only the input ones."""
     return config.tie_word_embeddings and _has_qk_norm(config)
 
 
@@ -207,13 +209,21 @@ def read_layer(
     dtype: torch.dtype,
     with_bias: bool,
 ) -> Tensors:
-    """One layer: matrices in `dtype`, where powers of two scale them exactly and in half of
-    float32's time, and vectors, whose sums and quotients are not exact, in float32.
+    """Returns the tensors of one layer by name.
 
-    What the base stores in `dtype` is not copied, and must not be changed in place.
+    Matrices are in `dtype`, in which powers of two scale them exactly, and in half the time of
+    float32. Vectors are in float32, because their sums and quotients are not exact. Tensors that
+    the base stores in the right dtype are not copied, and must not be changed in place.
+
+    Args:
+        config: the config of the base.
+        base: the base's tensors by name.
+        prefix: the prefix of the layer's names, which the result leaves out.
+        dtype: the dtype of the matrices.
+        with_bias: whether to return biases of all four projections, with zeros for missing ones.
     """
     names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    # The gate, up and down projections, or those of many experts and their router.
+    # These are the projections of the MLP, or those of all experts and their router.
     names += [name.removeprefix(prefix) for name in base if name.startswith(f"{prefix}mlp.")]
     names += [f"self_attn.{name}_proj.weight" for name in "qkvo"]
     if _has_qk_norm(config):
@@ -223,7 +233,7 @@ def read_layer(
         layer[name] = base[prefix + name].to(torch.float32 if "norm" in name else dtype)
     if with_bias:
         for name in (f"self_attn.{name}_proj.bias" for name in "qkvo"):
-            # Qwen2 has none on o_proj, Llama none at all, and Qwen3_5 has all four or none.
+            # Qwen3_5 has all four biases or none. Qwen2 has none on o_proj, and Llama none at all.
             zeros = torch.zeros(len(layer[name.replace("bias", "weight")]))
             layer[name] = base.get(prefix + name, zeros).float()
     return layer
@@ -236,13 +246,22 @@ def _map_layer(
     dtype: torch.dtype,
     scales: Scales,
 ) -> Tensors:
+    """Returns the tensors of one layer of `Qwen3_5ForCausalLM`.
+
+    Args:
+        config: the config of the base.
+        layer: the tensors of the base's layer, changed in place.
+        gate: `W_g` of the layer, `None` for a layer without gates.
+        dtype: the dtype that the weights will be stored in.
+        scales: the scales of a family without q and k norms.
+    """
     shift = _residual_shift(config, scales)
     if _has_qk_norm(config):
         balance_qk_norms(layer)
     else:
         add_constant_qk_norms(layer, head_dim_of(config), _eps(config, shift), scales, dtype)
     _pack_gate(config, layer, gate)
-    scale(layer, shift + 1, "self_attn.o_proj.weight")  # with the 2 of `2 * sigmoid`
+    scale(layer, shift + 1, "self_attn.o_proj.weight")  # plus 1 for the 2 of `2 * sigmoid`
     down = [name for name in layer if name.endswith("down_proj.weight")]
     scale(layer, shift, *down)
     attention = [f"self_attn.{name}_proj.weight" for name in "qkv"]
@@ -268,7 +287,7 @@ def _add_shared_expert(layer: Tensors) -> None:
 def _map_head(
     config: PreTrainedConfig, base: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The final norm and `lm_head`. Tied embeddings leave no consumer to fold the norm into."""
+    """Yields the final norm and `lm_head`. A tied `lm_head` cannot take a part of the norm."""
     head = {"norm": base["model.norm.weight"].float()}
     if not _stays_tied(config):
         tied = config.tie_word_embeddings
@@ -280,18 +299,18 @@ def _map_head(
 
 
 def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | None) -> None:
-    """`q_proj` becomes `[num_heads, 2, head_dim, hidden_size]`: a head's query, then its gate.
+    """Reshapes `q_proj` to `[num_heads, 2, head_dim, hidden_size]`: each head's query and gate.
 
-    A headwise gate is repeated over the channels of its head; heads without one get zeros, where `2
-    * sigmoid` is 1.
+    A headwise gate is repeated over the channels of its head. Heads without a gate get zeros, where
+    `2 * sigmoid` is 1.
     """
     head_dim, query = head_dim_of(config), layer["self_attn.q_proj.weight"]
-    packed = torch.zeros_like(query)
+    gate_rows = torch.zeros_like(query)
     if gate is not None:
         elementwise = gate.shape[0] != config.num_attention_heads
         rows = gate if elementwise else gate.repeat_interleave(head_dim, dim=0)
-        packed[: len(rows)] = rows
-    layer["self_attn.q_proj.weight"] = _interleave(query, packed, head_dim)
+        gate_rows[: len(rows)] = rows
+    layer["self_attn.q_proj.weight"] = _interleave(query, gate_rows, head_dim)
     if (bias := layer.get("self_attn.q_proj.bias")) is not None:
         layer["self_attn.q_proj.bias"] = _interleave(bias, torch.zeros_like(bias), head_dim)
 

@@ -1,18 +1,19 @@
-"""The formats of checkpoints by name. A new one is a module with a `FORMAT`, and a line here.
+"""The checkpoint formats by name. A new format is a module with a `FORMAT`, and a line here.
 
-The modules are imported when they are asked for, so that the command line has the names without
-waiting for torch.
+A format's module is imported only when it is needed, so that the command line can list the names
+without importing torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
-# What each is, for the help of the command line. The module has the same name, with underscores.
+# The formats with their descriptions for the command line's help. The module of a format has its
+# name, with underscores.
 FORMATS = {
     "native": "for transformers and vLLM",
     "gguf": "for llama.cpp",
     "remote-code": "the base's architecture with a modeling file",
-    "adapter": "the gates alone, for PEFT",
+    "adapter": "only the gates, for PEFT",
     "gated-attention": "the layout of the paper's models",
 }
 
@@ -25,5 +26,5 @@ else:
 
 
 def format_of(name: str) -> "CheckpointFormat":
-    """The format of that name."""
+    """Returns the format of this name."""
     return import_module(f"retrofit.export.{name.replace('-', '_')}").FORMAT

@@ -1,8 +1,7 @@
-"""`--format remote-code`: the base's own architecture, with the code that runs gates beside the
-weights.
+"""`--format remote-code`: the base's own architecture, with the code that runs its gates.
 
-For bases that no stock architecture can hold, and for engines too old for the one that can.
-Headwise gates stay as small as they were trained. The code is that of `retrofit.adapters`.
+This format is for bases that no stock architecture can hold, and for engines too old for the stock
+architecture. Headwise gates keep their small shape. The code is a copy of `retrofit.adapters`.
 """
 
 import hashlib
@@ -14,19 +13,20 @@ from pathlib import Path
 import torch
 
 from retrofit.export.checkpoint_format import (
-    LOAD,
-    TRUST,
+    LOAD_CODE,
+    TRUST_OPTION,
     CheckpointFormat,
     MergeMismatchError,
 )
 from retrofit.export.granite_swa import NO_SINK
 from retrofit.models.safetensors_io import write_shards
 from retrofit.models.source import MergeSource
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.files import read_json, write_json
 
 CLASSES = {
     "AutoConfig": "modeling_gated.GatedConfig",
-    "AutoModel": "modeling_gated.GatedModel",  # what vLLM's Transformers backend asks for
+    "AutoModel": "modeling_gated.GatedModel",  # for the Transformers backend of vLLM
     "AutoModelForCausalLM": "modeling_gated.GatedForCausalLM",
 }
 
@@ -64,17 +64,16 @@ vllm serve {name} --trust-remote-code --model-impl transformers
 
 
 def code_of(model_type: str) -> dict[str, str]:
-    """The Python files of a checkpoint by name: what all families share, the base's, and the
-    model."""
+    """Returns the Python files of a checkpoint: their texts by name."""
     files = {f"{name}.py": _text(name) for name in (*_SHARED, model_type, "modeling_gated")}
-    as_llama, as_ours = "from .llama import FAMILY", f"from .{model_type} import FAMILY"
+    import_llama, import_base = "from .llama import FAMILY", f"from .{model_type} import FAMILY"
     model = files["modeling_gated.py"]
-    assert as_llama in model
-    return files | {"modeling_gated.py": model.replace(as_llama, as_ours)}
+    assert import_llama in model
+    return files | {"modeling_gated.py": model.replace(import_llama, import_base)}
 
 
 def _code_in(folder: Path) -> dict[str, str]:
-    """The text of each Python file of a checkpoint, by its path in the folder."""
+    """Returns the text of each Python file of a checkpoint, by its path in the folder."""
     paths = (path for path in folder.rglob("*.py") if path.is_file())
     return {str(path.relative_to(folder)): path.read_text() for path in paths}
 
@@ -90,10 +89,9 @@ def _text(name: str) -> str:
 
 
 def _config(source: MergeSource, dtype: torch.dtype) -> dict:
-    """The base's file as it is, whatever version of transformers wrote it, and what gates need."""
+    """Returns the base's `config.json`, its keys unchanged, with the settings of the gates."""
     config = json.loads((source.base / "config.json").read_text())
-    stored = str(dtype).removeprefix("torch.")
-    config |= {name: stored for name in ("dtype", "torch_dtype") if name in config}
+    config |= {name: dtype_name(dtype) for name in ("dtype", "torch_dtype") if name in config}
     gates = source.gates
     return config | {
         "architectures": ["GatedForCausalLM"],
@@ -124,7 +122,7 @@ def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, tor
 
 
 class RemoteCode(CheckpointFormat):
-    """The base's own architecture and the code of its gates, which its users have to trust."""
+    """The base's own architecture with the code of its gates, which users have to trust."""
 
     name = "remote-code"
     options = ("--trust-remote-code",)
@@ -132,22 +130,21 @@ class RemoteCode(CheckpointFormat):
     def write(self, source, folder, dtype, max_shard_size, name):
         for file, text in code_of(source.config.model_type).items():
             (folder / file).write_text(text)
-        stored = getattr(torch, dtype)
-        config = _config(source, stored)
+        torch_dtype = getattr(torch, dtype)
+        config = _config(source, torch_dtype)
         write_json(folder / "config.json", config)
-        about = {"model_type": config["model_type"], "constant_heads": 0}
-        return about | write_shards(_tensors(source, stored), folder, max_shard_size)
+        description = {"model_type": config["model_type"], "constant_heads": 0}
+        return description | write_shards(_tensors(source, torch_dtype), folder, max_shard_size)
 
-    def lies_in(self, folder, config, file):
-        return "auto_map" in config and not any(n.endswith("_attn_output_gate") for n in config)
+    def matches(self, folder, config, file):
+        return "auto_map" in config and not any(key.endswith("_attn_output_gate") for key in config)
 
     def check_code(self, folder, model_type):
-        """What would be run is what a merge writes, and nobody else's: other files, and classes
-        that the configs name elsewhere, would be run unseen."""
-        ours, found = code_of(model_type), _code_in(folder)
+        """Refuses Python files, and classes named in the configs, that a merge does not write."""
+        written, found = code_of(model_type), _code_in(folder)
         if _digest(found) != _FORMER_CODE.get(model_type):
-            for name in sorted(ours.keys() | found.keys()):
-                if ours.get(name) != found.get(name):
+            for name in sorted(written.keys() | found.keys()):
+                if written.get(name) != found.get(name):
                     raise MergeMismatchError(
                         f"{folder / name} is not the file that this version of retrofit writes, so "
                         "it is not run; merge again"
@@ -159,8 +156,8 @@ class RemoteCode(CheckpointFormat):
 
     def how_to_load(self, report, name):
         return (
-            "Its Python files are the model; read them, then:\n\n"
-            + LOAD.format(name=name, imports="", options=TRUST)
+            "Its Python files hold the code of the model. Read them, then:\n\n"
+            + LOAD_CODE.format(name=name, imports="", options=TRUST_OPTION)
             + _how_to_serve(report, name)
         )
 
@@ -169,8 +166,8 @@ def _how_to_serve(report: dict, name: str) -> str:
     sinks, model_type = report["gate"]["sinks"], report["base"]["model_type"]
     if sinks == "input" or model_type == "gpt_oss":
         return ""
-    how = _SERVE_PLUGIN + (_SERVE_CODE if sinks == "none" else "")
-    return how.format(name=name)
+    instructions = _SERVE_PLUGIN + (_SERVE_CODE if sinks == "none" else "")
+    return instructions.format(name=name)
 
 
 FORMAT = RemoteCode()

@@ -9,6 +9,8 @@ from peft import PeftModel
 from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retrofit.utils.dtypes import dtype_name
+
 T = TypeVar("T")
 Count = Annotated[int, Field(gt=0)]
 Opener = Callable[..., tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]
@@ -49,7 +51,7 @@ class MeasuredModel:
 
     @property
     def dtype(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
+        return dtype_name(self.model.dtype)
 
     @property
     def device(self) -> torch.device:

@@ -19,12 +19,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from retrofit.export.qwen3_5 import head_dim_of
 from retrofit.measure.evaluation import Count, MeasuredModel, Track
 from retrofit.measure.metrics import PredictionStatistics
 from retrofit.measure.predictions import predict
 from retrofit.measure.sinks import read_model
 from retrofit.measure.texts import cut_windows
+from retrofit.models.base_config import head_dim_of
 from retrofit.report.sections.heads import HeadsFigures, Zeroed
 
 Head = tuple[int, int]  # the layer's index, and the head's index in that layer

@@ -238,6 +238,11 @@ def check_stored_whole(config: PreTrainedConfig, base: str) -> None:
         )
 
 
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """The width of a head in channels, which not every config states."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _check(kind: type[_Part], settings: Any, base: str) -> None:
     if not isinstance(settings, dict):
         raise UserError(f"the config.json of {base} holds no settings where a model's should be")

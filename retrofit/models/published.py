@@ -18,7 +18,7 @@ from retrofit.models.opening import finite, opening
 from retrofit.models.safetensors_io import StoredWeights, refuse_other_weights, write_shards
 from retrofit.models.source import shapes_of
 from retrofit.utils.errors import UserError, validation_problem
-from retrofit.utils.files import appearing_whole, copy, copy_tokenizer, read_json, write_json
+from retrofit.utils.files import atomic_folder, copy, copy_tokenizer, read_json, write_json
 
 _SHARD = 5 * 10**9  # bytes
 _KINDS = ("headwise", "elementwise")
@@ -100,7 +100,7 @@ def unpack(checkpoint: Path, out: Path) -> None:
         base_model_name_or_path=str(out.resolve() / "base"),
         inference_mode=True,
     )
-    with appearing_whole(out) as folder:
+    with atomic_folder(out) as folder:
         base, adapter = folder / "base", folder / "adapter"
         for part in (base, adapter):
             part.mkdir()

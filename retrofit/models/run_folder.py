@@ -17,6 +17,7 @@ from retrofit.gates import GateConfig
 from retrofit.models.fingerprint import base_weights, config_values, weights_sha256
 from retrofit.models.safetensors_io import StoredWeights
 from retrofit.recipe import Quantization
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError, one_line, validation_problem
 from retrofit.utils.files import read_json
 
@@ -175,7 +176,7 @@ def check_base(
     if not facts:
         return
     trained = TrainedOn.model_validate(facts["base"])
-    held = str(base.dtype).removeprefix("torch."), quantization
+    held = dtype_name(base.dtype), quantization
     if held == (trained.dtype, trained.quantization):
         sha256 = weights_sha256(base_weights(base))
     elif stored is None:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from retrofit.gates import GateConfig, GateProjection, new_projection
+from retrofit.models.base_config import head_dim_of
 from retrofit.models.safetensors_io import StoredWeights
 from retrofit.stored_names import by_current_name
 from retrofit.utils.errors import UserError
@@ -142,7 +143,7 @@ def _by_layer(adapter: Path) -> dict[int, Tensors]:
 def _gate(config: PreTrainedConfig, gate_config: GateConfig, tensors: Tensors) -> GateProjection:
     """The module that these tensors are the state of, for a base with this config."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = head_dim_of(config)
     # Only a model knows how many pairs of channels are slow, and there is none here.
     slow_pairs = min(tensors.get("key_bias", torch.empty(0)).shape[-1], head_dim // 2)
     return new_projection(gate_config, config.hidden_size, heads, kv_heads, head_dim, slow_pairs)

@@ -1,4 +1,4 @@
-"""A recipe: everything a run needs, in one YAML file that says no to anything it does not know."""
+"""Recipes: each is one YAML file with all settings of a run, in which unknown keys are errors."""
 
 from retrofit.recipe.reading import bundled_recipes, load_recipe, recipe_file
 from retrofit.recipe.schema import (

@@ -1,4 +1,4 @@
-"""A recipe from a file: found, overridden, validated, and if it is wrong, told in one line."""
+"""Finds, reads, overrides and validates recipes, and reports a mistake in one line."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from retrofit.recipe.schema import RESOLVED, Recipe, Section, shown
+from retrofit.recipe.schema import RESOLVED, Recipe, Section, short_repr
 from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.paths import expanded
 from retrofit.utils.strict_yaml import parse, parse_value
@@ -17,15 +17,17 @@ from retrofit.utils.text_files import read_text
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and validate a recipe.
+    """Reads, overrides and validates a recipe.
 
     Args:
-        name: a YAML file, or the name of a bundled recipe (`llama/smollm2-135m-cpu`, or its last
-            part alone). The recipe in a run folder is of that run, wherever it was moved to.
-        overrides: `section.key=value`, the value in YAML.
+        name: the path of a YAML file, or the name of a bundled recipe: `llama/smollm2-135m-cpu`,
+            or only its last part. For the recipe in a run folder, `output_dir` becomes that folder,
+            even if the run was moved.
+        overrides: settings as `section.key=value`, with the value in YAML.
 
     Raises:
-        UserError: one line that names the file, the key and what it should be.
+        UserError: if the recipe is missing or wrong. The message is one line that names the file,
+            the key and what the key should hold.
     """
     file = recipe_file(name)
     text = read_text(file)
@@ -46,37 +48,41 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a recipe given by path or by bundled name.
+    """Returns the file of a recipe that is given by its path or by its bundled name.
 
     Raises:
-        UserError: if there is none; the message names the nearest bundled recipe.
+        UserError: if there is no such recipe; the message names the nearest bundled one.
     """
     if (path := expanded(name)).is_file():
         return path
     bundled = dict(bundled_recipes())
     wanted = name.removesuffix(".yaml")
-    matches = [full for full in bundled if wanted in (full, full.split("/")[-1])]
+    matches = [full_name for full_name in bundled if wanted in (full_name, _last_part(full_name))]
     if len(matches) == 1:
         return bundled[matches[0]]
-    near = _nearest(wanted.split("/")[-1], [full.split("/")[-1] for full in bundled])
+    hint = _hint(_last_part(wanted), [_last_part(full_name) for full_name in bundled])
     raise UserError(
-        f"no recipe {name!r}: neither a file nor a bundled recipe{near}; `retrofit recipes` "
+        f"no recipe {name!r}: neither a file nor a bundled recipe{hint}; `retrofit recipes` "
         "lists those"
     )
 
 
 def bundled_recipes() -> Iterator[tuple[str, Path]]:
-    """Name and file of each recipe that comes with the package, sorted by name."""
+    """Yields the name and the file of each recipe in the package, sorted by name."""
     root = Path(str(resources.files("retrofit.recipes")))
     for path in sorted(root.rglob("*.yaml")):
         yield path.relative_to(root).with_suffix("").as_posix(), path
+
+
+def _last_part(recipe_name: str) -> str:
+    return recipe_name.split("/")[-1]
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(
-            f"{shown(override)} is not an override: write key=value, as in train.seed=1"
+            f"{short_repr(override)} is not an override: write key=value, as in train.seed=1"
         )
     *parents, last = key.split(".")
     for parent in parents:
@@ -86,17 +92,16 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     try:
         settings[last] = parse_value(value)
     except yaml.YAMLError:
-        none = "" if value.strip() else "; for none write null"
-        raise UserError(f"{key}: {shown(value)} is not a YAML value{none}") from None
+        hint = "" if value.strip() else "; for none write null"
+        raise UserError(f"{key}: {short_repr(value)} is not a YAML value{hint}") from None
 
 
 def _explain(error: ValidationError) -> str:
     first, *others = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return (
-            f"unknown key {key!r}{_nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
-        )
+        *section, unknown = first["loc"]
+        return f"unknown key {key!r}{_hint(str(unknown), _known_keys(section))}"
     if first["type"] == "missing":
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
@@ -104,19 +109,24 @@ def _explain(error: ValidationError) -> str:
     if others and first["type"] == "literal_error" and _is_same_field(first, others[0]):
         key = key.rpartition(".")[0]
         message += f" or {others[0]['msg'].removeprefix('Input should be ')}"
-    given = "" if first["type"] == "value_error" else f", not {shown(first['input'])}"
-    return f"{key}: {message}{given}" if key else message
+    instead_of = "" if first["type"] == "value_error" else f", not {short_repr(first['input'])}"
+    return f"{key}: {message}{instead_of}" if key else message
 
 
 def _is_same_field(first: Any, second: Any) -> bool:
-    """Of a field that takes a word or a number pydantic tells of each, as a part of the key."""
+    """Tells whether two errors are about one field.
+
+    For a field that takes a word or a number, pydantic reports an error for each alternative, with
+    its name as the last part of `loc`.
+    """
     return first["loc"][:-1] == second["loc"][:-1] and first["input"] is second["input"]
 
 
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+def _known_keys(path: Sequence[int | str]) -> list[str]:
+    """Returns the keys of the section of a recipe that lies at a path."""
     section: Any = Recipe
     for part in path:
-        if isinstance(part, int):  # a list: its items share one section
+        if isinstance(part, int):  # an index of a list, whose items share one section
             continue
         annotation = section.model_fields[part].annotation
         section = next(kind for kind in _classes(annotation) if issubclass(kind, Section))
@@ -124,6 +134,7 @@ def _known_keys(path: tuple[int | str, ...]) -> list[str]:
 
 
 def _classes(annotation: Any) -> Iterator[type]:
+    """Yields every class that a type annotation names."""
     arguments = getattr(annotation, "__args__", ())
     if isinstance(annotation, type) and not arguments:
         yield annotation
@@ -131,6 +142,7 @@ def _classes(annotation: Any) -> Iterator[type]:
         yield from _classes(argument)
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+def _hint(unknown: str, known: list[str]) -> str:
+    """Returns the end of an error message: the known name that is nearest, else all of them."""
+    nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"

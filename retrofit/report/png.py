@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from retrofit.report.wording import title
-from retrofit.utils.files import written_whole
+from retrofit.utils.files import atomic_file
 
 _BASE_COLOR = "#3b3b3b"
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
@@ -39,7 +39,7 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     _draw_lines(activation, result["models"], "max_activation")
     activation.set(title="Largest activation", ylabel="largest |hidden state|", yscale="log")
     figure.legend(handles=attention.lines, loc="outside lower center", ncols=4, frameon=False)
-    with written_whole(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, format="png")
 
 

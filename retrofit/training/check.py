@@ -12,6 +12,7 @@ from retrofit.models.gated_model import gated_model
 from retrofit.models.opening import opening
 from retrofit.recipe import Recipe
 from retrofit.training.preflight import preflight, read_texts
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
 from retrofit.utils.output_path import refuse_unwritable
 from retrofit.utils.paths import expanded
@@ -73,7 +74,7 @@ def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
 
 
 def _dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
-    stored = str(config.dtype or torch.float32).removeprefix("torch.")
+    stored = dtype_name(config.dtype or torch.float32)
     return recipe.model.dtype if recipe.model.dtype != "auto" else stored
 
 
@@ -118,7 +119,7 @@ def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:
     gate = recipe.gate
     reason = native.refusal(config, gate.granularity, gate.sinks, gate.centered)
     if reason is None:
-        model_type = native.form_of(config.model_type, gate.sinks).model_type(config)
+        model_type = native.stock_architecture(config.model_type, gate.sinks).model_type(config)
         return f"stock {model_type} checkpoint, no code of ours needed"
     return f"with --format remote-code, which brings its code: {reason}"
 

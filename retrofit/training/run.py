@@ -40,15 +40,16 @@ from retrofit.training.preflight import preflight, read_texts
 from retrofit.training.trainer import GateTrainer
 from retrofit.training.trainer_state import rows_per_step, whole_adapter
 from retrofit.utils.console import say
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import CheckError, UserError
 from retrofit.utils.files import (
-    missing_above,
+    atomic_file,
+    missing_parents,
     remove,
     to_json,
     write_json,
     write_text,
     writing,
-    written_whole,
 )
 from retrofit.utils.output_path import refuse_unwritable
 from retrofit.utils.paths import expanded
@@ -86,7 +87,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     # Each rank on its own device, before anything is loaded.
     ranks = PartialState(cpu=not torch.accelerator.is_available())
     console = console or Console(quiet=not ranks.is_main_process)
-    recipe = recipe.anchored()
+    recipe = recipe.with_absolute_paths()
     run = expanded(recipe.output_dir)
     checkpoint = _check_folder(run, recipe, resume, console)
     config = preflight(recipe)
@@ -100,7 +101,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 def _leaving_nothing(run: Path) -> Iterator[None]:
     """A run that ends before its first checkpoint has nothing to go on from, and its folder would
     be in the way of the next try."""
-    above = missing_above(run)
+    above = missing_parents(run)
     try:
         yield
     except BaseException:
@@ -226,7 +227,7 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> 
         (run / name).exists() for name in ("checkpoints", "run.json")
     ):
         raise UserError(f"nothing to resume: {run} holds no run")
-    before, now = load_recipe(str(resolved)).anchored().model_dump(), recipe.model_dump()
+    before, now = load_recipe(str(resolved)).with_absolute_paths().model_dump(), recipe.model_dump()
     # The folder may have been moved.
     compared = now.keys() - {"measure", "output_dir"}
     changed = [key for key in now if key in compared and before[key] != now[key]]
@@ -288,7 +289,7 @@ def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:
         "name_or_path": recipe.model.base,
         "revision": recipe.model.revision,
         "model_type": base.config.model_type,
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.dtype),
         "quantization": recipe.model.quantization,
         "weights_sha256": weights_sha256(base_weights(model)),
         "config": config_values(base.config),
@@ -301,7 +302,7 @@ def _finish(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Path, fac
     adapter, hidden = run / "adapter", run / ".adapter.partial"
     for left in (hidden, adapter):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    with written_whole(run / "run.json") as partial:
+    with atomic_file(run / "run.json") as partial:
         partial.write_text(to_json(facts), encoding="utf-8")
         trainer.model.save_pretrained(str(hidden), state_dict=gates)
         (hidden / "README.md").unlink(missing_ok=True)  # PEFT's empty card template

@@ -1,1 +1,1 @@
-"""What every room uses: errors in one line, files that appear whole, the console, the process."""
+"""Helpers for every room: errors of one line, files that appear whole, console and process."""

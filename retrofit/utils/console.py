@@ -1,4 +1,4 @@
-"""What the command line says on the terminal."""
+"""Output of the command line to the terminal."""
 
 import os
 
@@ -6,10 +6,10 @@ from rich.console import Console
 
 
 class PlainConsole(Console):
-    """Says text as it stands: brackets in a path are no markup.
+    """A rich console that prints text unchanged: it does not read brackets in a path as markup.
 
-    Nobody may be listening any more, as in `retrofit train RECIPE | head -1`: that is no reason to
-    end a run.
+    A closed pipe, as in `retrofit train RECIPE | head -1`, does not end the run: the console then
+    prints nothing more.
     """
 
     def __init__(self, **kwargs):
@@ -17,10 +17,10 @@ class PlainConsole(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        # What Python still holds for the pipe is written when it ends.
+        # Python writes what it still buffers for the pipe when it exits, so the pipe is replaced.
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def say(text: str, console: Console | None = None) -> None:
-    """Print one line as it stands, however long."""
+    """Prints a text unchanged, without wrapping its lines."""
     (console or PlainConsole()).print(text, markup=False, highlight=False, soft_wrap=True)

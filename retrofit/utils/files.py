@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import contextlib
 import json
@@ -15,20 +15,22 @@ from typing import Any
 from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.output_path import refuse_unwritable
 
-# A pickle runs code when it is opened: known by these, and never copied.
+# Suffixes of pickles. They are never copied, because a pickle runs code when it is opened.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
-# Taken over verbatim: saving a loaded tokenizer again would rewrite its class and drop files.
+# Tokenizer files are copied, because saving a loaded tokenizer would rewrite its class and drop
+# files.
 _TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
               "special_tokens_map.json", "chat_template*")  # fmt: skip
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """
+    """Turns a failed write inside the `with` block into an error that names `path`.
+
     Raises:
-        UserError: for what the system says to a write inside: a full disk, a folder of somebody
-            else's.
+        UserError: if the system refuses the write, for example because the disk is full or the
+            folder belongs to somebody else.
     """
     from safetensors import SafetensorError
 
@@ -40,9 +42,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A hidden neighbour of a file that takes its name at the end, or vanishes, so that a reader
-    never sees half a file."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields the path of a hidden file beside `path` to write to. The hidden file is renamed to
+    `path` at the end, or removed after an error, so that a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -53,8 +55,8 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file that appears whole."""
-    with written_whole(path) as partial:
+    """Writes a text file that appears whole."""
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -63,14 +65,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any) -> str:
-    """JSON as the standard has it, which knows no NaN and no infinity."""
+    """Returns a value as standard JSON.
+
+    Raises:
+        ValueError: if the value holds NaN or infinity, which JSON does not have.
+    """
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
-    """
+    """Returns the value in a JSON file.
+
     Raises:
-        ValueError: if it is no JSON, which knows no NaN and no infinity, or no UTF-8.
+        ValueError: if the file is not UTF-8, or not standard JSON, which has no NaN and no
+            infinity.
     """
     return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
 
@@ -80,7 +88,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def copy(folder: Path, to: Path, *patterns: str) -> None:
-    """The files of a folder that match one of the patterns, pickles left out."""
+    """Copies the files of a folder that match one of the patterns, except pickles."""
     for pattern in patterns:
         for path in filter(Path.is_file, folder.glob(pattern)):
             if path.suffix not in PICKLES:
@@ -92,10 +100,10 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """Nothing that is there is written over.
+    """Refuses an output path that would overwrite something.
 
     Raises:
-        UserError: if something is there, or nothing can be made there.
+        UserError: if `out` exists, or cannot be created.
     """
     refuse_unwritable(out)
     if os.path.lexists(out):
@@ -103,19 +111,20 @@ def refuse_existing(out: Path) -> None:
 
 
 @contextmanager
-def appearing_whole(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its name at the end, or vanishes, and with it the
-    folders above that were made for it.
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yields a hidden folder beside `out` to write to. The hidden folder is renamed to `out` at the
+    end, or removed after an error, together with the parent folders that were created for it.
 
     Raises:
-        UserError: if it exists, or cannot be written: a full disk, a folder of somebody else's.
+        UserError: if `out` exists or cannot be written, for example because the disk is full or
+            the folder above belongs to somebody else.
     """
     refuse_existing(out)
     from safetensors import SafetensorError
 
-    _tidy(out.parent, f".{out.name}.partial-")
+    _remove_leftovers(out.parent, f".{out.name}.partial-")
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    above = missing_above(out)
+    created_parents = missing_parents(out)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -123,42 +132,42 @@ def appearing_whole(out: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} cannot be written, and nothing is left of it: {error}") from error
     finally:
-        remove(partial, above)
+        remove(partial, created_parents)
 
 
-def missing_above(path: Path) -> list[Path]:
-    """The folders that will be made for one, the nearest first."""
+def missing_parents(path: Path) -> list[Path]:
+    """Returns the parent folders of a path that do not exist yet, the nearest first."""
     return [folder for folder in path.parents if not folder.exists()]
 
 
-def remove(folder: Path, above: list[Path]) -> None:
-    """Remove a folder, and of those that were made for it the ones in which nothing else lies."""
+def remove(folder: Path, parents: list[Path]) -> None:
+    """Removes a folder, and then those of its `parents`, the nearest first, that are empty."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
-        for parent in above:
+        for parent in parents:
             parent.rmdir()
 
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder of this process, removed at the end; those of processes that were killed are removed
-    at the next call."""
-    # Another machine, or container, may have the same folder and other processes.
+    """Yields a temporary folder that is removed at the end. Folders that killed processes left
+    behind are removed first."""
+    # Several machines or containers may share this folder, and process ids differ between them.
     prefix = f".retrofit-{platform.node()}-"
-    _tidy(Path(tempfile.gettempdir()), prefix)
-    # What is still mapped into memory stays readable once the files have lost their names, except
-    # where a system refuses to remove them.
+    _remove_leftovers(Path(tempfile.gettempdir()), prefix)
+    # Some systems refuse to remove a file that is still mapped into memory. Elsewhere the mapping
+    # stays readable after the removal.
     with tempfile.TemporaryDirectory(
         prefix=prefix, suffix=f"-{os.getpid()}", ignore_cleanup_errors=True
     ) as folder:
         yield Path(folder)
 
 
-def _tidy(parent: Path, prefix: str) -> None:
-    """Remove what killed processes left: each folder's name ends in the number of its process."""
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    """Removes the folders that killed processes left: each name ends in the id of its process."""
     import psutil
 
-    for left in parent.glob(f"{escape(prefix)}*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
+    for folder in parent.glob(f"{escape(prefix)}*"):
+        process_id = folder.name.rpartition("-")[2]
+        if process_id.isdecimal() and not psutil.pid_exists(int(process_id)):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Where a command may write, found out before it works for minutes."""
+"""Checks of output paths, made before a command works for minutes."""
 
 import errno
 import os
@@ -9,44 +9,50 @@ from pathlib import Path
 from retrofit.utils.errors import UserError
 from retrofit.utils.paths import expanded
 
-# What is made on the way has longer names: `.NAME.partial-12345`, `.NAME.parts`, and files below.
-_LONGER, _BELOW = 20, "checkpoints/checkpoint-1000000/adapter_model.safetensors"
+# Files on the way to an output have longer names, such as `.NAME.partial-12345`, or lie below it.
+_MOST_ADDED_CHARACTERS = 20
+_LONGEST_BELOW = "checkpoints/checkpoint-1000000/adapter_model.safetensors"
 
-_SHOWN = 300  # characters of a path
+_SHOWN_CHARACTERS = 300  # an error message cuts longer paths
 
 
 def refuse_unwritable(path: Path) -> None:
-    """
+    """Refuses an output path that cannot be created.
+
     Args:
-        path: of a file or folder that will be made, and the folders above it if they are missing.
+        path: the path of a file or folder. Missing parent folders will be created with it.
 
     Raises:
-        UserError: if that cannot be done.
+        UserError: if the path or its parents cannot be created.
     """
     if re.match(r"\$(\w|\{)", str(path)):
         raise UserError(f"{path} would be a folder of that name: write out what the variable holds")
     try:
-        os.fsencode(path).decode()  # a name that is no UTF-8
-        for longest in (path.parent / f"{path.name}{'-' * _LONGER}", path / _BELOW):
+        os.fsencode(path).decode()  # raises if the name is not UTF-8
+        longest_name = f"{path.name}{'-' * _MOST_ADDED_CHARACTERS}"
+        for longest in (path.parent / longest_name, path / _LONGEST_BELOW):
             _exists(longest)
     except ValueError:
         raise UserError(
-            f"{str(path)!r} is no name of a file: it is not UTF-8, or holds a zero"
+            f"{str(path)!r} is not a file name: it is not UTF-8, or holds a NUL byte"
         ) from None
     except OSError as error:
-        name = str(path) if len(str(path)) < _SHOWN else f"{str(path)[:_SHOWN]}..."
+        name = str(path)
+        if len(name) >= _SHOWN_CHARACTERS:
+            name = f"{name[:_SHOWN_CHARACTERS]}..."
         raise UserError(f"{name} cannot be written: {error.strerror}") from None
-    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not above.is_dir():
-        raise UserError(f"{path} cannot be written: {above} is no folder")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written: no permission to write in {above}")
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise UserError(f"{path} cannot be written: {parent} is no folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: no permission to write in {parent}")
 
 
 def _exists(path: Path) -> bool:
-    """
+    """Tells whether something, if only a broken link, has this path.
+
     Raises:
-        OSError: if the system cannot tell, for one because the name is too long.
+        OSError: if the system cannot tell, for example because the name is too long.
     """
     try:
         path.lstat()
@@ -58,13 +64,14 @@ def _exists(path: Path) -> bool:
 
 
 def check_output_files(written: Sequence[Path | None], read: Sequence[Path]) -> None:
-    """
+    """Refuses output files that cannot be written.
+
     Args:
-        written: files that the options of a command name; `None` is an option that is not given.
-        read: files that the command reads.
+        written: the files that a command's options name; `None` stands for an option not given.
+        read: the files that the command reads.
 
     Raises:
-        UserError: if one cannot be written, or would take the place of another.
+        UserError: if a file cannot be written, is named twice, or is also read.
     """
     taken = {expanded(path).absolute() for path in read}
     for path in filter(None, written):

@@ -6,10 +6,10 @@ from retrofit.utils.errors import UserError
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with the home folder for `~`.
+    """Returns the path with the home folder in place of `~`.
 
     Raises:
-        UserError: if it begins with the name of a user who has none.
+        UserError: if it begins with `~USER` and there is no such user.
     """
     try:
         return Path(path).expanduser()

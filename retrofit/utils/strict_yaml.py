@@ -1,4 +1,7 @@
-"""YAML in which nothing is dropped: no key is there twice, no override's value has a comment."""
+"""A YAML parser that drops nothing silently.
+
+It refuses a key that is there twice, and a comment after the value of an override.
+"""
 
 import re
 from typing import Any
@@ -7,16 +10,16 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers such as 1e-4 are numbers, which YAML 1.1 takes for text."""
+    """A safe loader that reads 1e-4 as a number, where YAML 1.1 reads it as text."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
-        seen = set()
+        keys = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
+            if key.value in keys:
                 problem = f"{key.value!r} is there twice"
                 raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-            seen.add(key.value)
+            keys.add(key.value)
         return node
 
 
@@ -28,26 +31,29 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str) -> Any:
-    """
+    """Returns the value of a YAML text.
+
     Raises:
-        YAMLError: if it is not YAML, or a key is there twice.
+        YAMLError: if the text is not YAML, or a key is there twice.
     """
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    except ValueError as error:  # a date that is none, a number of thousands of digits
+    except ValueError as error:  # an impossible date, or a number of thousands of digits
         raise yaml.YAMLError(str(error)) from None
 
 
 def parse_value(text: str) -> Any:
-    """The value of an override. On a command line nobody writes comments: text with a `#` is kept.
+    """Returns the value of an override.
+
+    A command line has no comments, so a `#` and what follows it are part of a text.
 
     Raises:
-        YAMLError: if it is empty, is not YAML, or something other than text is followed by a
-            comment.
+        YAMLError: if the value is empty or not YAML, or if a comment follows a value that is not
+            a text.
     """
-    if not text.strip():  # to YAML it would be null
+    if not text.strip():  # YAML would read it as null
         raise yaml.YAMLError("there is nothing")
     try:
         node = yaml.compose(text, _Loader)

@@ -1,4 +1,4 @@
-"""Text files as people have them: UTF-8, with a byte order mark or without, gzipped or not."""
+"""Readers of UTF-8 text files, with or without a byte order mark, gzipped or not."""
 
 import codecs
 import gzip
@@ -17,24 +17,24 @@ _CUT_SHORT = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
 def kind_of(path: Path) -> str:
-    """What a file holds by its name: `.jsonl` of `a.jsonl`, `A.JSONL` and `a.jsonl.gz`."""
+    """Returns a file's type by its name: `.jsonl` for `a.jsonl`, `A.JSONL` and `a.jsonl.gz`."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def read_text(path: Path) -> str:
-    """The whole of a text file, without a byte order mark.
+    """Returns the whole of a text file, without its byte order mark.
 
     Raises:
-        UserError: if it cannot be read, or is not UTF-8.
+        UserError: if the file cannot be read, or is not UTF-8.
     """
     return "".join(line for _, line in read_lines(path))
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, each with its number from 1.
+    """Yields the lines of a text file, each after its number, which counts from 1.
 
     Raises:
-        UserError: if it cannot be read, or is not UTF-8; the message names the line.
+        UserError: if the file cannot be read, or is not UTF-8; the message names the line.
     """
     try:
         with _opened(path) as file:
@@ -49,12 +49,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """What stands in the lines of a JSON-lines file, each with its number from 1. Blank lines are
-    passed over.
+    """Yields the values of a JSON Lines file, each after its line's number, which counts from 1.
+
+    Blank lines are skipped.
 
     Raises:
-        UserError: if it cannot be read, is not UTF-8, or a line is not JSON; the message names the
-            line.
+        UserError: if the file cannot be read, is not UTF-8, or a line is not JSON; the message
+            names the line.
     """
     for number, line in read_lines(path):
         if not line.isspace():
@@ -62,7 +63,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether an object stands in the first line of a file. A .json file may be a list instead."""
+    """Tells whether the first line of a file is a JSON object; a .json file may be a list."""
     if kind_of(path) not in (".json", ".jsonl"):
         return False
     try:
@@ -72,12 +73,13 @@ def is_json_lines(path: Path) -> bool:
 
 
 def read_json_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """What stands in a JSON file, each value with its number from 1: the items of a list, or values
-    that follow one another.
+    """Yields the values of a JSON file, each after its number, which counts from 1.
+
+    The values are the items of a list, or values that follow one another.
 
     Raises:
-        UserError: if it cannot be read, is not UTF-8 or JSON; for half a character the message
-            names the value.
+        UserError: if the file cannot be read, or is not UTF-8 or JSON. If a value escapes half a
+            character, the message names the value.
     """
     number, start, text = 0, 0, read_text(path).strip()
     escapes = "\\u" in text
@@ -125,7 +127,7 @@ def _parsed(line: str, number: int, path: Path) -> Any:
 
 
 def _value_at(start: int, text: str, path: Path) -> tuple[Any, int]:
-    """A value in a text of JSON, and where the next one starts."""
+    """Returns the JSON value that starts at a position, and the position of the next value."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from retrofit.export.gguf_tokenizer import add_tokenizer
 from retrofit.export.llama_cpp import KINDS
-from retrofit.export.qwen3_5 import head_dim_of
+from retrofit.models.base_config import head_dim_of
 from retrofit.models.safetensors_io import StoredWeights
 from retrofit.utils.errors import UserError
 

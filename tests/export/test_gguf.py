@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from retrofit.export import qwen3_5
-from retrofit.export.gguf_tokenizer import rules_of
+from retrofit.export.gguf_tokenizer import pre_tokenizer_name
 from retrofit.export.llama_cpp import KINDS
 from retrofit.export.merge import MergeMismatchError, merge
 from retrofit.utils.errors import UserError
@@ -104,7 +104,7 @@ def test_a_fresh_process_loads_it_and_the_card_says_how(tmp_path, base):
 
 def test_a_file_that_differs_never_appears(tmp_path, base, in_process, monkeypatch):
     run = make_run(tmp_path / "run", base("llama"))
-    monkeypatch.setattr("retrofit.export.gguf_qwen35._stock", without_gates)
+    monkeypatch.setattr("retrofit.export.gguf_qwen35._native_tensors", without_gates)
     with pytest.raises(MergeMismatchError, match="differs from the trained model"):
         merge(run, tmp_path / "out", format="gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
@@ -140,7 +140,7 @@ def test_rules_of_tokenizers_are_told_apart():
     def rules(model, *steps):
         tokenizer = Tokenizer(model)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
-        return rules_of(json.loads(tokenizer.to_str()))
+        return pre_tokenizer_name(json.loads(tokenizer.to_str()))
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)

@@ -441,7 +441,7 @@ def test_what_memory_cannot_hold_is_proved_from_disk(
     run = make_run(tmp_path / "run", base, centered=True, **gates)
     whole = merge(run, tmp_path / "whole", format=format, dtype=dtype)["verification"]
     for module in (streamed, verify.streamed):  # the script's own, and the package's
-        monkeypatch.setattr(module, "fits", lambda _model: False)
+        monkeypatch.setattr(module, "fits_in_memory", lambda _model: False)
     read = merge(run, tmp_path / "read", format=format, dtype=dtype)["verification"]
     assert read["positions"] < whole["positions"], "fewer steps: it was not in memory"
     assert read["rounding_kl"] == pytest.approx(whole["rounding_kl"], rel=1e-4)

@@ -108,7 +108,7 @@ def test_qk_norms_are_balanced_without_changing_q_dot_k():
 def test_the_constant_norms_multiply_to_their_target(dtype):
     for eps in (1e-6, 1e-5):
         target = eps * 4.0**26
-        a, b = exact_norms.factor(target, dtype)
+        a, b = exact_norms.factorize(target, dtype)
         stored = [torch.tensor(x - 1).to(dtype).double() + 1 for x in (a, b)]
         assert stored[0] * stored[1] == pytest.approx(target, rel=2e-4)
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from retrofit import cli
 from retrofit.export.merge import merge
 from retrofit.export.verify import verify
-from retrofit.export.verify.reference import FILE
+from retrofit.export.verify.reference import REFERENCE_FILE
 from retrofit.models.fingerprint import config_values
 from retrofit.models.loading import load_model
 from retrofit.models.source import read_source
@@ -562,12 +562,12 @@ REFERENCES = {
 @pytest.mark.parametrize(("change", "message"), REFERENCES.values(), ids=REFERENCES)
 def test_a_reference_of_another_shape_is_refused(merged, tmp_path, change, message):
     shutil.copytree(merged, tmp_path / "out")
-    edited(tmp_path / "out" / FILE, change)
+    edited(tmp_path / "out" / REFERENCE_FILE, change)
     told = refusal("verify", tmp_path / "out", leaves_alone=tmp_path)
-    assert FILE in told and re.search(message, told), told
+    assert REFERENCE_FILE in told and re.search(message, told), told
 
 
-@pytest.mark.parametrize("name", ["retrofit-merge.json", FILE])
+@pytest.mark.parametrize("name", ["retrofit-merge.json", REFERENCE_FILE])
 @pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON)
 def test_what_lies_beside_a_merge_and_is_no_json_is_refused(merged, tmp_path, name, text):
     shutil.copytree(merged, tmp_path / "out")

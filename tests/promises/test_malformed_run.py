@@ -27,7 +27,7 @@ from retrofit.training.run import Interrupted, train
 from retrofit.training.trainer_state import SafetensorsCheckpoints
 from retrofit.utils.console import PlainConsole
 from retrofit.utils.errors import UserError
-from retrofit.utils.files import appearing_whole, temporary_folder
+from retrofit.utils.files import atomic_folder, temporary_folder
 from retrofit.utils.output_path import refuse_unwritable
 
 STEPS = 5
@@ -477,7 +477,7 @@ def test_the_recipe_of_a_run_trains_another_one_elsewhere(stopped):
 def test_what_is_no_file_is_not_anchored(home, monkeypatch):
     monkeypatch.chdir(home)
     given = settings("run") | {"model": {"base": "org/name"}, "measure": {"text": "~/text.txt"}}
-    recipe = Recipe.model_validate(given).anchored()
+    recipe = Recipe.model_validate(given).with_absolute_paths()
     assert recipe.model.base == "org/name" and recipe.measure.text == "~/text.txt"
     assert recipe.data.sources[0].path == str(home / "text.jsonl")
 
@@ -802,7 +802,7 @@ def test_a_full_disk_during_a_checkpoint_is_one_line(home, tmp_path, monkeypatch
     assert run.exists() != first and (tmp_path / "deep").exists() != first
 
 
-@pytest.mark.parametrize("at", ["write_text", "written_whole"])
+@pytest.mark.parametrize("at", ["write_text", "atomic_file"])
 def test_a_full_disk_at_the_start_or_the_end_is_one_line(home, tmp_path, monkeypatch, at):
     from retrofit.training import run as module
 
@@ -810,7 +810,7 @@ def test_a_full_disk_at_the_start_or_the_end_is_one_line(home, tmp_path, monkeyp
     monkeypatch.setattr(module, at, full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         train(Recipe.model_validate(settings(str(tmp_path / "run"))))
-    assert (tmp_path / "run").exists() == (at == "written_whole")
+    assert (tmp_path / "run").exists() == (at == "atomic_file")
 
 
 def test_a_run_that_diverges_at_once_leaves_its_name_to_the_next_try(home, tmp_path, monkeypatch):
@@ -862,7 +862,7 @@ def test_a_folder_for_what_is_measured_that_is_a_file_is_one_line(tmp_path):
 
 def test_what_fails_leaves_no_folder_that_was_made_for_it(tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(KeyError), appearing_whole(tmp_path / "there" / "a" / "b" / "out"):
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "there" / "a" / "b" / "out"):
         raise KeyError
     assert files_below(tmp_path) == {tmp_path / "there"}
 

@@ -314,7 +314,9 @@ def test_llama_cpp_runs_the_base_itself(family, tmp_path):
     input_ids = list(range(60, 90))
     with torch.no_grad():
         ours = tiny_model(family)(torch.tensor([input_ids])).logits[0, -1].log_softmax(-1)
-    _, theirs = llama_server.ask(llama_server.serve(tmp_path / "base.gguf", 1), input_ids)
+    _, theirs = llama_server.request_next_token(
+        llama_server.start_server(tmp_path / "base.gguf", 1), input_ids
+    )
     assert len(theirs) > 50
     assert all(abs(ours[token] - told) < 1e-3 for token, told in theirs.items())
 

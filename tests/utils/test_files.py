@@ -2,7 +2,7 @@
 
 import pytest
 
-from retrofit.utils.files import appearing_whole, write_json
+from retrofit.utils.files import atomic_folder, write_json
 
 
 @pytest.mark.parametrize("name", ["*", "?ut", "[o]ut", "o*"])
@@ -10,7 +10,7 @@ def test_a_name_is_no_pattern_for_what_is_tidied_up(tmp_path, name):
     others = [".out.partial-4194999", ".out.partial-mine"]
     for other in [*others, f".{name}.partial-4194999"]:
         (tmp_path / other).mkdir()
-    with appearing_whole(tmp_path / name):
+    with atomic_folder(tmp_path / name):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, name])
 

@@ -1,6 +1,6 @@
 """The command line of the scripts that load a checkpoint in an engine.
 
-Imported by scripts that run without this package, so it imports nothing of it.
+The scripts run without this package, so this module imports nothing of it.
 """
 
 import argparse
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def parse_arguments(*flags: str) -> argparse.Namespace:
-    """The paths `checkpoint`, `reference` and `result`, and whether each of the flags is given."""
+    """Returns the paths `checkpoint`, `reference` and `result`, and each flag as a boolean."""
     parser = argparse.ArgumentParser()
     for name in ("checkpoint", "reference", "result"):
         parser.add_argument(name, type=Path)

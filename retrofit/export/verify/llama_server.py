@@ -1,10 +1,10 @@
-"""Load a GGUF file in llama.cpp, in a fresh process, and compare it with the reference.
+"""Loads a GGUF file in llama.cpp, in a fresh process, and compares it with the reference.
 
-Run as a plain script:
+It runs as a plain script:
 
     python llama_server.py FILE REFERENCE RESULT
 
-It imports xllamacpp, which is llama.cpp in a wheel, and nothing of this package.
+It imports xllamacpp, a wheel that contains llama.cpp, and nothing of this package.
 """
 
 import json
@@ -17,12 +17,12 @@ import xllamacpp
 from command_line import parse_arguments
 from reference import Reference, compare, summarize
 
-POSITIONS = 16  # of each window, spread over it: each is a prompt of its own
-LISTED = 100  # of the most probable tokens; more take the server long
+POSITIONS = 16  # compared positions of each window, spread over it; each needs a prompt of its own
+LISTED_TOKENS = 100  # most probable tokens that the server lists; a longer list is slow
 
 
-def serve(path: Path, threads: int) -> xllamacpp.Server:
-    """llama.cpp's server in this process, with nothing rounded that the file does not round."""
+def start_server(path: Path, threads: int) -> xllamacpp.Server:
+    """Starts llama.cpp's server in this process, with a float32 cache so that it rounds little."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_gpu_layers = 1024, 0
@@ -33,51 +33,66 @@ def serve(path: Path, threads: int) -> xllamacpp.Server:
     return xllamacpp.Server(params)
 
 
-def ask(
+def request_next_token(
     server: xllamacpp.Server, prompt: str | list[int], cache: bool = True
 ) -> tuple[int, dict[int, float]]:
-    """The tokens of a prompt, and the most probable next ones with their log probabilities: none
-    where the first of them is a part of a character, which the server keeps to itself.
+    """Asks the server for the most probable tokens after a prompt.
 
-    Without `cache`, nothing is kept of the prompt before, so that the same tokens give the same
-    bits.
+    Args:
+        server: the server.
+        prompt: the text or the token ids of the prompt.
+        cache: whether to reuse the cache of the previous prompt. Without it, the same tokens give
+            the same bits.
+
+    Returns:
+        The number of tokens in the prompt, and the log probabilities of the most probable next
+        tokens by id. These are empty if the most probable token is a part of a character, for which
+        the server returns none.
     """
-    request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": LISTED}
+    request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": LISTED_TOKENS}
     answer = server.handle_completions(request | {"ignore_eos": True, "cache_prompt": cache})
     if "choices" not in answer:
         raise SystemExit(f"llama.cpp answers {answer}")
     logprobs = answer["choices"][0]["logprobs"]
     listed = logprobs["content"][0]["top_logprobs"] if logprobs else []
-    # JSON has no NaN: what is not finite comes as null.
-    likely = {e["id"]: math.nan if e["logprob"] is None else e["logprob"] for e in listed}
-    return answer["usage"]["prompt_tokens"], likely
+    # JSON has no NaN, so a log probability that is not finite arrives as null.
+    logprobs_by_id = {
+        entry["id"]: math.nan if entry["logprob"] is None else entry["logprob"] for entry in listed
+    }
+    return answer["usage"]["prompt_tokens"], logprobs_by_id
 
 
 def check(path: Path, reference: Path) -> dict:
+    """Returns the figures of a GGUF file against a reference."""
     trained = Reference.load(reference)
-    server = serve(path, threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    server = start_server(path, threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     length = len(trained.input_ids[0])
     ends = torch.linspace(length / POSITIONS, length, POSITIONS).int().tolist()
     positions = []
-    for ids, tokens, ours in zip(trained.input_ids, trained.tokens, trained.logprobs, strict=True):
+    for ids, tokens, expected in zip(
+        trained.input_ids, trained.tokens, trained.logprobs, strict=True
+    ):
         for end in ends:
-            if theirs := ask(server, ids[:end])[1]:
-                positions.append(compare(tokens[end - 1], ours[end - 1], theirs))
-    heads = trained.head, trained.head_ids
-    cut_here, cut_there = (ask(server, head, cache=False) for head in heads)
+            if measured := request_next_token(server, ids[:end])[1]:
+                positions.append(compare(tokens[end - 1], expected[end - 1], measured))
+    # The server's own tokenizer splits the text; the ids are from the trained model's tokenizer.
+    from_text, from_ids = (
+        request_next_token(server, prompt, cache=False)
+        for prompt in (trained.head, trained.head_ids)
+    )
     return {
-        "same_tokens": cut_here == cut_there,
+        "same_tokens": from_text == from_ids,
         **summarize(positions),
         "greedy_until": greedy_until(server, trained),
     }
 
 
 def greedy_until(server: xllamacpp.Server, trained: Reference) -> int | None:
-    """The first token at which a greedy continuation leaves that of the trained model."""
+    """Returns the index of the first greedy token that differs from the trained model's, if any."""
     for index in range(len(trained.greedy[0])):
         for ids, continuation in zip(trained.input_ids, trained.greedy, strict=True):
-            _, theirs = ask(server, ids + continuation[:index])
-            if theirs and max(theirs, key=theirs.__getitem__) != continuation[index]:
+            _, logprobs = request_next_token(server, ids + continuation[:index])
+            if logprobs and max(logprobs, key=logprobs.__getitem__) != continuation[index]:
                 return index
     return None
 

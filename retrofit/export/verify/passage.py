@@ -1,4 +1,4 @@
-"""Real text for the verification of a merged checkpoint."""
+"""The passage of real text that merged checkpoints are verified on."""
 
 # Herman Melville, "Moby-Dick; or, The Whale" (1851), chapter 1. Public domain.
 PASSAGE = """\

@@ -1,7 +1,7 @@
-"""What the trained model says of a text: the most probable tokens at each position.
+"""The reference of a proof: the trained model's most probable tokens at each position of a text.
 
-Small enough to lie beside every checkpoint, so that the proof can be repeated. Imported by scripts
-that run without this package, so it imports nothing of it.
+It is small enough to lie beside every checkpoint, so that the proof can be repeated. Scripts that
+run without this package import this module, so it imports nothing of the package.
 """
 
 import json
@@ -12,33 +12,33 @@ from pathlib import Path
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# What a model calls the cache that it takes and gives back. Until transformers 5.24 that was
+# The name of a model's argument and output that hold the cache. Before transformers 5.24 it was
 # `past_key_values`.
 CACHE = "cache"
 if CACHE not in {field.name for field in fields(CausalLMOutputWithPast)}:
     CACHE = "past_key_values"
 
-# One window is short enough for any context and long enough that RoPE mistakes show.
+# A window is short enough for any context and long enough that mistakes in RoPE show.
 MAX_WINDOW = 256
-STEPS = 16
-CANDIDATES = 32
-HEAD = 500  # characters
-FILE = "retrofit-reference.json"
+STEPS = 16  # tokens that are run one by one, and tokens of a greedy continuation
+CANDIDATES = 32  # most probable tokens that are kept for each position
+HEAD_LENGTH = 500  # characters
+REFERENCE_FILE = "retrofit-reference.json"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Two windows of a text, and what follows each of their tokens.
+    """Two windows of a text, with the trained model's predictions after each of their tokens.
 
     Attributes:
-        text: that the windows are of.
-        head: how it begins, which an engine with a tokenizer of its own has to cut alike.
-        head_ids: the tokens of that.
-        input_ids: `[2][seq_len]`.
+        text: the text that the windows are cut from.
+        head: the beginning of the text, on which an engine's own tokenizer is compared.
+        head_ids: the token ids of the head.
+        input_ids: the token ids of the windows, `[2][seq_len]`.
         tokens: the most probable next tokens, most probable first, `[2][seq_len][candidates]`.
-        logprobs: theirs, in nats, the same shape.
-        greedy: the tokens that follow each window, `[2][16]`, or fewer of a model that is
-            streamed.
+        logprobs: the log probabilities of `tokens` in nats, in the same shape.
+        greedy: the tokens of a greedy continuation of each window, `[2][16]`, or fewer for a
+            streamed model.
     """
 
     text: str
@@ -58,7 +58,7 @@ class Reference:
 
 
 def windows(tokenizer, text: str) -> torch.Tensor:
-    """The text as two windows of token ids `[2, seq_len]`."""
+    """Returns a text as two windows of token ids, `[2, seq_len]`."""
     input_ids = torch.tensor(tokenizer(text)["input_ids"])
     length = min(len(input_ids) // 2, MAX_WINDOW)
     return input_ids[: 2 * length].view(2, length)
@@ -66,12 +66,12 @@ def windows(tokenizer, text: str) -> torch.Tensor:
 
 @torch.no_grad()
 def observe(model, input_ids: torch.Tensor, steps: int = STEPS) -> dict[str, torch.Tensor]:
-    """What a model says of `input_ids` `[batch, seq_len]`, in the three ways it is run.
+    """Runs a model on `input_ids` `[batch, seq_len]` in three ways.
 
     Returns:
-        `prefill`: logits `[batch, seq_len, vocab_size]` of one forward.
-        `cached`: logits `[batch, steps, vocab_size]` of the last tokens, one by one.
-        `greedy`: the tokens `[batch, steps]` that follow.
+        `prefill`: the logits of one forward pass, `[batch, seq_len, vocab_size]`.
+        `cached`: the logits of the last tokens, run one by one, `[batch, steps, vocab_size]`.
+        `greedy`: the tokens of a greedy continuation, `[batch, steps]`.
     """
     prefill = model(input_ids, use_cache=False).logits
     cache = {CACHE: getattr(model(input_ids[:, :-steps], use_cache=True), CACHE)}
@@ -86,48 +86,58 @@ def observe(model, input_ids: torch.Tensor, steps: int = STEPS) -> dict[str, tor
     return {"prefill": prefill, "cached": torch.cat(cached, 1), "greedy": torch.cat(greedy, 1)}
 
 
-def refer(
+def make_reference(
     tokenizer, text: str, input_ids: torch.Tensor, observed: Mapping[str, torch.Tensor]
 ) -> Reference:
-    """The reference of a model, from what `observe` saw of it."""
-    head = text[:HEAD]
+    """Returns the reference of a model from the result of `observe`."""
+    head = text[:HEAD_LENGTH]
     likely = observed["prefill"].double().log_softmax(-1).topk(CANDIDATES)
     parts = (input_ids, likely.indices, likely.values, observed["greedy"])
     return Reference(text, head, tokenizer(head)["input_ids"], *(part.tolist() for part in parts))
 
 
-def kl_divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Mean KL in nats between the distributions of two tensors of logits."""
-    p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+def kl_divergence(expected: torch.Tensor, measured: torch.Tensor) -> float:
+    """Returns the mean `KL(expected || measured)` in nats of two tensors of logits."""
+    p, q = expected.double().log_softmax(-1), measured.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
-def compare(tokens: list[int], ours: list[float], theirs: Mapping[int, float]) -> dict[str, float]:
-    """One position: the reference's candidates against an engine's log probabilities by token.
+def compare(
+    tokens: list[int], expected: list[float], measured: Mapping[int, float]
+) -> dict[str, float]:
+    """Compares the reference's candidates at one position with an engine's log probabilities.
 
-    `kl`, in nats, is taken among the candidates, each side normalized over them: engines round the
-    sum over the others. They list only their likeliest tokens; a candidate that is not listed
-    counts as the last of those, which is more than it has.
+    `kl`, in nats, is taken over the candidates, with both sides normalized over them, because
+    engines round the sum over all other tokens. An engine lists only its most probable tokens. A
+    candidate that is not listed counts as the least probable one listed, which is an upper bound.
+
+    Args:
+        tokens: the candidates, the most probable first.
+        expected: the log probabilities of the candidates in the reference.
+        measured: the engine's log probabilities by token.
     """
-    least = min(theirs.values())
-    pairs = [(mine, theirs.get(token, least)) for token, mine in zip(tokens, ours, strict=True)]
+    least = min(measured.values())
+    pairs = [
+        (logprob, measured.get(token, least))
+        for token, logprob in zip(tokens, expected, strict=True)
+    ]
     p, q = (torch.tensor(side).double().log_softmax(0) for side in zip(*pairs, strict=True))
     return {
         "kl": (p.exp() * (p - q)).sum().item(),
-        "max_logprob_difference": max(abs(mine - yours) for mine, yours in pairs[:10]),
-        "top1_agreement": float(max(theirs, key=theirs.__getitem__) == tokens[0]),
+        "max_logprob_difference": max(abs(a - b) for a, b in pairs[:10]),
+        "top1_agreement": float(max(measured, key=measured.__getitem__) == tokens[0]),
     }
 
 
 def summarize(positions: list[dict[str, float]]) -> dict[str, float]:
-    """The figures of many positions: means, and the largest difference."""
+    """Returns the figures over many positions: their means, and the largest difference."""
     columns = {
         name: torch.tensor([position[name] for position in positions]) for name in positions[0]
     }
     return {
         "positions": len(positions),
         "kl": columns["kl"].double().mean().item(),
-        # Python's max() may drop a NaN; this one does not.
+        # Python's max() may drop a NaN; that of torch does not.
         "max_logprob_difference": columns["max_logprob_difference"].max().item(),
         "top1_agreement": columns["top1_agreement"].mean().item(),
     }

@@ -1,4 +1,4 @@
-"""`retrofit-merge.json`: what a merge says of the folder that it wrote, held against the folder."""
+"""Reads `retrofit-merge.json`, a merge's report, and checks it against the folder it lies in."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from retrofit.export.registry import FORMATS, FormatName, format_of
-from retrofit.export.verify.reference import FILE, Reference
+from retrofit.export.verify.reference import REFERENCE_FILE, Reference
 from retrofit.utils.errors import UserError, one_line, validation_problem
 from retrofit.utils.files import read_json
 
-REPORT = "retrofit-merge.json"
+REPORT_FILE = "retrofit-merge.json"
 
 
 class _Part(BaseModel):
@@ -40,27 +40,27 @@ class _Report(_Part):
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """`retrofit-merge.json` of a folder that a merge wrote.
+    """Returns the `retrofit-merge.json` of a folder that a merge wrote.
 
     Raises:
-        UserError: if it, the reference, or what the merge wrote is missing or damaged, or it says
-            that the folder is of another kind than it is.
+        UserError: if the report, the reference or the checkpoint is missing or damaged, or the
+            report describes another kind of checkpoint than the folder holds.
     """
-    for name in (REPORT, FILE):
+    for name in (REPORT_FILE, REFERENCE_FILE):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder} has no {name}: it is not a folder that `retrofit merge` wrote"
             )
     try:
-        report = read_json(folder / REPORT)
+        report = read_json(folder / REPORT_FILE)
         checkpoint = _Report.model_validate(report).checkpoint
         config = _config(folder)
     except ValidationError as error:
         problem = validation_problem(error)
-        raise UserError(f"{folder / REPORT} is damaged: {problem}; merge again") from None
+        raise UserError(f"{folder / REPORT_FILE} is damaged: {problem}; merge again") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / REPORT} is damaged: {error}; merge again") from error
-    _check_reference(folder / FILE)
+        raise UserError(f"{folder / REPORT_FILE} is damaged: {error}; merge again") from error
+    _check_reference(folder / REFERENCE_FILE)
     contents = {"format": _format(folder, config, checkpoint)}
     if contents["format"] in ("native", "remote-code"):
         stored = config.get("dtype", config.get("torch_dtype", checkpoint.dtype))
@@ -68,16 +68,17 @@ def read_report(folder: Path) -> dict[str, Any]:
     for name, value in contents.items():
         if value != getattr(checkpoint, name):
             raise UserError(
-                f"{folder / REPORT} says {name} {getattr(checkpoint, name)}, but the folder holds "
-                f"{value or 'none'}; merge again"
+                f"{folder / REPORT_FILE} says {name} {getattr(checkpoint, name)}, but the folder "
+                f"holds {value or 'none'}; merge again"
             )
     return report
 
 
 def _check_reference(path: Path) -> None:
-    """
+    """Checks that an engine can be compared with a reference.
+
     Raises:
-        UserError: if an engine could not be held against it.
+        UserError: if the reference is damaged.
     """
     try:
         text = json.dumps(read_json(path))
@@ -99,6 +100,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _format(folder: Path, config: dict[str, Any], checkpoint: _Checkpoint) -> str | None:
-    """What lies in the folder."""
-    formats = (name for name in FORMATS if format_of(name).lies_in(folder, config, checkpoint.file))
+    """Returns the name of the format that lies in a folder, or `None` for an unknown one."""
+    formats = (name for name in FORMATS if format_of(name).matches(folder, config, checkpoint.file))
     return next(formats, None)

@@ -1,12 +1,12 @@
-"""Load a merged checkpoint in a fresh process and compare it with the reference.
+"""Loads a merged checkpoint in a fresh process and compares it with the reference.
 
-Run as a plain script:
+It runs as a plain script:
 
     python stock_transformers.py CHECKPOINT REFERENCE RESULT [OPTION]
 
-It imports stock transformers and nothing of this package, as its users will. The options are for
-what needs more: `--trust-remote-code` runs the code in the folder, `--import-retrofit` is for an
-adapter, which transformers gives to PEFT.
+It imports stock transformers and nothing of this package, as users of the checkpoint do. The option
+`--trust-remote-code` runs the code in the folder. `--import-retrofit` imports this package, which
+PEFT needs to load an adapter.
 """
 
 import json
@@ -21,29 +21,29 @@ import torch
 from command_line import parse_arguments
 from reference import STEPS, Reference, compare, observe, summarize, windows
 from streamed import STEPS as FEW_STEPS
-from streamed import load, stored_floats, stream
+from streamed import float32_weights, load, stream_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-_NO_SINK = -1000.0  # no logit of attention comes near
+_NO_SINK = -1000.0  # sinks below this take no weight, because all attention logits are far above
 
 
 def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) -> dict:
-    """The figures, and what loading says of missing and unexpected tensors.
+    """Returns the figures of a checkpoint, with the names of missing and unexpected tensors.
 
-    Weights are upcast to float32, so that what differs is what was stored, not how it is computed.
-    `unused_gates` are those that their attention's output does not depend on.
+    Weights are upcast to float32, so that differences come from the stored weights and not from the
+    computation. `unused_gates` names the modules whose output does not depend on their gates.
     """
     trained = Reference.load(reference)
     model, wrong = _load(checkpoint, trust_remote_code)
-    streams = stream(model, stored_floats(checkpoint))
+    streams = stream_weights(model, float32_weights(checkpoint))
     input_ids = torch.tensor(trained.input_ids)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    seen = observe(model, input_ids, FEW_STEPS if streams else STEPS)
+    observed = observe(model, input_ids, FEW_STEPS if streams else STEPS)
     return {
         **wrong,
         "same_tokens": torch.equal(windows(tokenizer, trained.text), input_ids),
-        **against(trained, seen),
+        **compare_with_reference(trained, observed),
         "unused_gates": unused_gates(model, input_ids[:1, :STEPS]),
     }
 
@@ -51,51 +51,53 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool = False) ->
 def _load(checkpoint: Path, trust_remote_code: bool) -> tuple[Any, dict[str, list[str]]]:
     if (checkpoint / "config.json").is_file():
         return load(checkpoint, trust_remote_code)
-    # An adapter, and its base.
+    # Without a config.json it is an adapter, which names its base.
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
     return model.eval(), {"missing": [], "unexpected": []}
 
 
-def against(trained: Reference, seen: dict[str, torch.Tensor]) -> dict:
-    """Figures over all positions of a forward, and the last ones again, token by token."""
-    tokens, ours = torch.tensor(trained.tokens), torch.tensor(trained.logprobs)
+def compare_with_reference(trained: Reference, observed: dict[str, torch.Tensor]) -> dict:
+    """Returns the figures over all positions of one forward, and the last ones with a cache."""
+    tokens, expected = torch.tensor(trained.tokens), torch.tensor(trained.logprobs)
     positions = []
-    for name, start in (("prefill", 0), ("cached", -seen["cached"].shape[1])):
-        theirs = seen[name].double().log_softmax(-1)
+    for name, start in (("prefill", 0), ("cached", -observed["cached"].shape[1])):
+        logprobs = observed[name].double().log_softmax(-1)
         rows = zip(
             tokens[:, start:].flatten(0, 1),
-            ours[:, start:].flatten(0, 1),
-            theirs.flatten(0, 1),
+            expected[:, start:].flatten(0, 1),
+            logprobs.flatten(0, 1),
             strict=True,
         )
-        for candidates, mine, row in rows:
+        for candidates, logprobs_of_candidates, row in rows:
             top = torch.cat([candidates, row.argmax()[None]]).tolist()
-            yours = dict(zip(top, row[top].tolist(), strict=True))
-            positions.append(compare(candidates.tolist(), mine.tolist(), yours))
+            measured = dict(zip(top, row[top].tolist(), strict=True))
+            positions.append(
+                compare(candidates.tolist(), logprobs_of_candidates.tolist(), measured)
+            )
     greedy = torch.tensor(trained.greedy)
-    length = min(greedy.shape[1], seen["greedy"].shape[1])
-    differs = (greedy[:, :length] != seen["greedy"][:, :length]).any(0).nonzero()
+    length = min(greedy.shape[1], observed["greedy"].shape[1])
+    differs = (greedy[:, :length] != observed["greedy"][:, :length]).any(0).nonzero()
     until = differs[0].item() if len(differs) else None
     return summarize(positions) | {"greedy_until": until}
 
 
 @torch.no_grad()
 def unused_gates(model, input_ids: torch.Tensor) -> list[str]:
-    """Attention modules whose output is the same when their gate is nearly closed."""
+    """Returns the attention modules whose output does not change as a gate nearly closes."""
     unused: list[str] = []
     watched = list(gates(model))
-    if not watched:  # nothing was looked at, which must not pass for nothing found
+    if not watched:  # an empty list would mean that all gates are used
         return ["all: the model has no gates"]
 
     def watch(name: str, nearly_closed: AbstractContextManager):
-        def again(attention, args, kwargs, output):
+        def compare_outputs(attention, args, kwargs, output):
             with nearly_closed:
                 if torch.equal(attention.forward(*args, **kwargs)[0], output[0]):
                     unused.append(name)
 
-        return again
+        return compare_outputs
 
     handles = [
         attention.register_forward_hook(watch(name, nearly_closed), with_kwargs=True)
@@ -108,8 +110,8 @@ def unused_gates(model, input_ids: torch.Tensor) -> list[str]:
 
 
 def gates(model) -> Iterator[tuple[str, nn.Module, AbstractContextManager]]:
-    """Each gate of an attention module: the module's name, itself, and what nearly closes the
-    gate."""
+    """Yields each gate as its module's name, the module, and a context manager that nearly closes
+    the gate."""
     for name, module in model.named_modules():
         for nearly_closed in _gates_of(module):
             yield name, module, nearly_closed
@@ -117,53 +119,55 @@ def gates(model) -> Iterator[tuple[str, nn.Module, AbstractContextManager]]:
 
 def _gates_of(module: nn.Module) -> Iterator[AbstractContextManager]:
     gate = _gate_of(module)
-    if gate is not None and isinstance(gate.g_proj, nn.ModuleDict):  # of an adapter
+    if gate is not None and isinstance(gate.g_proj, nn.ModuleDict):  # an adapter
         adapter = gate.g_proj["default"]
-        if adapter.weight is not None:  # it tells the gates, not their logits
-            yield _changed(adapter, lambda gate: gate / 100)
+        if adapter.weight is not None:  # its output is the gates, not their logits
+            yield _changed_output(adapter, lambda gate: gate / 100)
         if adapter.sink_odds is not None and (adapter.sink_odds > 0).any():
-            yield _raised(adapter.sink_logits)
+            yield _raised_sinks(adapter.sink_logits)
     elif gate is not None:
         if gate.g_proj is not None:
-            yield _changed(gate.g_proj, lambda logits: logits - 5)
+            yield _changed_output(gate.g_proj, lambda logits: logits - 5)
         yield from _sinks_of(gate)
     elif hasattr(module, "q_proj") and hasattr(module, "q_norm"):
-        yield _changed(module.q_proj, partial(_close_packed, head_dim=module.head_dim))
+        yield _changed_output(module.q_proj, partial(_close_packed_gate, head_dim=module.head_dim))
     elif hasattr(module, "q_proj"):
         yield from _sinks_of(module)
 
 
 def _gate_of(module: nn.Module) -> Any:
-    """The gate of an attention module, under its former name in the code of older checkpoints."""
+    """Returns the gate of an attention module, which older checkpoints' own code calls `g1`."""
     return getattr(module, "attn_gate", None) or getattr(module, "g1", None)
 
 
 def _sinks_of(module: nn.Module) -> Iterator[AbstractContextManager]:
-    """Those that weigh anything: a stock architecture has sinks in layers without gates as well."""
+    """Yields what raises sinks that take weight; a stock architecture has others without gates."""
     sinks = getattr(module, "sinks", None)
     if sinks is not None and (sinks > _NO_SINK).any():
-        yield _raised(sinks)
+        yield _raised_sinks(sinks)
 
 
 @contextmanager
-def _changed(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """A module whose output is another."""
+def _changed_output(
+    module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Changes the output of a module inside the `with` block."""
     handle = module.register_forward_hook(lambda _module, _args, output: change(output))
     yield
     handle.remove()
 
 
 @contextmanager
-def _raised(sinks: torch.Tensor) -> Iterator[None]:
-    """Sinks that take more weight."""
+def _raised_sinks(sinks: torch.Tensor) -> Iterator[None]:
+    """Raises sink logits inside the `with` block, so that sinks take more weight."""
     before = sinks.clone()
     sinks += 5
     yield
     sinks.copy_(before)
 
 
-def _close_packed(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """`[query; gate]` a head."""
+def _close_packed_gate(query_and_gate: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Nearly closes the gates in the output of a `q_proj` that is `[query; gate]` a head."""
     query, gate = query_and_gate.unflatten(-1, (-1, 2, head_dim)).unbind(-2)
     return torch.stack([query, gate - 5], -2).flatten(-3)
 

@@ -1,6 +1,6 @@
-"""Run a checkpoint that memory cannot hold: each module's weights are read when it runs.
+"""Runs a checkpoint that does not fit in memory: each module's weights are read when it runs.
 
-Imported by scripts that run without this package, so it imports nothing of it.
+Scripts that run without this package import this module, so it imports nothing of the package.
 """
 
 from collections.abc import Mapping
@@ -15,28 +15,31 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-STEPS = 2  # cached and greedy ones: each reads all weights again
-_WHOLE = 4 * 2**30  # bytes in float32: a larger model is read from disk
+STEPS = 2  # cached and greedy tokens, each of which reads all weights again
+_MAX_BYTES_IN_MEMORY = 4 * 2**30  # in float32; a larger model is streamed from disk
 
 
-def stored_floats(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The parameters of a checkpoint folder by name, each read in float32 when it is asked for."""
+def float32_weights(folder: Path) -> Mapping[str, torch.Tensor]:
+    """Returns the weights of a folder by name, each read in float32 when it is asked for."""
     index: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a file is no mapping
                 index[name] = {"safetensors_file": path, "weight_name": name, "dtype": "float32"}
     embeddings = "model.embed_tokens.weight"
-    if "lm_head.weight" not in index and embeddings in index:  # they are tied
+    if "lm_head.weight" not in index and embeddings in index:  # the embeddings are tied
         index["lm_head.weight"] = index[embeddings]
     return OffloadedWeightsLoader(index=index)
 
 
 def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, list[str]]]:
-    """A checkpoint in float32, and the names that it lacks (`missing`) or has too many
-    (`unexpected`).
+    """Returns the model of a checkpoint in float32, and the names of its wrong tensors.
 
-    If it is large, its weights are left out, for `stream` to read.
+    The weights of a large model are not loaded, but left for `stream_weights`.
+
+    Returns:
+        The model, and the names of tensors that the checkpoint lacks (`missing`) or that the model
+        does not have (`unexpected`).
     """
     with init_empty_weights(include_buffers=False):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -44,9 +47,9 @@ def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, 
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    stored = set(stored_floats(folder))
-    # Experts that transformers stacks as it loads them are not stored by the name they get.
-    if fits(model) or not stored >= names:
+    stored = set(float32_weights(folder))
+    # transformers stacks experts as it loads them, so their names in the model are not stored.
+    if fits_in_memory(model) or not stored >= names:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -56,22 +59,23 @@ def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, 
         )
         wrong = {kind: sorted(loading[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
         return model.eval(), wrong
-    # Frequencies that old checkpoints store are computed now.
-    others = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}
-    return model.eval(), {"missing": [], "unexpected": sorted(others - names)}
+    # Old checkpoints store the frequencies of RoPE, which are now computed.
+    stored_weights = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}
+    return model.eval(), {"missing": [], "unexpected": sorted(stored_weights - names)}
 
 
-def fits(model: nn.Module) -> bool:
-    """Whether a model is small enough to be held: a merge should need two shards of memory, of any
-    model."""
-    return 4 * sum(parameter.numel() for parameter in model.parameters()) <= _WHOLE
+def fits_in_memory(model: nn.Module) -> bool:
+    """Tells whether a model is small enough to load, so that a merge needs little memory."""
+    return 4 * sum(parameter.numel() for parameter in model.parameters()) <= _MAX_BYTES_IN_MEMORY
 
 
-def stream(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
-    """Let every module without weights read them from `weights` each time that it runs; returns
-    whether there is one.
+def stream_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Makes every module whose weights are not loaded read them from `weights` when it runs.
 
-    What attention holds beside its projections, as sinks, is small, and read now.
+    Small parameters of attention modules themselves, such as sinks, are read now and kept.
+
+    Returns:
+        Whether there is such a module.
     """
     streams = False
     for name, module in model.named_modules():
@@ -80,10 +84,11 @@ def stream(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
             continue
         streams = True
         if "weight" not in parameters and all(tensor.ndim < 3 for tensor in parameters.values()):
-            for own in parameters:
-                value = weights[f"{name}.{own}"]
-                setattr(module, own, nn.Parameter(value, requires_grad=False))
+            for parameter_name in parameters:
+                value = weights[f"{name}.{parameter_name}"]
+                setattr(module, parameter_name, nn.Parameter(value, requires_grad=False))
         else:
-            of_module = PrefixedDataset(weights, f"{name}.")
-            add_hook_to_module(module, AlignDevicesHook("cpu", offload=True, weights_map=of_module))
+            module_weights = PrefixedDataset(weights, f"{name}.")
+            hook = AlignDevicesHook("cpu", offload=True, weights_map=module_weights)
+            add_hook_to_module(module, hook)
     return streams

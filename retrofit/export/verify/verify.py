@@ -1,4 +1,4 @@
-"""A merged checkpoint is finished only when a fresh process finds it equal to the trained model."""
+"""Proves in a fresh process that a merged checkpoint equals the trained model."""
 
 import gc
 import json
@@ -16,7 +16,14 @@ from transformers import AutoTokenizer
 from retrofit.export.checkpoint_format import CheckpointFormat, MergeMismatchError
 from retrofit.export.registry import format_of
 from retrofit.export.verify import streamed
-from retrofit.export.verify.reference import FILE, STEPS, kl_divergence, observe, refer, windows
+from retrofit.export.verify.reference import (
+    REFERENCE_FILE,
+    STEPS,
+    kl_divergence,
+    make_reference,
+    observe,
+    windows,
+)
 from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
 from retrofit.models.loading import load_adapter
 from retrofit.models.opening import check_complete
@@ -26,24 +33,24 @@ from retrofit.models.tokenizer_file import check_tokenizer
 from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.files import temporary_folder
 
-# The engines, and the script that runs each.
+# The script that loads a checkpoint in each engine.
 _ENGINES = {
     "transformers": "stock_transformers.py",
     "llama.cpp": "llama_server.py",
     "vllm": "vllm_offline.py",
 }
-# The module that each needs, and where it comes from.
-_NEEDS = {
+# The module that each engine needs, and how to install it.
+_REQUIRED_MODULES = {
     "transformers": ("transformers", "pip install gate-retrofit"),
     "llama.cpp": ("xllamacpp", "pip install 'gate-retrofit[gguf]'"),
     "vllm": ("vllm", "name a Python that has it with --python"),
 }
-# By engine and kind of weights: mean KL(trained || merged) in nats beyond twice what rounding
-# costs, and the largest difference of a log probability. Measured on SmolLM2-135M in transformers:
-# 1e-11 and 7e-5 in float32, 2e-8 in bfloat16, but 4e-5 where norm weights of q and k spread over
-# [0.1, 30], whose `w - 1` rounds. In llama.cpp, with gates that have hardly moved, so that the
-# massive activation is still there: 5e-3 to 6e-3 in bfloat16 and 1.2e-2 in q8_0, where rounding
-# weights and inputs costs 9e-3 and 1.5e-2.
+# The tolerances by engine and kind of weights: the mean KL(trained || merged) in nats beyond twice
+# the cost of rounding, and the largest difference of a log probability. In transformers,
+# SmolLM2-135M has 1e-11 and 7e-5 in float32 and 2e-8 in bfloat16, but 4e-5 if norm weights of q and
+# k spread over [0.1, 30], for which `w - 1` rounds. In llama.cpp it has 5e-3 to 6e-3 in bfloat16
+# and 1.2e-2 in q8_0 with nearly untrained gates, which leave the massive activation in place;
+# there, rounding weights and inputs costs 9e-3 and 1.5e-2.
 _TOLERANCE = {
     "transformers": {
         "float32": (1e-7, 1e-2),
@@ -64,25 +71,30 @@ _TOLERANCE = {
 }
 
 
-def trained_reference(
+def write_reference(
     base: Path, adapter: Path, text: str, kind: str, path: Path, inputs_too: bool = False
 ) -> float:
-    """Run the trained model, in float32, and write what engines are compared with.
+    """Runs the trained model in float32 and writes the reference that engines are compared with.
 
-    The base is read from its unquantized weights, also where the gates were trained in 4 bits.
+    The base has its unquantized weights, even if the gates were trained on a 4-bit base.
 
     Args:
-        kind: what weights are stored as, a float dtype or `q8_0`.
-        inputs_too: whether the engine rounds to `kind` what it multiplies the weights by as well,
-            as llama.cpp does. Where an activation is massive, that costs more than the weights.
+        base: the folder of the base.
+        adapter: the folder of the adapter.
+        text: the text to run the model on.
+        kind: the kind of the stored weights, a float dtype or `q8_0`.
+        path: the file to write the reference to.
+        inputs_too: whether the engine also rounds the inputs of linear layers to `kind`, as
+            llama.cpp does. With massive activations that costs more than rounding the weights.
 
     Returns:
-        Mean KL in nats, among the reference's candidates, from the trained model to itself with
-        everything rounded to `kind` that the engine rounds: the price of `kind` by itself.
+        The cost of rounding to `kind` by itself: the mean KL in nats, over the reference's
+        candidates, from the trained model to the same model with everything rounded that the
+        engine rounds.
 
     Raises:
-        UserError: if `text` is too short to be compared on, the base's files hold too much, or the
-            adapter does not fit.
+        UserError: if `text` is too short, the base's files lack tensors or hold too many, or the
+            adapter does not fit the base.
     """
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     check_tokenizer(tokenizer, str(base))
@@ -91,10 +103,10 @@ def trained_reference(
     check_complete({f"{kind}_keys": names for kind, names in wrong.items()}, str(base))
     on_disk = next(untrained.parameters()).is_meta
     model = load_adapter(untrained, adapter, low_cpu_mem_usage=on_disk).eval()
-    weights = _Rounded(streamed.stored_floats(base))
-    streams = streamed.stream(untrained, weights)
-    seen = observe(model, input_ids, streamed.STEPS if streams else STEPS)
-    trained = refer(tokenizer, text, input_ids, seen)
+    weights = _RoundedWeights(streamed.float32_weights(base))
+    streams = streamed.stream_weights(untrained, weights)
+    observed = observe(model, input_ids, streamed.STEPS if streams else STEPS)
+    trained = make_reference(tokenizer, text, input_ids, observed)
     trained.save(path)
     if kind == "float32":
         return 0.0
@@ -106,13 +118,13 @@ def trained_reference(
         _round_inputs(model, kind)
     with torch.no_grad():
         rounded = model(input_ids, use_cache=False).logits
-    # Among the candidates, as an engine's KL is taken.
+    # An engine's KL is also taken over the candidates.
     tokens = torch.tensor(trained.tokens)
-    return kl_divergence(seen["prefill"].gather(-1, tokens), rounded.gather(-1, tokens))
+    return kl_divergence(observed["prefill"].gather(-1, tokens), rounded.gather(-1, tokens))
 
 
 def _round_inputs(model: torch.nn.Module, kind: str) -> None:
-    """From now on every linear layer of the model rounds its input to `kind`."""
+    """Makes every linear layer of the model round its input to `kind`."""
 
     def rounded(_module, args):
         return _rounded(args[0], kind), *args[1:]
@@ -122,8 +134,8 @@ def _round_inputs(model: torch.nn.Module, kind: str) -> None:
             module.register_forward_pre_hook(rounded)
 
 
-class _Rounded(Mapping[str, torch.Tensor]):
-    """Weights as they are, until `kind` says what they are to be rounded to."""
+class _RoundedWeights(Mapping[str, torch.Tensor]):
+    """A mapping of weights that rounds them as it returns them, once `kind` is set."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]):
         self.weights = weights
@@ -143,39 +155,42 @@ class _Rounded(Mapping[str, torch.Tensor]):
 def verify(
     report: dict, folder: Path, engine: str | None = None, python: str = sys.executable
 ) -> dict:
-    """Compare the checkpoint in a folder with the reference beside it, in a process of its own.
+    """Compares the checkpoint in a folder with the reference beside it, in a fresh process.
 
     Args:
-        report: what `retrofit-merge.json` holds or will hold: which `checkpoint` to load and, under
-            `verification`, what its dtype costs by itself.
-        engine: `transformers`, `llama.cpp` or `vllm`; the format's own by default.
+        report: the contents of `retrofit-merge.json`: `checkpoint` tells what to load, and
+            `verification` what rounding to its dtype costs by itself.
+        folder: the folder of the checkpoint.
+        engine: `transformers`, `llama.cpp` or `vllm`; by default the format's first engine.
         python: the Python that has the engine.
 
     Returns:
-        The figures of the engine's script.
+        The figures that the engine's script measured.
 
     Raises:
         UserError: if the engine does not read the format, or is not installed.
         MergeMismatchError: if the checkpoint does not load, or differs beyond the tolerance.
     """
     checkpoint, rounding_kl = report["checkpoint"], report["verification"]["rounding_kl"]
-    form = format_of(checkpoint["format"])
-    engine = engine or form.engines[0]
-    _check_engine(engine, form, python)
+    checkpoint_format = format_of(checkpoint["format"])
+    engine = engine or checkpoint_format.engines[0]
+    _check_engine(engine, checkpoint_format, python)
     refuse_pickles(pickles_in(folder))
     for model in _models_of(folder):
         refuse_other_weights(model)
-    form.check_code(folder, report["base"]["model_type"])
-    with form.loadable(folder, checkpoint.get("file")) as model:
-        figures = _run(_ENGINES[engine], [model, folder / FILE], form.options, python)
+    checkpoint_format.check_code(folder, report["base"]["model_type"])
+    with checkpoint_format.loadable(folder, checkpoint.get("file")) as model:
+        figures = _run(
+            _ENGINES[engine], [model, folder / REFERENCE_FILE], checkpoint_format.options, python
+        )
     kl, max_logprob_difference = _TOLERANCE[engine][checkpoint["dtype"]]
     if wrong := list(_differences(figures, kl + 2 * rounding_kl, max_logprob_difference)):
-        raise MergeMismatchError(f"the checkpoint differs from the trained model: {_said(wrong)}")
+        raise MergeMismatchError(f"the checkpoint differs from the trained model: {_listed(wrong)}")
     return figures
 
 
 def _models_of(folder: Path) -> Iterator[Path]:
-    """The folders that an engine loads weights from: a checkpoint, or an adapter and its base."""
+    """Yields the folders that an engine loads weights from; for an adapter also its base."""
     yield folder
     if (folder / "adapter_config.json").is_file():
         check_adapter_files(folder)
@@ -183,16 +198,16 @@ def _models_of(folder: Path) -> Iterator[Path]:
 
 
 def _differences(figures: dict, kl: float, max_logprob_difference: float) -> Iterator[str]:
-    """What is wrong, in words, the causes before what follows from them."""
+    """Yields what is wrong with a checkpoint, causes before their effects."""
     if names := figures.get("missing"):
-        yield f"it lacks {_said(names)}"
+        yield f"it lacks {_listed(names)}"
     if names := figures.get("unexpected"):
-        yield f"it holds {_said(names)}, which the engine leaves out"
+        yield f"it holds {_listed(names)}, which the engine leaves out"
     if not figures["same_tokens"]:
         yield "its tokenizer cuts the text into other tokens"
     if names := figures.get("unused_gates"):
-        yield f"the engine does not use the gates of {_said(names)}"
-    # A NaN is not below anything.
+        yield f"the engine does not use the gates of {_listed(names)}"
+    # `not <=` also catches NaN.
     if not figures["kl"] <= kl:
         yield f"KL {figures['kl']:.1e} where {kl:.1e} is allowed"
     if not figures["max_logprob_difference"] <= max_logprob_difference:
@@ -202,15 +217,17 @@ def _differences(figures: dict, kl: float, max_logprob_difference: float) -> Ite
         )
 
 
-def _said(names: Sequence[str], most: int = 5) -> str:
+def _listed(names: Sequence[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def _check_engine(engine: str, form: CheckpointFormat, python: str) -> None:
-    if engine not in form.engines:
-        raise UserError(f"{engine} does not read what is merged with --format {form.name}")
-    module, how = _NEEDS[engine]
+def _check_engine(engine: str, checkpoint_format: CheckpointFormat, python: str) -> None:
+    if engine not in checkpoint_format.engines:
+        raise UserError(
+            f"{engine} does not read what is merged with --format {checkpoint_format.name}"
+        )
+    module, how_to_install = _REQUIRED_MODULES[engine]
     code = f"import importlib.util; print(importlib.util.find_spec({module!r}) is not None)"
     try:
         answer = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
@@ -219,7 +236,7 @@ def _check_engine(engine: str, form: CheckpointFormat, python: str) -> None:
     if answer not in ("True", "False"):
         raise UserError(f"{python} is no Python; name the one that has {engine}")
     if answer == "False":
-        raise UserError(f"{engine} is not installed for {python}: {how}")
+        raise UserError(f"{engine} is not installed for {python}: {how_to_install}")
 
 
 def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
@@ -227,7 +244,7 @@ def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
         return weight.to(getattr(torch, kind)).float()
     if weight.ndim < 2 or weight.shape[-1] % 32:
         return weight
-    from gguf import GGMLQuantizationType, quants  # an extra
+    from gguf import GGMLQuantizationType, quants  # needs the extra `gguf`
 
     stored = quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
     return torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType.Q8_0))
@@ -246,27 +263,27 @@ def _windows(tokenizer, text: str) -> torch.Tensor:
 def _run(
     script: str, paths: list[Path], options: Sequence[str] = (), python: str = sys.executable
 ) -> dict:
-    gc.collect()  # the trained model must not stand beside the merged one
+    gc.collect()  # frees the trained model before the merged one is loaded
     with temporary_folder() as folder:
         result = folder / "figures.json"
-        # The script sees only its own folder of this package.
+        # Python puts only the script's own folder on its path, not this package.
         command = [python, Path(__file__).with_name(script), *paths, result, *options]
-        # Code of a checkpoint is copied to a cache before it runs.
+        # transformers copies the code of a checkpoint to this cache before it runs.
         offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder)}
-        run = subprocess.run(
+        process = subprocess.run(
             [*map(str, command)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             env=offline,
         )
-        if run.returncode:
-            raise MergeMismatchError(f"the checkpoint does not load: {_reason(run.stderr)}")
+        if process.returncode:
+            raise MergeMismatchError(f"the checkpoint does not load: {_error_line(process.stderr)}")
         return json.loads(result.read_text())
 
 
-def _reason(stderr: str) -> str:
-    """The line that says what went wrong: the first error that was raised, if one was."""
+def _error_line(stderr: str) -> str:
+    """Returns the line of the first error that was raised, else the last line."""
     lines = stderr.strip().splitlines() or ["no message"]
-    raised = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]
-    return (raised or lines[-1:])[0]
+    errors = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]
+    return (errors or lines[-1:])[0]

@@ -1,18 +1,18 @@
-"""Load a merged checkpoint in vLLM and compare it with the reference.
+"""Loads a merged checkpoint in vLLM and compares it with the reference.
 
-Run as a plain script, by a Python that has vLLM, which wants an environment of its own:
+It runs as a plain script, with a Python that has vLLM, which needs its own environment:
 
     python vllm_offline.py CHECKPOINT REFERENCE RESULT [--trust-remote-code]
 
-It imports vLLM and nothing of this package. But if that Python has `retrofit.vllm_plugin`, vLLM
-loads it, and its own classes run what otherwise the code in the checkpoint does.
+It imports vLLM and nothing of this package. If that Python has `retrofit.vllm_plugin`, vLLM loads
+the plugin, whose classes then run the model instead of the code in the checkpoint.
 """
 
 import json
 import os
 from pathlib import Path
 
-# Before vLLM is imported. On a CPU: GiB of cache, and threads that the system may place.
+# These settings for CPUs must be made before vLLM is imported: GiB of cache, and unbound threads.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
@@ -25,7 +25,7 @@ from vllm.plugins import load_general_plugins
 
 
 def check(checkpoint: Path, reference: Path, trust_remote_code: bool) -> dict:
-    """The figures of every position of the reference, and of greedy text."""
+    """Returns the figures over every position of the reference, and of greedy continuations."""
     trained = Reference.load(reference)
     trust_remote_code = trust_remote_code and not is_known(checkpoint)
     input_ids = torch.tensor(trained.input_ids)
@@ -37,37 +37,39 @@ def check(checkpoint: Path, reference: Path, trust_remote_code: bool) -> dict:
         max_num_seqs=len(input_ids),
         max_logprobs=CANDIDATES,
         trust_remote_code=trust_remote_code,
-        # What needs code of its own is no architecture of vLLM's.
+        # vLLM itself has no architecture that needs code from a checkpoint.
         model_impl="transformers" if trust_remote_code else "auto",
     )
-    asked = SamplingParams(
+    sampling = SamplingParams(
         temperature=0, max_tokens=STEPS, ignore_eos=True, prompt_logprobs=CANDIDATES
     )
-    answers = engine.generate([{"prompt_token_ids": ids} for ids in trained.input_ids], asked)
-    positions, continued = [], []
-    for tokens, ours, answer in zip(trained.tokens, trained.logprobs, answers, strict=True):
-        # What is told of a token is how likely it was where the one before it stood.
-        for candidates, mine, listed in zip(tokens, ours, answer.prompt_logprobs[1:], strict=False):
-            theirs = {token: logprob.logprob for token, logprob in listed.items()}
-            positions.append(compare(candidates, mine, theirs))
-        continued.append(list(answer.outputs[0].token_ids))
+    answers = engine.generate([{"prompt_token_ids": ids} for ids in trained.input_ids], sampling)
+    positions, continuations = [], []
+    for tokens, logprobs, answer in zip(trained.tokens, trained.logprobs, answers, strict=True):
+        # vLLM lists at each token the predictions from the token before it.
+        for candidates, expected, listed in zip(
+            tokens, logprobs, answer.prompt_logprobs[1:], strict=False
+        ):
+            measured = {token: logprob.logprob for token, logprob in listed.items()}
+            positions.append(compare(candidates, expected, measured))
+        continuations.append(list(answer.outputs[0].token_ids))
     return {
         "same_tokens": torch.equal(windows(engine.get_tokenizer(), trained.text), input_ids),
         **summarize(positions),
-        "greedy_until": greedy_until(trained.greedy, continued),
+        "greedy_until": greedy_until(trained.greedy, continuations),
     }
 
 
 def is_known(checkpoint: Path) -> bool:
-    """Whether a plugin has told the type of the model."""
+    """Tells whether a plugin has registered the type of the model."""
     load_general_plugins()
     return json.loads((checkpoint / "config.json").read_text())["model_type"] in CONFIG_MAPPING
 
 
-def greedy_until(ours: list[list[int]], theirs: list[list[int]]) -> int | None:
-    """The first token at which a greedy continuation leaves that of the trained model."""
-    steps = zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=False)
-    return next((index for index, (mine, yours) in enumerate(steps) if mine != yours), None)
+def greedy_until(expected: list[list[int]], measured: list[list[int]]) -> int | None:
+    """Returns the index of the first greedy token that differs from the trained model's, if any."""
+    steps = zip(zip(*expected, strict=True), zip(*measured, strict=True), strict=False)
+    return next((index for index, (a, b) in enumerate(steps) if a != b), None)
 
 
 def main() -> None:
