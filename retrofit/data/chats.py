@@ -90,7 +90,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, assistant_only: bool) -> s
 
 
 @contextmanager
-def assistant_found(path: str) -> Iterator[None]:
+def naming_source(path: str) -> Iterator[None]:
     """
     Raises:
         UserError: for a row in which TRL finds nothing of the assistant, which it cannot name.

@@ -38,7 +38,9 @@ def check_vocabulary(
         )
 
 
-def check_end(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str) -> None:
+def check_eos_token(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str
+) -> None:
     """
     Raises:
         UserError: if there is no token to end the documents of training data with.

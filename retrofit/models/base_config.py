@@ -223,7 +223,7 @@ def check_gateable(config: PreTrainedConfig, base: str, layers: list[int] | int 
         raise UserError(f"the config.json of {base}: {key} is NaN or infinite")
 
 
-def check_stored_whole(config: PreTrainedConfig, base: str) -> None:
+def check_not_quantized(config: PreTrainedConfig, base: str) -> None:
     """
     Raises:
         UserError: if the weights are stored quantized, so that no merge could follow. What gpt-oss

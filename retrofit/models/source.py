@@ -79,7 +79,7 @@ def read_source(run: Path, base: str | None = None) -> MergeSource:
     config = _base_config(folder, name, trained)
     check_config(config, name, run, facts)
     refuse_pickled_weights(folder)
-    weights, shapes = stored_as_told(folder, config, name)
+    weights, shapes = open_base_weights(folder, config, name)
     gates = read_gates(adapter, config, trained)
     _check_same(weights, shapes, name, named)
     if adapter not in (run, run / "adapter"):  # a checkpoint, of whose steps run.json does not tell
@@ -181,7 +181,7 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in base_weights(model)}
 
 
-def stored_as_told(
+def open_base_weights(
     folder: Path, config: PreTrainedConfig, name: str
 ) -> tuple[StoredWeights, dict[str, tuple[int, ...]]]:
     """The weights of a base and their shapes, of which only the headers of files are read.
