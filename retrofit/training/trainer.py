@@ -261,7 +261,8 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         return dict(zip(means, self.accelerator.reduce(means_here, "mean").tolist(), strict=True))
 
     def create_model_card(self, *args, **kwargs):
-        """Writes nothing: TRL would write a draft beside each checkpoint. Merging writes the card."""
+        """Writes no card. TRL would write a draft beside each checkpoint; merging writes the real
+        one."""
 
 
 def weights_and_constants(layer: GateLayer) -> tuple[list, list]:
