@@ -50,7 +50,7 @@ from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.paths import expanded
 from retrofit.utils.text_files import kind_of
 
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+_READABLE_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",))
 _TRL_NAMES = {"conversations": "messages"}
 _READABLE = ".jsonl, .json, .txt (all three also as .gz) and .parquet"
@@ -93,7 +93,7 @@ def load_sources(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[LoadedS
 
 
 def _load(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> LoadedSource:
-    path = _local(source)
+    path = _local_file(source)
     rows: Any = None if path else _from_hub(source, data.streaming)
     first = _first(enumerate(rows, 1) if path is None else read_rows(path), source.path, path)
     form = _form(source, first, data)
@@ -194,7 +194,7 @@ def _from_hub(source: Source, streaming: bool) -> Any:
                 source.path, source.name, split=source.split, streaming=streaming
             )
             next(iter(rows), None)
-    except Exception as error:  # datasets raises a dozen kinds of them
+    except Exception as error:  # datasets raises a dozen kinds of exceptions
         raise _unreadable(source.path, error) from None
     return rows
 
@@ -220,14 +220,15 @@ def _unreadable(name: str, error: Exception) -> UserError:
     return UserError(f"data: cannot read {name}: {one_line(error.__cause__ or error)}")
 
 
-def _local(source: Source) -> Path | None:
+def _local_file(source: Source) -> Path | None:
     """Returns the file of a source, or `None` if it is on the hub.
 
     Raises:
         UserError: if it is neither a readable file nor the name of a dataset on the hub.
     """
     path = expanded(source.path)
-    is_readable = kind_of(path) in _SUFFIXES and not path.name.lower().endswith(".parquet.gz")
+    is_readable = kind_of(path) in _READABLE_SUFFIXES
+    is_readable = is_readable and not path.name.lower().endswith(".parquet.gz")
     if path.is_dir():
         raise UserError(f"data: {source.path} is a folder; name a file: {_READABLE} are read")
     if path.is_file() and not is_readable:
@@ -244,12 +245,12 @@ def _local(source: Source) -> Path | None:
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
     """Silences datasets, which prints an error beside the one that it raises."""
-    before = datasets.logging.get_verbosity()
+    verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(before)
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _columns(source: Source, first: dict) -> dict[str, str]:

@@ -127,8 +127,8 @@ def estimate(recipe: Recipe, config: PreTrainedConfig, device: Device) -> Estima
     Raises:
         NotTracedError: if a step of this model cannot be traced.
     """
-    asked = recipe.train.gradient_checkpointing
-    for checkpointing in CHECKPOINTING if asked == "auto" else (asked,):
+    requested = recipe.train.gradient_checkpointing
+    for checkpointing in CHECKPOINTING if requested == "auto" else (requested,):
         needed = _estimate(recipe, config, checkpointing, device.is_gpu)
         if needed.fits(device):
             break
@@ -157,9 +157,9 @@ def _estimate(
 
 def choose_checkpointing(recipe: Recipe) -> str:
     """Returns the gradient checkpointing that a recipe names or, if auto, the fastest that fits."""
-    asked = recipe.train.gradient_checkpointing
-    if asked != "auto":
-        return asked
+    requested = recipe.train.gradient_checkpointing
+    if requested != "auto":
+        return requested
     return estimate(recipe, load_config(recipe.model), this_device()).checkpointing
 
 
@@ -183,8 +183,10 @@ def remedy(recipe: Recipe, config: PreTrainedConfig, device: Device) -> str | No
 
 def _leanest(recipe: Recipe, config: PreTrainedConfig, device: Device) -> Estimate:
     """Estimates a recipe with the leanest gradient checkpointing that it allows."""
-    asked = recipe.train.gradient_checkpointing
-    return _estimate(recipe, config, CHECKPOINTING[-1] if asked == "auto" else asked, device.is_gpu)
+    requested = recipe.train.gradient_checkpointing
+    return _estimate(
+        recipe, config, CHECKPOINTING[-1] if requested == "auto" else requested, device.is_gpu
+    )
 
 
 def _changes(recipe: Recipe) -> Iterator[dict[str, str]]:

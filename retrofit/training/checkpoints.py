@@ -31,13 +31,14 @@ STEP = "step.json"
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """Returns the newest whole checkpoint, and what is wrong with each newer one by its path.
+    """Finds the newest whole checkpoint of a run.
 
     Args:
         folder: the folder of the run's checkpoints, which need not exist.
 
     Returns:
-        The checkpoint, or `None` if there is no whole one, and the problems.
+        The checkpoint, or `None` if there is no whole one; and what is wrong with each newer
+        one, by its path.
 
     Raises:
         UserError: if `folder` is not a folder, or `started.json` of the run is damaged.

@@ -9,7 +9,7 @@ from retrofit.utils.errors import UserError
 
 
 class DivergedError(UserError):
-    """The loss or its gradient is infinite or NaN."""
+    """The loss, its gradient or a gate is infinite or NaN."""
 
 
 def check_gates_finite(gates: dict[str, torch.Tensor], learning_rate: float) -> None:
