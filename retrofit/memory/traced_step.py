@@ -82,9 +82,9 @@ def trace_step(
                 optimizer.zero_grad()
             if layer_losses:
                 layer_losses.prepare(inputs["position_ids"], progress=0.0)
-            before = memory.now
+            held_before = memory.now
             outputs = model(**inputs, objectives=True)
-            saved = memory.now - before
+            saved = memory.now - held_before
             outputs.loss.backward()
     return TracedStep(weights, gates, saved, memory.peak)
 

@@ -195,13 +195,13 @@ def check_base(
     if not facts:
         return
     trained = TrainedOn.model_validate(facts["base"])
-    held = str(base.dtype).removeprefix("torch."), quantization
-    if held == (trained.dtype, trained.quantization):
+    form = str(base.dtype).removeprefix("torch."), quantization
+    if form == (trained.dtype, trained.quantization):
         sha256 = weights_sha256(base_weights(base))
     elif stored is None:
         raise UserError(
             f"{folder} was trained on weights in {_form(trained.dtype, trained.quantization)}, and "
-            f"its base is in {_form(*held)}; it is another base, or its run.json was changed"
+            f"its base is in {_form(*form)}; it is another base, or its run.json was changed"
         )
     elif trained.quantization:
         return

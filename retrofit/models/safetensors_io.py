@@ -127,14 +127,14 @@ def weights_file(config: Any, base: str) -> str:
     Raises:
         UserError: if the config names a file that is not safetensors or not in the folder.
     """
-    named = getattr(config, "transformers_weights", None)
-    if named is None:
+    file = getattr(config, "transformers_weights", None)
+    if file is None:
         return _SINGLE
-    if not str(named).endswith((".safetensors", ".safetensors.index.json")):
-        raise UserError(f"the config.json of {base} names {named}, which is no safetensors")
-    if Path(str(named)).name != named:
-        raise UserError(f"the config.json of {base} names {named}, outside of its folder")
-    return named
+    if not str(file).endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(f"the config.json of {base} names {file}, which is no safetensors")
+    if Path(str(file)).name != file:
+        raise UserError(f"the config.json of {base} names {file}, outside of its folder")
+    return file
 
 
 def refuse_other_weights(folder: Path) -> None:

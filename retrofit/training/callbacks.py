@@ -140,9 +140,9 @@ class ProgressBar(TrainerCallback):
         if not self.console.is_terminal and state.global_step % max(1, state.max_steps // 20) == 0:
             steps_done = state.global_step - self.first_step
             seconds_per_step = (time.monotonic() - self.started) / steps_done
-            left = seconds_per_step * (state.max_steps - state.global_step)
+            seconds_left = seconds_per_step * (state.max_steps - state.global_step)
             self.console.print(
-                f"step {state.global_step}/{state.max_steps} {figures} {left:.0f} s left",
+                f"step {state.global_step}/{state.max_steps} {figures} {seconds_left:.0f} s left",
                 highlight=False,
             )
 

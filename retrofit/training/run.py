@@ -179,8 +179,8 @@ def gate_trainer(
         recipe: what to train, and on what.
         args: the settings from `training_arguments`.
         base: the base, if it is loaded already.
-        tokenizer: the base's tokenizer, likewise.
-        sources: the data, likewise.
+        tokenizer: the base's tokenizer, if it is loaded already.
+        sources: the data, if it is loaded already.
         callbacks: callbacks beside the Trainer's own.
     """
     tokenizer = tokenizer or load_tokenizer(recipe.model)

@@ -179,8 +179,8 @@ def _check_gates(path: Path, model: PeftModel) -> None:
     Raises:
         UserError: if the names or shapes differ.
     """
-    held = get_peft_model_state_dict(model, save_embedding_layers=False)
-    expected = {name: list(gate.shape) for name, gate in held.items()}
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: list(gate.shape) for name, gate in state.items()}
     with safe_open(path, framework="pt") as file:
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     names = expected.keys() | stored.keys()
