@@ -122,7 +122,9 @@ class _ModelConfig(_ConfigPart):
     def _experts_are_there(self):
         experts, chosen = self.num_experts or self.num_local_experts, self.num_experts_per_tok
         if experts and chosen is not None and not 0 < chosen <= experts:
-            raise ValueError(f"num_experts_per_tok {chosen} is not between 1 and {experts} experts")
+            raise ValueError(
+                f"num_experts_per_tok {chosen} is not from 1 to {experts}, the number of experts"
+            )
         return self
 
     @model_validator(mode="after")
