@@ -1,1 +1,1 @@
-"""Text on its way to the trainer: files, rows, chats, mixing and packing."""
+"""Loads training data: reads files, checks rows, renders chats, mixes sources and packs rows."""

@@ -1,4 +1,4 @@
-"""Chat data: in TRL's words, and through the chat template of a tokenizer."""
+"""Checks chat data: what its rows hold, and whether the tokenizer's chat template renders them."""
 
 import inspect
 import json
@@ -14,24 +14,26 @@ from trl import get_training_chat_template
 from trl.chat_template_utils import has_generation_markers
 
 from retrofit.data.forms import ChatForm
-from retrofit.data.rows import Problem, kind
+from retrofit.data.rows import Problem, describe_type
 from retrofit.utils.errors import UserError, one_line
 
-_OF_TEMPLATES = (
+# A template may raise any of these on a row that it was not written for.
+_TEMPLATE_ERRORS = (
     TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
-_TAKEN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
-    "documents"  # the others say how a template is used, which is the same for all rows
+# Arguments of `apply_chat_template` that a row must not set: they are the same for all rows.
+_RESERVED = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
+    "documents"
 }
 
 
-def beside_problem(row: Any) -> str | None:
-    """Says what is wrong with the tools of a row, or with what it sets for the chat template."""
+def template_input_problem(row: Any) -> str | None:
+    """Says what is wrong with the `tools` or the `chat_template_kwargs` of a row."""
     settings = row.get("chat_template_kwargs")
     if not isinstance(settings, Mapping | None):
-        return f"chat_template_kwargs is {kind(settings)}, not an object"
-    if taken := sorted(_TAKEN & set(settings or ())):
-        return f"chat_template_kwargs sets {taken[0]}, which is not for a row to set"
+        return f"chat_template_kwargs is {describe_type(settings)}, not an object"
+    if reserved := sorted(_RESERVED & set(settings or ())):
+        return f"chat_template_kwargs sets {reserved[0]}, which is not for a row to set"
     return _problem_of_tools(row.get("tools"))
 
 
@@ -44,31 +46,35 @@ def _problem_of_tools(tools: Any) -> str | None:
     if tools is None:
         return None
     if not isinstance(tools, list):
-        return f"tools is {kind(tools)}, not a list of objects"
-    other = next((tool for tool in tools if not isinstance(tool, Mapping)), tools)
-    return None if other is tools else f"tools holds {kind(other)}, not an object"
+        return f"tools is {describe_type(tools)}, not a list of objects"
+    wrong = next((tool for tool in tools if not isinstance(tool, Mapping)), tools)
+    return None if wrong is tools else f"tools holds {describe_type(wrong)}, not an object"
 
 
 def json_problem(form: ChatForm) -> Problem:
-    """Says whether a row holds what cannot be kept, though nothing is wrong with its words."""
+    """Makes a check that a row, whose text is usable, can be stored as JSON and read back."""
 
     def problem(row: Any) -> str | None:
         try:
-            for kept in replace(form, stored=True)(row).values():
-                for text in kept if isinstance(kept, list) else [kept]:
+            for stored in replace(form, stored=True)(row).values():
+                for text in stored if isinstance(stored, list) else [stored]:
                     Json().decode_example(text)
         except (ValueError, RecursionError) as error:
-            return f"holds a number or a nesting past what is kept: {one_line(error, 100)}"
+            return f"holds a number or a nesting past what can be stored: {one_line(error, 100)}"
         return None
 
     return problem
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, assistant_only: bool) -> str:
-    """The template that TRL lets chats go through.
+    """Returns the template that TRL renders chats with.
+
+    Args:
+        tokenizer: the base's tokenizer.
+        assistant_only: whether the template must mark the assistant's turns.
 
     Raises:
-        UserError: if the tokenizer has none, or none that marks the assistant's turns.
+        UserError: if the tokenizer has no such template.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -90,10 +96,14 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, assistant_only: bool) -> s
 
 
 @contextmanager
-def assistant_found(path: str) -> Iterator[None]:
-    """
+def naming_source(path: str) -> Iterator[None]:
+    """Names the source in TRL's error for a row in which it finds no turn of the assistant.
+
+    Args:
+        path: the source as the recipe names it.
+
     Raises:
-        UserError: for a row in which TRL finds nothing of the assistant, which it cannot name.
+        UserError: instead of TRL's error.
     """
     try:
         yield
@@ -107,13 +117,12 @@ def assistant_found(path: str) -> Iterator[None]:
 
 
 def template_problem(tokenizer: PreTrainedTokenizerBase, template: str, form: ChatForm) -> Problem:
-    """Says why a chat template makes no text of a row, if it does not."""
+    """Makes a check that says why a chat template makes no text of a row."""
 
     def problem(row: Any) -> str | None:
         try:
             text = _render(tokenizer, replace(form, stored=False)(row), template)
-        # What a template does to a row that it was not written for can be anything of these.
-        except _OF_TEMPLATES as error:
+        except _TEMPLATE_ERRORS as error:
             reason = one_line(error) or type(error).__name__
             return f"the chat template of the base's tokenizer fails: {reason}"
         return None if text.strip() else "the chat template of the base's tokenizer makes it empty"
@@ -122,7 +131,7 @@ def template_problem(tokenizer: PreTrainedTokenizerBase, template: str, form: Ch
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, row: dict, template: str) -> str:
-    """As TRL does it."""
+    """Renders a chat as TRL does."""
     text = tokenizer.apply_chat_template(
         row["messages"] if "messages" in row else row["prompt"] + row["completion"],
         tokenize=False,

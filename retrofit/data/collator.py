@@ -1,4 +1,4 @@
-"""Packed rows in a batch: several documents a row, each with positions from 0."""
+"""Collates packed rows, which hold several documents, each with positions from 0."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
 class PackedRows(DataCollatorForLanguageModeling):
-    """TRL's collator, with rows side by side where the attention kernel takes a mask.
+    """TRL's collator, which can also stack packed rows, `[batch, T]`.
 
-    TRL lays rows end to end, `[1, batch * T]`, for kernels that take the documents' lengths. With a
-    mask instead, attention would cost `(batch * T)**2`, and the pressure would read as many keys.
-    Where rows do lie end to end, the losses inside the layers, which are means over rows, take all
-    of a micro-batch for one row.
+    TRL lays rows end to end, `[1, batch * T]`, for kernels that take the documents' lengths. For a
+    kernel that takes a mask instead, attention would cost `(batch * T)**2`, and the pressure loss
+    would read as many keys. Where rows are laid end to end, the losses inside the layers, which are
+    means over rows, take a micro-batch for one row.
 
     Args:
-        pad_token_id: the tokenizer's.
-        end_to_end: as TRL has it.
-        first_tokens: so many tokens at the end of each row become documents of one token and of
-            two, half of the tokens each. They have no labels; the penalty on massive activations
-            sees them.
+        pad_token_id: the tokenizer's token for padding.
+        end_to_end: whether rows are laid end to end, as in TRL.
+        first_tokens: how many tokens at the end of each row become documents of one and of two
+            tokens, half of the tokens each. They have no labels, but the penalty on massive
+            activations sees them.
     """
 
     def __init__(self, pad_token_id: int, end_to_end: bool, first_tokens: int = 0):
@@ -30,24 +30,25 @@ class PackedRows(DataCollatorForLanguageModeling):
             examples = [self._split_end(example) for example in examples]
         batch = super().torch_call(examples)
         if not self.padding_free:
-            # transformers tells documents apart by their positions only where there is no mask.
-            # Padding, before the first position, is no document to the losses of a row.
+            # Without a mask, transformers tells documents apart by their positions. Padding has
+            # the position -1, so that the losses inside the layers do not take it for a document.
             padding = batch.pop("attention_mask") == 0
             batch["position_ids"].masked_fill_(padding, -1)
             batch["labels"][batch["position_ids"] <= 0] = -100
         return batch
 
     def _split_end(self, row: dict[str, Any]) -> dict[str, Any]:
-        alone = min(self.first_tokens, len(row["input_ids"]))
-        left = len(row["input_ids"]) - alone
-        labels = row.get("labels", row["input_ids"])[:left] + [-100] * alone
+        """Turns the last `first_tokens` tokens of a row into documents of one and two tokens."""
+        split_off = min(self.first_tokens, len(row["input_ids"]))
+        left = len(row["input_ids"]) - split_off
+        labels = row.get("labels", row["input_ids"])[:left] + [-100] * split_off
         lengths = []
         for length in row["seq_lengths"]:
             lengths.append(min(length, left))
             left -= lengths[-1]
-        pairs = alone // 4
-        short = [1] * (alone - 2 * pairs) + [2] * pairs
+        pairs = split_off // 4
+        short_lengths = [1] * (split_off - 2 * pairs) + [2] * pairs
         return row | {
             "labels": labels,
-            "seq_lengths": [length for length in lengths if length] + short,
+            "seq_lengths": [length for length in lengths if length] + short_lengths,
         }

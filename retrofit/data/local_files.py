@@ -1,7 +1,7 @@
-"""The rows of local files, which datasets' own loaders do not read here.
+"""Reads and checks the rows of local files, without datasets' own loaders.
 
-Those take a file for what it was before if its path and time are the same, guess what a column
-holds from its first part, and die of some files that they cannot read.
+Those take a file for unchanged if its path and time are the same, guess the type of a column from
+its first part, and crash on some files that they cannot read.
 """
 
 import hashlib
@@ -26,20 +26,22 @@ from retrofit.utils.text_files import (
 
 
 def unit_of(path: Path) -> str:
-    """What a message calls a row of a file."""
+    """Returns what an error message calls a row of a file: `line` or `row`."""
     return "line" if kind_of(path) == ".jsonl" or is_json_lines(path) else "row"
 
 
 def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tuple[int, Any]]:
-    """The rows of a file, each with its number from 1, one after the other where the kind of file
-    allows it.
+    """Yields the rows of a file, each with its number from 1.
+
+    Rows are read one at a time where the kind of file allows it.
 
     Args:
-        path: of a file whose kind is read.
-        columns: that are needed; of a parquet file no others are read.
+        path: a file of a kind that can be read.
+        columns: the columns that are needed, the only ones that are read from a parquet file;
+            `None` for all.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if the file cannot be read.
     """
     if kind_of(path) == ".parquet":
         return enumerate(_read_parquet(path, columns), 1)
@@ -47,22 +49,22 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tu
         return enumerate(_read_document(path), 1)
     if unit_of(path) == "line":
         return read_json_lines(path)
-    # A list of texts is what datasets takes it for.
+    # A text in a list becomes a row with the column `text`, as in datasets.
     rows = read_json_values(path)
-    return ((n, {"text": row} if isinstance(row, str) else row) for n, row in rows)
+    return ((number, {"text": row} if isinstance(row, str) else row) for number, row in rows)
 
 
 def check_file(path: Path, form: Form, problem: Problem, name: str) -> str:
-    """Look at every row.
+    """Checks every row of a file.
 
     Args:
-        path: of the file.
-        form: called with rows that have no problem.
+        path: the file.
+        form: converts rows that have no problem.
         problem: says what is wrong with a row.
-        name: of the file, for the message.
+        name: the file's name in messages.
 
     Returns:
-        A hash of all that is trained on.
+        The sha256 of all converted rows.
 
     Raises:
         UserError: at the first row that has a problem.
@@ -75,31 +77,36 @@ def check_file(path: Path, form: Form, problem: Problem, name: str) -> str:
 
 
 def as_dataset(path: Path, form: Form, content: str) -> Dataset:
-    """A file as memory-mapped rows, which are kept on disk under the hash of their content.
+    """Converts a file to memory-mapped rows, which are cached on disk by their hash.
 
     Args:
-        path: of a file that `check_file` has passed.
-        form: of its rows.
-        content: the hash that `check_file` has found.
+        path: a file that `check_file` has accepted.
+        form: converts its rows.
+        content: the hash that `check_file` has returned.
     """
     arguments = {"path": path, "form": form, "content": content}
     return Dataset.from_generator(
-        _formed, features=form.features, gen_kwargs=arguments, fingerprint=content
+        _convert_rows, features=form.features, gen_kwargs=arguments, fingerprint=content
     )
 
 
 def as_stream(path: Path, form: Form) -> IterableDataset:
-    """A file that is read anew whenever its rows are needed."""
-    return IterableDataset.from_generator(_formed, gen_kwargs={"path": path, "form": form})
+    """Returns the converted rows of a file as a stream, which reads the file anew at each pass."""
+    return IterableDataset.from_generator(_convert_rows, gen_kwargs={"path": path, "form": form})
 
 
-def _formed(path: Path, form: Form, content: str | None = None) -> Iterator[dict]:
-    read = hashlib.sha256()
+def _convert_rows(path: Path, form: Form, content: str | None = None) -> Iterator[dict]:
+    """Yields the converted rows of a file.
+
+    Raises:
+        UserError: after the last row, if `content` is not their hash.
+    """
+    sha256 = hashlib.sha256()
     for _, row in read_rows(path, form.columns):
-        formed = form(row)
-        read.update(_as_bytes(formed))
-        yield formed
-    if content not in (None, read.hexdigest()):
+        converted = form(row)
+        sha256.update(_as_bytes(converted))
+        yield converted
+    if content not in (None, sha256.hexdigest()):
         raise UserError(f"data: {path} has changed while it was read; start again")
 
 
@@ -108,7 +115,7 @@ def _as_bytes(row: dict) -> bytes:
 
 
 def _read_document(path: Path) -> Iterator[dict]:
-    """One document a text file: cut at line ends it would be a heap of short ones."""
+    """Yields a text file as one document, since its lines would make very short ones."""
     if text := read_text(path):
         yield {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
 
@@ -117,8 +124,8 @@ def _read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[dict]
     try:
         with pq.ParquetFile(path) as file:
             features = Features.from_arrow_schema(file.schema_arrow)
-            needed = None if columns is None else [name for name in features if name in columns]
-            for batch in file.iter_batches(batch_size=1000, columns=needed):
+            names = None if columns is None else [name for name in features if name in columns]
+            for batch in file.iter_batches(batch_size=1000, columns=names):
                 yield from map(features.decode_example, batch.to_pylist())
-    except Exception as error:  # what a damaged file raises is of a dozen kinds
+    except Exception as error:  # a damaged file raises one of a dozen kinds
         raise UserError(f"data: cannot read {path}: {one_line(error)}") from None

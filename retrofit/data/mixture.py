@@ -1,4 +1,4 @@
-"""Several sources as one dataset, each with its share of the tokens."""
+"""Mixes several sources into one dataset, each with its share of the tokens."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -9,20 +9,24 @@ from datasets import Dataset, IterableDataset
 
 from retrofit.utils.errors import UserError
 
-_LOOKED_AT = 256  # first rows of a stream
+_SAMPLED_ROWS = 256  # the first rows of a stream, which tell how long its rows are
 
 
 def mix(
     sources: list[Dataset] | list[IterableDataset], weights: list[float | None], seed: int
 ) -> Dataset | IterableDataset:
-    """One dataset of tokenized sources: in the given shares of tokens, or all of each if there are
-    none.
+    """Mixes tokenized sources into one shuffled dataset; a single source is returned unchanged.
 
-    A row of one source may be longer than a row of another, packed or not, so it is tokens that are
-    counted. Small sources repeat until the largest has been seen once. Then the shares are exact to
-    half a row over the whole, which is shuffled: what is trained on before its end has them on
-    average. Only the first rows of a stream tell how long its rows are, and its rows are drawn by
-    chance, so its share is about what was asked for.
+    Shares are counted in tokens, since the rows of one source may be longer than those of another,
+    packed or not. Sources repeat until each of them has been seen at least once. Then the shares
+    are exact to half a row over the whole dataset, and hold on average for any part of it. The
+    shares of streams are approximate: their rows are drawn at random, and only their first rows
+    tell how long rows are.
+
+    Args:
+        sources: the sources, either all in memory or all streams.
+        weights: the share of each source; if all are `None`, every row is taken once.
+        seed: the seed of the shuffle and the draws.
     """
     if len(sources) == 1:
         return sources[0]
@@ -31,31 +35,36 @@ def mix(
         joined = datasets.concatenate_datasets(sources)
         return joined.shuffle(seed=seed)
     if isinstance(sources[0], IterableDataset):
-        means = [np.mean([len(row["input_ids"]) for row in _first(source)]) for source in sources]
-        drawn = shares / means
+        mean_lengths = [
+            np.mean([len(row["input_ids"]) for row in _first_rows(source)]) for source in sources
+        ]
+        row_shares = shares / mean_lengths
         return datasets.interleave_datasets(
             sources,
-            probabilities=list(drawn / drawn.sum()),
+            probabilities=list(row_shares / row_shares.sum()),
             seed=seed,
             stopping_strategy="all_exhausted",
         )
     lengths = [_lengths(source) for source in sources]
-    tokens = max(counts.sum() / share for counts, share in zip(lengths, shares, strict=True))
+    tokens = max(
+        row_lengths.sum() / share for row_lengths, share in zip(lengths, shares, strict=True)
+    )
     parts = [
-        source.select(_repeated(length, tokens * share))
-        for source, length, share in zip(sources, lengths, shares, strict=True)
+        source.select(_rows_with_tokens(row_lengths, tokens * share))
+        for source, row_lengths, share in zip(sources, lengths, shares, strict=True)
     ]
     return datasets.concatenate_datasets(parts).shuffle(seed=seed)
 
 
 def check_any_left(rows: Dataset | IterableDataset, path: str) -> None:
-    """
+    """Checks that tokenizing has left rows to train on.
+
     Args:
-        rows: a source's, tokenized, without those in which nothing is trained on.
-        path: of the source, for the message.
+        rows: the tokenized rows of a source, without those that hold nothing to train on.
+        path: the source as the recipe names it.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are no rows.
     """
     if next(iter(rows), None) is None:
         raise UserError(
@@ -64,19 +73,27 @@ def check_any_left(rows: Dataset | IterableDataset, path: str) -> None:
         )
 
 
-def _first(rows: IterableDataset) -> Iterator[dict]:
-    return islice(iter(rows), _LOOKED_AT)
+def _first_rows(rows: IterableDataset) -> Iterator[dict]:
+    return islice(iter(rows), _SAMPLED_ROWS)
 
 
 def _lengths(rows: Dataset) -> np.ndarray:
-    """Tokens of each row."""
+    """Returns the number of tokens of each row."""
     tokens = rows.select_columns(["input_ids"]).with_format("arrow")
     batches = [batch["input_ids"].combine_chunks() for batch in tokens.iter(batch_size=1000)]
     return np.concatenate([batch.value_lengths().to_numpy() for batch in batches])
 
 
-def _repeated(lengths: np.ndarray, tokens: float) -> np.ndarray:
-    """Which rows, taken in turn and over again, add up to so many tokens as nearly as rows can."""
+def _rows_with_tokens(lengths: np.ndarray, tokens: float) -> np.ndarray:
+    """Returns the rows, in order and repeated, whose tokens are closest to a number.
+
+    Args:
+        lengths: the number of tokens of each row.
+        tokens: how many tokens to take.
+
+    Returns:
+        Indices of rows.
+    """
     passes, rest = divmod(tokens, lengths.sum())
     ends = np.concatenate([[0], np.cumsum(lengths)])
     return np.resize(

@@ -1,6 +1,6 @@
-"""Whether every row of training data holds what can be trained on.
+"""Checks that every row of training data can be trained on.
 
-A row that does not is named by its number, before anything is loaded or written.
+A row that cannot be is named by its number, before weights are loaded or anything is written.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -11,11 +11,11 @@ from datasets import Dataset, IterableDataset
 
 from retrofit.utils.errors import UserError
 
-Problem = Callable[[Any], str | None]  # what is wrong with a row, in words
+Problem = Callable[[Any], str | None]  # says what is wrong with a row, if anything is
 
-# Of a message: in the words of OpenAI, and of ShareGPT.
+# The keys of a message's role and content, as OpenAI and ShareGPT name them.
 _SPELLINGS = {"role": "content", "from": "value"}
-_NAMES = {
+_TYPE_NAMES = {
     dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number",
     float: "a number",
 }  # fmt: skip
@@ -25,9 +25,9 @@ class RowCheck:
     """Says what is wrong with a row.
 
     Args:
-        columns: that hold text, or chats.
+        columns: the columns that hold text or chats.
         chat: whether they hold chats.
-        assistant_only: whether only the turns of the assistant are trained on.
+        assistant_only: whether only the assistant's turns are trained on.
     """
 
     def __init__(self, columns: Collection[str], chat: bool = False, assistant_only: bool = False):
@@ -39,7 +39,7 @@ class RowCheck:
         if problem := next(filter(None, (self._problem(name, row) for name in self.columns)), None):
             return problem
         if self.assistant_only and not any(_has_assistant(row[name]) for name in self.columns):
-            return "no turn of the assistant, which data.assistant_only_loss trains on alone"
+            return "no turn of the assistant, and data.assistant_only_loss trains on nothing else"
         return None
 
     def _problem(self, name: str, row: Mapping) -> str | None:
@@ -51,46 +51,48 @@ class RowCheck:
 
 
 def object_problem(row: Any) -> str | None:
-    """Says what a row is, if it is no object."""
-    return None if isinstance(row, Mapping) else f"{kind(row)}, not an object"
+    """Says what a row is if it is not an object."""
+    return None if isinstance(row, Mapping) else f"{describe_type(row)}, not an object"
 
 
 def first_problem(*problems: Problem) -> Problem:
-    """Says the first thing that is wrong with a row."""
+    """Makes a check that says the first problem of a row."""
     return lambda row: next(filter(None, (problem(row) for problem in problems)), None)
 
 
-def kind(value: Any) -> str:
-    """What a value is, in words: those of JSON, or its type in a parquet file."""
-    return "null" if value is None else _NAMES.get(type(value), f"a {type(value).__name__}")
+def describe_type(value: Any) -> str:
+    """Returns what a value is called: its type in JSON, or its Python type if JSON has none."""
+    return "null" if value is None else _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 def check_rows(rows: Iterable[tuple[int, Any]], problem: Problem, path: str, unit: str) -> None:
-    """
+    """Checks rows.
+
     Args:
-        rows: each with its number.
-        problem: says what is wrong with one.
-        path: of the data, for the message.
-        unit: what a row is called there.
+        rows: each row with its number.
+        problem: says what is wrong with a row.
+        path: the name of the data in messages.
+        unit: what messages call a row.
 
     Raises:
-        UserError: at the first that has a problem.
+        UserError: at the first row that has a problem.
     """
     for number, row in rows:
         check_row(row, number, problem, path, unit)
 
 
 def check_row(row: Any, number: int, problem: Problem, path: str, unit: str = "row") -> None:
-    """
+    """Checks one row.
+
     Raises:
-        UserError: if a row has a problem.
+        UserError: if the row has a problem.
     """
-    if wrong := problem(row):
-        raise UserError(f"data: {path}, {unit} {number}: {wrong}")
+    if reason := problem(row):
+        raise UserError(f"data: {path}, {unit} {number}: {reason}")
 
 
 def checked_stream(rows: IterableDataset, problem: Problem, path: str) -> IterableDataset:
-    """A stream that raises a UserError when a row with a problem comes by."""
+    """Returns a stream that raises a `UserError` when it comes to a row with a problem."""
 
     def passes(row: Any, index: int) -> bool:
         check_row(row, index + 1, problem, path)
@@ -100,14 +102,14 @@ def checked_stream(rows: IterableDataset, problem: Problem, path: str) -> Iterab
 
 
 def is_plain_text(rows: Dataset | IterableDataset, columns: Sequence[str]) -> bool:
-    """Whether columns hold text in every row, as far as Arrow can tell without reading each."""
+    """Returns whether columns hold text in every row; it may say no where Arrow cannot tell."""
     if not isinstance(rows, Dataset):
         return False
     return all(_is_text(rows.data.table[name]) for name in columns)
 
 
 def texts_of(row: Mapping, column: str) -> list[str]:
-    """The text of a row, or what is said in its chat, in either spelling."""
+    """Returns the text of a row, or the contents of its messages in either spelling."""
     if isinstance(row[column], str):
         return [row[column]]
     contents = (message.get(name) for message in row[column] for name in _SPELLINGS.values())
@@ -118,19 +120,19 @@ def _is_text(column: pa.ChunkedArray) -> bool:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return False
     try:
-        column.validate(full=True)  # is it UTF-8
+        column.validate(full=True)  # checks that it is UTF-8
     except pa.ArrowInvalid:
         return False
     return column.null_count == 0
 
 
 def _problem_of_text(name: str, text: Any) -> str | None:
-    return None if isinstance(text, str) else f"{name} is {kind(text)}, not text"
+    return None if isinstance(text, str) else f"{name} is {describe_type(text)}, not text"
 
 
 def _problem_of_messages(name: str, messages: Any) -> str | None:
     if not isinstance(messages, list):
-        return f"{name} is {kind(messages)}, not a list of messages"
+        return f"{name} is {describe_type(messages)}, not a list of messages"
     if not messages:
         return f"{name} is empty"
     problems = (
@@ -143,12 +145,12 @@ def _problem_of_messages(name: str, messages: Any) -> str | None:
 
 def _problem_of_message(message: Any) -> str | None:
     if not isinstance(message, Mapping):
-        return f"is {kind(message)}, not an object with role and content"
+        return f"is {describe_type(message)}, not an object with role and content"
     key = _key_of_role(message)
     if key is None:
         return "has no role"
     if not isinstance(message[key], str):
-        return f"has {kind(message[key])} for a role"
+        return f"has {describe_type(message[key])} for a role"
     return _problem_of_content(message, key)
 
 
@@ -163,6 +165,7 @@ def _problem_of_content(message: Mapping, key: str) -> str | None:
 
 
 def _key_of_role(message: Mapping) -> str | None:
+    """Returns the key that a message's role is under, `role` or `from`."""
     return next((key for key in _SPELLINGS if message.get(key) is not None), None)
 
 

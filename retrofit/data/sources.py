@@ -1,8 +1,8 @@
-"""Training data: local files or hub datasets, plain text, prompt/completion or chat.
+"""Opens training data: local files or hub datasets, with plain text, prompt/completion or chats.
 
-Loading from the hub, tokenizing, loss masks and packing are those of datasets and TRL; this file
-finds the sources and says what is wrong with them. What is local is looked at whole, which costs a
-small part of what tokenizing it does.
+Loading from the hub, tokenizing, loss masks and packing are left to datasets and TRL. This module
+finds the sources and says what is wrong with them. Local files are checked as a whole, which takes
+a small part of the time of tokenizing them.
 """
 
 import logging
@@ -20,9 +20,9 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from retrofit.data.chats import (
-    beside_problem,
     chat_template,
     json_problem,
+    template_input_problem,
     template_problem,
 )
 from retrofit.data.forms import ChatForm, Form
@@ -50,10 +50,10 @@ from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.paths import expanded
 from retrofit.utils.text_files import kind_of
 
-_KINDS = (".jsonl", ".json", ".parquet", ".txt")
+_READABLE_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",))
-_WORDS_OF_TRL = {"conversations": "messages"}
-_READ = ".jsonl, .json, .txt (all three also as .gz) and .parquet"
+_TRL_NAMES = {"conversations": "messages"}
+_READABLE = ".jsonl, .json, .txt (all three also as .gz) and .parquet"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _OTHER_FILES = re.compile(
     r"\.(csv|tsv|xlsx?|zip|tar|tgz|gz|zst|xz|bz2|7z|arrow|md|html?|pdf|docx?|ya?ml)"
@@ -62,30 +62,38 @@ _OTHER_FILES = re.compile(
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A source with its columns in TRL's names, not yet tokenized."""
+    """A source that is opened but not yet tokenized.
+
+    Attributes:
+        rows: its rows, with TRL's names for their columns.
+        weight: its share of the tokens, if the recipe sets one.
+        completion_only: whether only completions are trained on, as TRL does with
+            prompt/completion data.
+        path: the source as the recipe names it.
+    """
 
     rows: Dataset | IterableDataset
     weight: float | None
-    completion_only: bool  # prompt/completion data trains only on the completion, as in TRL
-    path: str = ""  # as the recipe has it
+    completion_only: bool
+    path: str = ""
 
 
 def load_sources(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[LoadedSource]:
-    """Open every source of a recipe.
+    """Opens every source of a recipe.
 
     Args:
-        data: that section of the recipe.
-        tokenizer: whose chat template chat data goes through.
+        data: the section `data` of the recipe.
+        tokenizer: the base's tokenizer, whose chat template renders chats.
 
     Raises:
         UserError: for a missing, empty or unreadable source, one without known columns, and a row
-            that cannot be trained on. Rows of a stream from the hub are looked at as they come.
+            that cannot be trained on. Rows of a stream from the hub are checked as they come.
     """
     return [_load(source, data, tokenizer) for source in data.sources]
 
 
 def _load(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> LoadedSource:
-    path = _local(source)
+    path = _local_file(source)
     rows: Any = None if path else _from_hub(source, data.streaming)
     first = _first(enumerate(rows, 1) if path is None else read_rows(path), source.path, path)
     form = _form(source, first, data)
@@ -101,6 +109,7 @@ def _load(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> Loa
 
 
 def _form(source: Source, first: dict, data: Data) -> Form:
+    """Returns the form of a source, by its first row."""
     names = _columns(source, first)
     if "messages" in names.values() or ("prompt" in names and isinstance(first["prompt"], list)):
         return ChatForm(names, stored=not data.streaming)
@@ -110,13 +119,13 @@ def _form(source: Source, first: dict, data: Data) -> Form:
 
 
 def _problem(form: Form, data: Data, tokenizer: PreTrainedTokenizerBase) -> Problem:
-    """Says what is wrong with a row, as it was read."""
+    """Makes a check that says what is wrong with a row before it is converted."""
     if not isinstance(form, ChatForm):
         return RowCheck(form.names)
     template = chat_template(tokenizer, data.assistant_only_loss)
     return first_problem(
         RowCheck(form.names, chat=True, assistant_only=data.assistant_only_loss),
-        beside_problem,
+        template_input_problem,
         json_problem(form),
         template_problem(tokenizer, template, form),
     )
@@ -127,14 +136,14 @@ def _from_file(path: Path, form: Form, problem: Problem, name: str, streaming: b
     if streaming:
         return as_stream(path, form)
     try:
-        with _alone():
+        with _quiet_datasets():
             return as_dataset(path, form, content)
-    except (DatasetGenerationError, OSError) as error:  # it has changed, or the disk is full
+    except (DatasetGenerationError, OSError) as error:  # the file changed, or the disk is full
         raise _unreadable(name, error) from None
 
 
 def _checked(rows: Any, form: Form, problem: Problem, name: str) -> Any:
-    """What is on the hub, in the words of TRL."""
+    """Checks the rows of a dataset from the hub, and converts them to TRL's columns."""
     if isinstance(rows, IterableDataset):
         rows = checked_stream(rows, problem, name)
     elif isinstance(form, ChatForm) or not is_plain_text(rows, [*form.names]):
@@ -144,14 +153,15 @@ def _checked(rows: Any, form: Form, problem: Problem, name: str) -> Any:
             return rows.map(form).select_columns([*form.features])
         return rows.map(form, remove_columns=rows.column_names, features=form.features)
     rows = rows.select_columns([*form.names])
-    renamed = {name: known for name, known in form.names.items() if name != known}
-    return rows.rename_columns(renamed) if renamed else rows
+    new_names = {column: name for column, name in form.names.items() if column != name}
+    return rows.rename_columns(new_names) if new_names else rows
 
 
 def _check_tokens(rows: Any, column: str, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """
+    """Checks that the texts of a column have tokens.
+
     Raises:
-        UserError: if all texts are blank, or the tokenizer makes nothing of them.
+        UserError: if all texts are blank, or the tokenizer makes no tokens of them.
     """
     texts = (text for row in rows for text in texts_of(row, column) if text.strip())
     first = next(texts, None)
@@ -165,9 +175,10 @@ def _check_tokens(rows: Any, column: str, tokenizer: PreTrainedTokenizerBase, na
 
 
 def _first(rows: Iterable[tuple[int, Any]], name: str, path: Path | None) -> Any:
-    """
+    """Returns the first row.
+
     Raises:
-        UserError: if there are no rows, or the first is no object.
+        UserError: if there are no rows, or the first is not an object.
     """
     number, first = next(iter(rows), (0, None))
     if not number:
@@ -178,24 +189,30 @@ def _first(rows: Iterable[tuple[int, Any]], name: str, path: Path | None) -> Any
 
 def _from_hub(source: Source, streaming: bool) -> Any:
     try:
-        with _alone():
+        with _quiet_datasets():
             rows = datasets.load_dataset(
                 source.path, source.name, split=source.split, streaming=streaming
             )
             next(iter(rows), None)
-    except Exception as error:  # datasets raises a dozen kinds
+    except Exception as error:  # datasets raises a dozen kinds of exceptions
         raise _unreadable(source.path, error) from None
     return rows
 
 
 def _read(rows: Any, name: str) -> Iterator[dict]:
+    """Yields the rows of a dataset from the hub.
+
+    Raises:
+        UserError: for whatever datasets raises.
+    """
     try:
         yield from rows
-    except Exception as error:  # of datasets again; what is done with a row is not in here
+    except Exception as error:  # what callers do with a row is not caught
         raise _unreadable(name, error) from None
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
+    """Returns the `UserError` for an exception that datasets raised."""
     if isinstance(error.__cause__, UserError):
         return error.__cause__
     if "corresponds to no data" in str(error):
@@ -203,42 +220,44 @@ def _unreadable(name: str, error: Exception) -> UserError:
     return UserError(f"data: cannot read {name}: {one_line(error.__cause__ or error)}")
 
 
-def _local(source: Source) -> Path | None:
-    """The file of a source, or None if it is on the hub.
+def _local_file(source: Source) -> Path | None:
+    """Returns the file of a source, or `None` if it is on the hub.
 
     Raises:
-        UserError: if it is neither a file that is read nor the name of a dataset on the hub.
+        UserError: if it is neither a readable file nor the name of a dataset on the hub.
     """
     path = expanded(source.path)
-    known = kind_of(path) in _KINDS and not path.name.lower().endswith(".parquet.gz")
+    is_readable = kind_of(path) in _READABLE_SUFFIXES
+    is_readable = is_readable and not path.name.lower().endswith(".parquet.gz")
     if path.is_dir():
-        raise UserError(f"data: {source.path} is a folder; name a file: {_READ} are read")
-    if path.is_file() and not known:
-        raise UserError(f"data: {source.path} is of a kind that is not read; {_READ} are read")
+        raise UserError(f"data: {source.path} is a folder; name a file: {_READABLE} are read")
+    if path.is_file() and not is_readable:
+        raise UserError(f"data: {source.path} is of a kind that is not read; {_READABLE} are read")
     if path.is_file():
         return path
-    if known or _OTHER_FILES.fullmatch(path.suffix.lower()) or not _HUB_ID.fullmatch(source.path):
+    is_filename = is_readable or _OTHER_FILES.fullmatch(path.suffix.lower())
+    if is_filename or not _HUB_ID.fullmatch(source.path):
         hint = "; `make assets` fetches the CPU recipes' texts" if "~" in source.path else ""
         raise UserError(f"data: no file {source.path}{hint}")
     return None
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Silence datasets, which prints an error beside the one that it raises."""
-    before = datasets.logging.get_verbosity()
+def _quiet_datasets() -> Iterator[None]:
+    """Silences datasets, which prints an error beside the one that it raises."""
+    verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(before)
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _columns(source: Source, first: dict) -> dict[str, str]:
-    """The columns that hold text or chats, each with TRL's name for it.
+    """Returns the columns that hold text or chats, each with TRL's name for it.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are no such columns.
     """
     if (field := source.text_field) != "text":
         if field not in first:
@@ -246,9 +265,9 @@ def _columns(source: Source, first: dict) -> dict[str, str]:
                 f"data: {source.path} has no column {field!r}; it has {', '.join(sorted(first))}"
             )
         return {field: "text"}
-    for known in _COLUMNS:
-        if set(known) <= set(first):
-            return {name: _WORDS_OF_TRL.get(name, name) for name in known}
+    for columns in _COLUMNS:
+        if set(columns) <= set(first):
+            return {name: _TRL_NAMES.get(name, name) for name in columns}
     raise UserError(
         f"data: {source.path} has the columns {', '.join(sorted(first))}; expected text, "
         "prompt and completion, or messages (or set text_field)"

@@ -1,4 +1,4 @@
-"""Whether a model has an embedding for every token that its tokenizer makes."""
+"""Checks that a model has an embedding for every token that its tokenizer makes."""
 
 from collections.abc import Iterable
 
@@ -10,20 +10,22 @@ from retrofit.utils.errors import UserError
 
 
 def embedded_tokens(config: PreTrainedConfig) -> int:
-    """How many tokens a model has an embedding for."""
+    """Returns the number of tokens that a model has an embedding for."""
     return config.get_text_config().vocab_size
 
 
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str
 ) -> None:
-    """Any text can hold any token of the vocabulary. Tokens added to it may lie past the
-    embeddings, as that of an image in Gemma 3 does, as long as no text holds them.
+    """Checks that every token of the vocabulary has an embedding, since any text may hold it.
+
+    Added tokens may lack an embedding as long as no text holds them, such as the image token of
+    Gemma 3.
 
     Args:
-        tokenizer: as it was loaded.
-        config: of the model.
-        base: its name, for the message.
+        tokenizer: the tokenizer as it was loaded.
+        config: the config of the model.
+        base: the name of the model in messages.
 
     Raises:
         UserError: if a token of the vocabulary has no embedding.
@@ -38,10 +40,13 @@ def check_vocabulary(
         )
 
 
-def check_end(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str) -> None:
-    """
+def check_eos_token(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str
+) -> None:
+    """Checks the token that ends each document of the training data.
+
     Raises:
-        UserError: if there is no token to end the documents of training data with.
+        UserError: if the tokenizer has no such token, or the model has no embedding for it.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -57,39 +62,41 @@ def check_end(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base
 
 
 def has_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer makes anything of a text, of which no more is read than that takes."""
+    """Returns whether a text has tokens. No more of it is tokenized than that takes."""
     parts = (text[start : start + 1000] for start in range(0, len(text), 1000))
     return any(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
 
 
 def check_texts(tokenizer: PreTrainedTokenizerBase, size: int, texts: Iterable[str]) -> None:
-    """
+    """Checks texts before they are tokenized.
+
     Args:
-        tokenizer: one that `check_vocabulary` has passed.
+        tokenizer: a tokenizer that `check_vocabulary` has accepted.
         size: how many tokens the model has an embedding for.
-        texts: that will be tokenized.
+        texts: the texts.
 
     Raises:
         UserError: if a text holds an added token that has no embedding.
     """
-    past = [token for token, index in tokenizer.get_added_vocab().items() if index >= size]
-    for text in texts if past else ():
-        if held := next((token for token in past if token in text), None):
-            raise _no_embedding(tokenizer, held, size)
+    added = tokenizer.get_added_vocab()
+    not_embedded = [token for token, index in added.items() if index >= size]
+    for text in texts if not_embedded else ():
+        if token := next((token for token in not_embedded if token in text), None):
+            raise _no_embedding(tokenizer, token, size)
 
 
 def check_rows_of_tokens(
     rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, size: int
 ) -> Dataset | IterableDataset:
-    """The same rows.
+    """Checks tokenized rows, and returns them.
 
     Args:
-        rows: tokenized.
-        tokenizer: that has done it.
+        rows: the tokenized rows.
+        tokenizer: the tokenizer that made them.
         size: how many tokens the model has an embedding for.
 
     Raises:
-        UserError: if there is one without an embedding; of a stream, when it comes by.
+        UserError: if a token has no embedding. A stream raises it when it comes to that row.
     """
     if isinstance(rows, Dataset):
         batches = rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000)
@@ -118,6 +125,7 @@ def _no_embedding(tokenizer: PreTrainedTokenizerBase, token: str, size: int) -> 
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Iterable[int]:
+    """Returns the ids of the vocabulary without added tokens, or only the last one."""
     if not tokenizer.is_fast:
         return [tokenizer.vocab_size - 1]
     return tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()

@@ -1,1 +1,1 @@
-"""What a training step needs in memory, traced without a weight."""
+"""Estimates the memory that a training step needs, by tracing it without weights."""

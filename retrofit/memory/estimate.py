@@ -1,4 +1,4 @@
-"""What a run needs in memory, said before a weight is loaded, and what change would make it fit."""
+"""Estimates the memory of a run before weights are loaded, and finds changes that make it fit."""
 
 import contextlib
 import math
@@ -18,27 +18,27 @@ from retrofit.recipe import Recipe
 from retrofit.utils.errors import UserError
 
 CHECKPOINTING = ("none", "selective", "full")  # from the fastest to the leanest
-ROOM = 0.9  # of a device; the rest is for what else it does
-_CONTEXT = 500 * 2**20  # what CUDA and its libraries take of a GPU; not measured here
-# Of a CPU, measured by scripts/bench/memory.py: rows, tokenizer, trainer and threads; and what
-# malloc loses between tensors when it keeps their memory, see process.py.
+ROOM = 0.9  # the share of a device's memory that a run may take
+_CUDA_LIBRARIES = 500 * 2**20  # bytes that CUDA and its libraries take on a GPU; not measured here
+# Two measurements on a CPU by scripts/bench/memory.py: the bytes of rows, tokenizer, trainer and
+# threads; and the share that malloc loses between tensors when it keeps their memory (process.py).
 _TRAINER = 100 * 2**20
-_HOLES = 0.2
+_FRAGMENTATION = 0.2
 _LARGEST_DEVICE = 1e6  # GB
 
 
 class NotTracedError(UserError):
-    """A model does what only data could tell."""
+    """A step cannot be traced: the model does something that depends on its data."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run is to fit.
+    """A device that a run should fit on.
 
     Attributes:
-        name: for the reader.
-        memory: bytes.
-        is_gpu: whether it is one, or this machine's own memory.
+        name: its name in messages.
+        memory: its memory in bytes.
+        is_gpu: whether it is a GPU; otherwise it is the CPU of this machine.
     """
 
     name: str
@@ -48,23 +48,25 @@ class Device:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that one device must hold while it trains.
+    """The memory that a run takes on one device.
 
     Attributes:
         step: the tensors of a step.
-        libraries: what is held beside tensors.
-        holes: the share of all tensors but the weights that the allocator takes on top.
-        checkpointing: with which the step was traced.
+        libraries: bytes that are held beside tensors.
+        fragmentation: what the allocator loses between tensors, as a share of the memory of all
+            tensors but the weights.
+        checkpointing: the gradient checkpointing of the step.
     """
 
     step: TracedStep
     libraries: int
-    holes: float
+    fragmentation: float
     checkpointing: str
 
     @property
     def lost(self) -> int:
-        return int(self.holes * (self.step.peak - self.step.weights))
+        """Bytes that the allocator loses between tensors."""
+        return int(self.fragmentation * (self.step.peak - self.step.weights))
 
     @property
     def total(self) -> int:
@@ -89,7 +91,14 @@ class Estimate:
 
 
 def this_device(gigabytes: float | None = None) -> Device:
-    """Where a run would be: the GPU if there is one, else the CPU; or a GPU of so many GB."""
+    """Returns the device of a run on this machine, the GPU if there is one.
+
+    Args:
+        gigabytes: the memory of a GPU to plan for instead, in GB.
+
+    Raises:
+        UserError: if no device has so much memory.
+    """
     if gigabytes is not None:
         if not 0 < gigabytes < _LARGEST_DEVICE:
             raise UserError(f"--device-memory: no device has {gigabytes:g} GB")
@@ -98,12 +107,12 @@ def this_device(gigabytes: float | None = None) -> Device:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Device(properties.name, properties.total_memory, is_gpu=True)
     memory = int(min(psutil.virtual_memory().total, _container_memory()))
-    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share it
+    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the ranks share it
     return Device(f"this CPU with {memory / 1e9:.0f} GB", memory, is_gpu=False)
 
 
 def _container_memory() -> float:
-    """Bytes that a container or a batch system allows this process, where cgroups say so."""
+    """Returns the memory limit of this process's cgroup in bytes, infinity if there is none."""
     try:
         return float(Path("/sys/fs/cgroup/memory.max").read_text())
     except (OSError, ValueError):  # no cgroups, or "max"
@@ -111,14 +120,15 @@ def _container_memory() -> float:
 
 
 def estimate(recipe: Recipe, config: PreTrainedConfig, device: Device) -> Estimate:
-    """What a recipe needs on a device, with the gradient checkpointing that it asks for or, where
-    it says auto, the fastest that fits.
+    """Returns what a recipe needs on a device.
+
+    The gradient checkpointing is the recipe's or, if that is auto, the fastest that fits.
 
     Raises:
         NotTracedError: if a step of this model cannot be traced.
     """
-    asked = recipe.train.gradient_checkpointing
-    for checkpointing in CHECKPOINTING if asked == "auto" else (asked,):
+    requested = recipe.train.gradient_checkpointing
+    for checkpointing in CHECKPOINTING if requested == "auto" else (requested,):
         needed = _estimate(recipe, config, checkpointing, device.is_gpu)
         if needed.fits(device):
             break
@@ -128,8 +138,8 @@ def estimate(recipe: Recipe, config: PreTrainedConfig, device: Device) -> Estima
 def _estimate(
     recipe: Recipe, config: PreTrainedConfig, checkpointing: str, on_gpu: bool
 ) -> Estimate:
-    # Of a CPU's memory the libraries take what they do in this process, which has imported them.
-    imported = 0 if on_gpu else psutil.Process().memory_info().rss
+    # On a CPU the libraries take what this process has now, since it has imported them.
+    libraries = 0 if on_gpu else psutil.Process().memory_info().rss
     try:
         step = trace_step(recipe, config, checkpointing, on_gpu)
     except UserError:
@@ -141,25 +151,30 @@ def _estimate(
             f"({reason}); instead of auto, set train.gradient_checkpointing to none or full"
         ) from error
     if on_gpu:
-        return Estimate(step, _CONTEXT, 0.0, checkpointing)
-    return Estimate(step, imported + _TRAINER, _HOLES, checkpointing)
+        return Estimate(step, _CUDA_LIBRARIES, 0.0, checkpointing)
+    return Estimate(step, libraries + _TRAINER, _FRAGMENTATION, checkpointing)
 
 
 def choose_checkpointing(recipe: Recipe) -> str:
-    """The gradient checkpointing of a run: what the recipe says, or the fastest that fits here."""
-    asked = recipe.train.gradient_checkpointing
-    if asked != "auto":
-        return asked
+    """Returns the gradient checkpointing that a recipe names or, if auto, the fastest that fits."""
+    requested = recipe.train.gradient_checkpointing
+    if requested != "auto":
+        return requested
     return estimate(recipe, load_config(recipe.model), this_device()).checkpointing
 
 
 def remedy(recipe: Recipe, config: PreTrainedConfig, device: Device) -> str | None:
-    """The first single change that makes a recipe fit, as overrides on the command line, or all of
-    them together; `None` if that is not enough."""
+    """Finds a change that makes a recipe fit on a device.
+
+    Changes are tried in order, each one alone and then together with those before it.
+
+    Returns:
+        The overrides for the command line, or `None` if all changes together are not enough.
+    """
     together: dict[str, str] = {}
     for change in _changes(recipe):
         for changes in (change, together | change) if together.keys() - change else (change,):
-            with contextlib.suppress(ValidationError):  # rows too short for a loss, or first_tokens
+            with contextlib.suppress(ValidationError):  # rows too short for a loss or first_tokens
                 if _leanest(_changed(recipe, changes), config, device).fits(device):
                     return " ".join(f"{key}={value}" for key, value in changes.items())
         together |= change
@@ -167,11 +182,15 @@ def remedy(recipe: Recipe, config: PreTrainedConfig, device: Device) -> str | No
 
 
 def _leanest(recipe: Recipe, config: PreTrainedConfig, device: Device) -> Estimate:
-    asked = recipe.train.gradient_checkpointing
-    return _estimate(recipe, config, CHECKPOINTING[-1] if asked == "auto" else asked, device.is_gpu)
+    """Estimates a recipe with the leanest gradient checkpointing that it allows."""
+    requested = recipe.train.gradient_checkpointing
+    return _estimate(
+        recipe, config, CHECKPOINTING[-1] if requested == "auto" else requested, device.is_gpu
+    )
 
 
 def _changes(recipe: Recipe) -> Iterator[dict[str, str]]:
+    """Yields changes that save memory, those that change the training least first."""
     train, model = recipe.train, recipe.model
     if train.gradient_checkpointing != "auto":
         yield {"train.gradient_checkpointing": "auto"}

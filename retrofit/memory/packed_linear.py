@@ -1,8 +1,8 @@
-"""Stand-ins for bitsandbytes' linear layers, of their size and without their arithmetic.
+"""Stand-ins for bitsandbytes' linear layers, which take as much memory and compute nothing.
 
-The memory estimate runs them where bitsandbytes itself could not: on tensors without data, whether
-it is installed or not. Each holds its weight packed, unpacks it for as long as a product takes,
-forward and backward, and keeps of the forward what bitsandbytes keeps.
+The memory estimate uses them because bitsandbytes cannot run on tensors without data, and may not
+be installed. Each holds its weight packed, unpacks it only for the time of a product, forward and
+backward, and saves for the backward what bitsandbytes saves.
 """
 
 import torch
@@ -14,12 +14,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from retrofit.recipe import Quantization
 
-_BLOCK = 64  # 4-bit weights that share a scale, itself of one byte, ...
-_BLOCKS = 256  # ... and so many of those one of four bytes (arXiv:2305.14314, double quantization)
+# Double quantization (arXiv:2305.14314): a block of 4-bit weights shares a scale of one byte, and a
+# group of those scales shares one of four bytes.
+_WEIGHTS_PER_SCALE = 64
+_SCALES_PER_GROUP = 256
 
 
 class _FourBit(torch.autograd.Function):
-    """`X W^T + b` with `W` unpacked anew in each direction."""
+    """Computes `X W^T + b`, and unpacks `W` anew in the forward and in the backward."""
 
     @staticmethod
     def forward(ctx, states, packed, bias, shape):
@@ -33,11 +35,12 @@ class _FourBit(torch.autograd.Function):
 
 
 class _EightBit(torch.autograd.Function):
-    """LLM.int8() (arXiv:2208.07339): `X` in 8 bits, the product in 32."""
+    """LLM.int8() (arXiv:2208.07339): `X` is quantized to 8 bits, and the product has 32."""
 
     @staticmethod
     def forward(ctx, states, packed, bias, shape):
-        # Kept on the context, as bitsandbytes does: no checkpoint that recomputes frees it.
+        # As in bitsandbytes, the context itself holds this, so that gradient checkpointing does
+        # not free it.
         ctx.states, ctx.shape = states, shape
         quantized = torch.empty_like(states.to(torch.float16), dtype=torch.int8)
         product = quantized.new_empty((*states.shape[:-1], shape[0]), dtype=torch.int32)
@@ -49,12 +52,12 @@ class _EightBit(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of a quantized base.
+    """A stand-in for a linear layer of a quantized base.
 
     Args:
-        linear: what it stands for.
-        quantization: its form.
-        compute_dtype: what a 4-bit weight is unpacked to, and its input cast to.
+        linear: the layer that it replaces.
+        quantization: the form of its weight.
+        compute_dtype: the dtype that a 4-bit weight is unpacked to and its input is cast to.
     """
 
     def __init__(self, linear: nn.Linear, quantization: Quantization, compute_dtype: torch.dtype):
@@ -68,7 +71,7 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """`[..., out_features]` of `[..., in_features]`."""
+        """Returns `[..., out_features]` for states `[..., in_features]`."""
         dtype = states.dtype if self.function is _EightBit else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         shape = (self.out_features, self.in_features)
@@ -76,18 +79,24 @@ class PackedLinear(nn.Module):
 
 
 def packed_bytes(weights: int, out_features: int, quantization: Quantization) -> int:
-    """What a weight matrix takes with its scales."""
+    """Returns the bytes of a quantized weight matrix and its scales.
+
+    Args:
+        weights: the number of its weights.
+        out_features: the number of its rows.
+        quantization: its form.
+    """
     if quantization == "int8":
         return weights + 4 * out_features
-    blocks = -(-weights // _BLOCK)
-    return -(-weights // 2) + blocks + 4 * -(-blocks // _BLOCKS)
+    scales = -(-weights // _WEIGHTS_PER_SCALE)
+    return -(-weights // 2) + scales + 4 * -(-scales // _SCALES_PER_GROUP)
 
 
 def pack_linears(
     model: PreTrainedModel, quantization: Quantization, compute_dtype: torch.dtype
 ) -> None:
-    """Replace the linear layers that transformers would quantize."""
-    kept = get_keys_to_not_convert(model)
+    """Replaces the linear layers that transformers would quantize by stand-ins."""
+    unquantized = get_keys_to_not_convert(model)
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and should_convert_module(name, kept):
+        if type(module) is nn.Linear and should_convert_module(name, unquantized):
             model.set_submodule(name, PackedLinear(module, quantization, compute_dtype))

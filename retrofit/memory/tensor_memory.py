@@ -1,7 +1,7 @@
-"""How many bytes of tensors are held, as they come and go, whatever code makes them.
+"""Counts the bytes of all tensors that are held while code runs, and lets it run without data.
 
 torch's own `torch.distributed._tools.MemTracker` counts by module, with hooks on the gradients of
-all parameters, which frozen ones refuse.
+all parameters, which frozen parameters do not allow.
 """
 
 import weakref
@@ -12,16 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-_ANY_NUMBER = 10**6  # more than any size it is compared with
+_ANY_NUMBER = 10**6  # larger than any size that it is compared with
 
 
 class PeakTensorMemory(TorchDispatchMode):
-    """Counts the storages of all tensors that operations inside return, until they are freed. What
-    a kernel takes for itself while it runs is not seen.
+    """Counts the storages of all tensors that operations return, until they are freed.
+
+    It does not see the memory that a kernel takes for itself while it runs.
 
     Attributes:
-        now: bytes held.
-        peak: the most that were.
+        now: the bytes that are held.
+        peak: the most bytes that were held at a time.
     """
 
     def __init__(self):
@@ -30,7 +31,7 @@ class PeakTensorMemory(TorchDispatchMode):
         self._counted: set[int] = set()
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count tensors; those that share their storage with a counted one add nothing."""
+        """Counts tensors. One that shares its storage with a counted tensor adds nothing."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -51,8 +52,11 @@ class PeakTensorMemory(TorchDispatchMode):
 
 
 class EveryTokenCounts(TorchDispatchMode):
-    """Answers what only data could tell, for tensors without any, by what takes most memory: a
-    boolean index picks everything, and a number is large and true."""
+    """Lets operations that depend on data run on tensors without data.
+
+    Their result is the one that takes most memory: a boolean index picks everything, and a number
+    that is read from a tensor is large, and so true.
+    """
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation is aten._local_scalar_dense.default:
@@ -61,16 +65,17 @@ class EveryTokenCounts(TorchDispatchMode):
             (tensor,) = args
             return tensor.new_empty(tensor.numel(), tensor.dim(), dtype=torch.long)
         if operation is aten._grouped_mm.default and args[0].dim() < args[1].dim():
-            # The product of experts is only defined for bfloat16 where there is no data.
+            # Without data, torch defines the product of experts only for bfloat16.
             tokens, experts, *_ = args
             return tokens.new_empty(len(tokens), experts.shape[-1])
         if operation is aten.index.Tensor:
             tensor, indices = args
-            args = (tensor, [number for index in indices for number in _as_numbers(index)])
+            args = (tensor, [integers for index in indices for integers in _as_integers(index)])
         return operation(*args, **(kwargs or {}))
 
 
-def _as_numbers(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _as_integers(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Replaces a boolean index by integer ones that pick every element."""
     if index is None or index.dtype != torch.bool:
         return [index]
     return [index.new_empty(index.numel(), dtype=torch.long)] * index.dim()

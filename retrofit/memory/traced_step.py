@@ -1,8 +1,8 @@
-"""One training step of a recipe without its weights: every operation runs, on tensors that have a
-shape and no storage, so that what the step holds is counted and not reckoned.
+"""Traces one training step of a recipe without its weights, and counts the memory of its tensors.
 
-It is the step of `GateTrainer`, with the same losses, gates, checkpointing and optimizer. A formula
-would have to know what each of them keeps; this sees it.
+Every operation runs, on tensors that have a shape and no storage. The step is that of
+`GateTrainer`, with the same losses, gates, checkpointing and optimizer. A formula for its memory
+would have to know which tensors each of them keeps; the trace sees them.
 """
 
 from dataclasses import dataclass
@@ -31,18 +31,19 @@ from retrofit.models.document_attention import attend_to_documents
 from retrofit.models.gated_model import gated_model
 from retrofit.recipe import Recipe
 
+# Attention functions that are only traced, by their names in transformers.
 _BY_DOCUMENT, _MASKLESS = "traced_by_document", "traced_without_mask"
 
 
 @dataclass(frozen=True)
 class TracedStep:
-    """Bytes of tensors.
+    """The bytes of the tensors of a step.
 
     Attributes:
-        weights: of the base.
-        gates: their weights, gradients and AdamW's moments.
-        saved: what the forward leaves for the backward.
-        peak: the most that is held at any time of the step, all of these included.
+        weights: bytes of the base's weights.
+        gates: bytes of the gates' weights, gradients and AdamW moments.
+        saved: bytes that the forward leaves for the backward.
+        peak: the most bytes that are held at any time of the step, including all of these.
     """
 
     weights: int
@@ -54,42 +55,42 @@ class TracedStep:
 def trace_step(
     recipe: Recipe, config: PreTrainedConfig, checkpointing: str, on_gpu: bool
 ) -> TracedStep:
-    """Run the largest step that a recipe can have: rows are full, and every token has a label.
+    """Traces the largest step that a recipe can have: rows are full, and every token has a label.
 
     Args:
         recipe: what would be trained.
-        config: of its base.
+        config: the config of its base.
         checkpointing: `none`, `selective`, `full` or `reentrant`.
-        on_gpu: whether to do as on a GPU where a run does otherwise on a CPU. The kernels are a
-            CPU's all the same: torch without CUDA has no others.
+        on_gpu: whether to trace what a run does on a GPU rather than on a CPU. The kernels are
+            those of a CPU in both cases, since torch without CUDA has no others.
     """
     model = _traced_model(recipe, config, on_gpu)
-    _checkpoint(model.get_base_model(), checkpointing)
+    _enable_checkpointing(model.get_base_model(), checkpointing)
     layer_losses = (
         add_layer_losses(model, recipe.objective) if recipe.objective.reads_layers else None
     )
     with FakeTensorMode(allow_non_fake_inputs=True), EveryTokenCounts():
         model.to_empty(device="cpu")
-        model.get_base_model().tie_weights()  # which `to_empty` unties
+        model.get_base_model().tie_weights()  # `to_empty` has untied them
         inputs = _inputs(recipe)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, foreach=False)
-        with PeakTensorMemory() as live:
-            weights = _hold_base(model, live)
-            gates = _hold_gates(trained, optimizer, live) - weights
+        with PeakTensorMemory() as memory:
+            weights = _hold_base(model, memory)
+            gates = _hold_gates(trained, optimizer, memory) - weights
             if recipe.train.gradient_accumulation_steps == 1:
                 optimizer.zero_grad()
             if layer_losses:
                 layer_losses.prepare(inputs["position_ids"], progress=0.0)
-            before = live.now
+            held_before = memory.now
             outputs = model(**inputs, objectives=True)
-            saved = live.now - before
+            saved = memory.now - held_before
             outputs.loss.backward()
-    return TracedStep(weights, gates, saved, live.peak)
+    return TracedStep(weights, gates, saved, memory.peak)
 
 
 def _traced_model(recipe: Recipe, config: PreTrainedConfig, on_gpu: bool) -> PeftModel:
-    """As `GateTrainer` has it, on the meta device."""
+    """Builds the model that `GateTrainer` trains, on the meta device."""
     spec = recipe.model
     stored = config.dtype or torch.float32
     dtype = stored if spec.dtype == "auto" else getattr(torch, spec.dtype)
@@ -107,19 +108,22 @@ def _traced_model(recipe: Recipe, config: PreTrainedConfig, on_gpu: bool) -> Pef
 
 
 def _attention(recipe: Recipe, base: PreTrainedModel, on_gpu: bool) -> str:
-    """The attention function to trace. transformers makes a mask of `T x T` for its own `sdpa`, for
-    while it is traced it takes every row for packed."""
-    usual = base.config._attn_implementation
+    """Returns the name of the attention function to trace.
+
+    With transformers' own `sdpa` a mask of `T x T` would be made even where a run has none, since
+    transformers takes every row for packed while it traces.
+    """
+    default = base.config._attn_implementation
     if recipe.model.takes_lengths:
         return _MASKLESS
-    if usual != "sdpa" or sliding_window_of(base.config) is not None:
-        return usual
+    if default != "sdpa" or sliding_window_of(base.config) is not None:
+        return default
     if recipe.data.packing:
-        return usual if on_gpu else _BY_DOCUMENT
-    return _MASKLESS if recipe.train.batch_size == 1 else usual  # nothing is padded, or some rows
+        return default if on_gpu else _BY_DOCUMENT
+    return _MASKLESS if recipe.train.batch_size == 1 else default  # a single row has no padding
 
 
-def _checkpoint(base: PreTrainedModel, checkpointing: str) -> None:
+def _enable_checkpointing(base: PreTrainedModel, checkpointing: str) -> None:
     if checkpointing == "none":
         return
     kwargs: dict[str, Any] = {"use_reentrant": checkpointing == "reentrant"}
@@ -136,32 +140,36 @@ def _inputs(recipe: Recipe) -> dict[str, torch.Tensor]:
     return {name: torch.empty(rows, length, dtype=torch.long) for name in names}
 
 
-def _hold_base(model: PeftModel, live: PeakTensorMemory) -> int:
+def _hold_base(model: PeftModel, memory: PeakTensorMemory) -> int:
+    """Counts the weights and buffers of the base, and returns the bytes that are held."""
     gates = {id(tensor) for layer in gate_layers(model).values() for tensor in layer.parameters()}
     tensors = (*model.parameters(), *model.buffers())
-    live.hold(tensor for tensor in tensors if id(tensor) not in gates)
-    return live.now
+    memory.hold(tensor for tensor in tensors if id(tensor) not in gates)
+    return memory.now
 
 
-def _hold_gates(trained: list, optimizer: torch.optim.Optimizer, live: PeakTensorMemory) -> int:
-    """With the moments that every step but the first begins with, and with gradients, which those
-    of more than one micro-batch begin with."""
-    live.hold(trained)
+def _hold_gates(trained: list, optimizer: torch.optim.Optimizer, memory: PeakTensorMemory) -> int:
+    """Counts the gates with their gradients and moments, and returns the bytes that are held.
+
+    Every step but the first begins with moments, and every micro-batch but a step's first with
+    gradients.
+    """
+    memory.hold(trained)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    return live.now
+    return memory.now
 
 
 def _by_document(
     module, query, key, value, attention_mask, scaling, dropout=0.0, sink=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """`sdpa_by_document` of rows that are one document each: others hold as much."""
+    """Stands in for `sdpa_by_document` on rows of one document each; others take as much memory."""
     outputs = []
     for row in range(len(query)):
-        at = slice(row, row + 1), slice(None)
-        slot = None if sink is None else sink.select_block(*at)
-        q, k, v = (states[at] for states in (query, key, value))
+        queries = slice(row, row + 1), slice(None)
+        slot = None if sink is None else sink.select_block(*queries)
+        q, k, v = (states[queries] for states in (query, key, value))
         attended = attend_to_documents(q, k, v, scaling, dropout, slot)
         outputs.append(attended.transpose(1, 2))
     return torch.cat(outputs), None

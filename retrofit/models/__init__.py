@@ -1,1 +1,1 @@
-"""Models from disk or the hub: bases, run folders, adapters, published models."""
+"""Opens and checks models from disk or the hub: bases, run folders, adapters, published models."""

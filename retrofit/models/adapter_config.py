@@ -1,4 +1,4 @@
-"""What `adapter_config.json` of gates may say. PEFT warns of what it does not know, and goes on."""
+"""Checks the `adapter_config.json` of gates, where PEFT only warns of what it does not know."""
 
 import re
 from dataclasses import fields
@@ -26,8 +26,7 @@ _Index = Annotated[int, Field(ge=0)]
 
 
 class _AdapterFields(BaseModel):
-    """The fields that every method of PEFT has, and those that are checked more strictly here than
-    `GateConfig` does."""
+    """The fields of all PEFT methods, and those that are stricter here than in `GateConfig`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -43,11 +42,11 @@ class _AdapterFields(BaseModel):
     @field_validator("target_modules", "exclude_modules", "layers_pattern")
     @classmethod
     def _is_a_pattern(cls, value: list[str] | str | None) -> list[str] | str | None:
-        """A text is one to PEFT, and a list holds names."""
+        """Checks a text, which PEFT takes for a regular expression; a list holds names."""
         try:
             re.compile(value if isinstance(value, str) else "")
         except re.error as error:
-            raise ValueError(f"no pattern ({error})") from None
+            raise ValueError(f"no regular expression ({error})") from None
         return value
 
     @field_validator("task_type")
@@ -59,13 +58,13 @@ class _AdapterFields(BaseModel):
 
 
 def _fields_of_gates() -> dict[str, Any]:
-    """The other fields of `GateConfig`, each with its type and its default."""
-    kinds = get_type_hints(GateConfig)
-    known = {field.name for field in fields(PeftConfig)} | _AdapterFields.model_fields.keys()
+    """Returns the type and the default of each other field of `GateConfig`."""
+    types = get_type_hints(GateConfig)
+    present = {field.name for field in fields(PeftConfig)} | _AdapterFields.model_fields.keys()
     return {
-        field.name: (kinds[field.name], field.default)
+        field.name: (types[field.name], field.default)
         for field in fields(GateConfig)
-        if field.name not in known
+        if field.name not in present
     }
 
 
@@ -73,11 +72,11 @@ _AdapterConfig = create_model("_AdapterConfig", __base__=_AdapterFields, **_fiel
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
-    """`adapter_config.json` of a folder with gates.
+    """Reads the `adapter_config.json` of a folder with gates.
 
     Raises:
-        UserError: if it is no JSON, says what no version of it says, or names something that is
-            not known here. What is there and empty does nothing, and is let pass.
+        UserError: if it is not JSON, has a value that no version of PEFT writes, or sets a field
+            that this version of retrofit does not know. An unknown field that is empty is allowed.
     """
     path = adapter / "adapter_config.json"
     try:
@@ -86,8 +85,8 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["loc"] == ("peft_type",):
-            kind = config.get("peft_type")
-            raise UserError(f"{adapter} holds a {kind} adapter, not gates") from None
+            peft_type = config.get("peft_type")
+            raise UserError(f"{adapter} holds a {peft_type} adapter, not gates") from None
         key = first["loc"][0] if first["loc"] else "the whole"
         raise UserError(f"{path}: {key}: {first['msg'].lower()}, not {first['input']!r}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -102,12 +101,12 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
 
 
 def check_adapter_files(adapter: Path) -> None:
-    """No adapter is opened whose gates are not in safetensors.
+    """Checks that the gates of an adapter are stored in safetensors, and only there.
 
     Raises:
-        UserError: if they are not there or damaged, or lie in a pickle as well.
+        UserError: if the file is missing or damaged, or there is a pickle beside it.
     """
     refuse_pickles([adapter / "adapter_model.bin"])
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter} has no adapter_model.safetensors; train again")
-    StoredWeights(adapter, "adapter_model.safetensors").refuse_other_kinds()
+    StoredWeights(adapter, "adapter_model.safetensors").refuse_other_dtypes()

@@ -1,7 +1,7 @@
-"""The config of a base, read and checked before anything is built of it.
+"""Reads and checks the config of a base before a model is built from it.
 
-transformers checks of what kind most fields are, and few of their values: a negative size, an
-unknown RoPE or a billion layers would fail in its depths, or be built for hours.
+transformers checks the types of most fields, but few of their values. A negative size, an unknown
+RoPE or a billion layers would raise an obscure error, or take hours to build.
 """
 
 import math
@@ -20,23 +20,23 @@ from retrofit.adapters import family_of
 from retrofit.models.opening import opening
 from retrofit.utils.errors import UserError
 
-# What a model reads from its folder.
+# The suffixes of files that a model reads from its folder.
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
-# A thousand times what any model has, or nearly so.
+# Each upper bound is about a thousand times what the largest models have.
 _Layers = Annotated[int, Field(gt=0, le=10_000)]
 _Heads = Annotated[int, Field(gt=0, le=100_000)]
-_Some = Annotated[int, Field(ge=0, le=10_000_000)]  # dense models of a mixture's type have none
+_SizeOrZero = Annotated[int, Field(ge=0, le=10_000_000)]  # a dense model may have 0 experts
 _Size = Annotated[int, Field(gt=0, le=10_000_000)]
 _Positive = Annotated[float, Field(gt=0)]
 
 
-class _Part(BaseModel):
+class _ConfigPart(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
-class _Stored(_Part):
-    """What transformers would fall over as it reads the file."""
+class _StoredConfig(_ConfigPart):
+    """Fields of `config.json` on which transformers itself would fail when it reads the file."""
 
     dtype: str | None = None
     torch_dtype: str | None = None
@@ -51,7 +51,7 @@ class _Stored(_Part):
         return value
 
 
-class _Rope(_Part):
+class _Rope(_ConfigPart):
     rope_type: str | None = None
     rope_theta: _Positive | None = None
     factor: _Positive | None = None
@@ -64,9 +64,9 @@ class _Rope(_Part):
     beta_slow: _Positive | None = None
 
 
-class _Quantization(_Part):
+class _Quantization(_ConfigPart):
     quant_method: str | None = None
-    load_in_4bit: bool = False  # as old versions of bitsandbytes wrote it
+    load_in_4bit: bool = False  # instead of quant_method, in old configs
     load_in_8bit: bool = False
 
     @model_validator(mode="after")
@@ -77,18 +77,18 @@ class _Quantization(_Part):
         return self
 
 
-class _Values(_Part):
-    """What models of most types say of themselves."""
+class _ModelConfig(_ConfigPart):
+    """Fields that the configs of most model types have."""
 
     num_hidden_layers: _Layers | None = None
     num_attention_heads: _Heads | list[int] | None = None
     num_key_value_heads: _Heads | list[int] | None = None
-    num_experts: _Some | None = None
-    num_local_experts: _Some | None = None
+    num_experts: _SizeOrZero | None = None
+    num_local_experts: _SizeOrZero | None = None
     hidden_size: _Size | None = None
     vocab_size: _Size | None = None
-    intermediate_size: _Size | list[_Some] | None = None
-    moe_intermediate_size: _Some | list[_Some] | None = None
+    intermediate_size: _Size | list[_SizeOrZero] | None = None
+    moe_intermediate_size: _SizeOrZero | list[_SizeOrZero] | None = None
     head_dim: _Heads | None = None
     max_position_embeddings: Annotated[int, Field(gt=0)] | None = None
     pad_token_id: int | None = None
@@ -122,7 +122,9 @@ class _Values(_Part):
     def _experts_are_there(self):
         experts, chosen = self.num_experts or self.num_local_experts, self.num_experts_per_tok
         if experts and chosen is not None and not 0 < chosen <= experts:
-            raise ValueError(f"num_experts_per_tok {chosen} is none of 1 to {experts} experts")
+            raise ValueError(
+                f"num_experts_per_tok {chosen} is not from 1 to {experts}, the number of experts"
+            )
         return self
 
     @model_validator(mode="after")
@@ -142,22 +144,22 @@ class _Values(_Part):
 def read_config(
     location: str, base: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """The config of a base.
+    """Reads and checks the config of a base.
 
     Args:
-        location: its folder or hub id, as libraries find it.
-        base: the same, as the user named it.
-        revision: of a hub id.
-        trust_remote_code: run the code that the base brings.
+        location: the folder or hub id, as libraries find it.
+        base: the folder or hub id, as the user named it.
+        revision: the revision of a hub id.
+        trust_remote_code: whether to run the code that the base brings.
 
     Raises:
-        UserError: if there is no such folder or hub id, it is damaged, or it says what no model
-            can be.
+        UserError: if there is no such folder or hub id, or the config is damaged or has values that
+            no model can have.
     """
     with opening(base):
         check_folder(Path(location))
         stored, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
-        _check(_Stored, stored, base)
+        _check(_StoredConfig, stored, base)
         config = AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -166,10 +168,10 @@ def read_config(
 
 
 def check_folder(folder: Path) -> None:
-    """
+    """Checks the folder of a model. A path that does not exist is taken for a hub id.
+
     Raises:
-        UserError: if there is something and it is no model's folder, or a part of it would never
-            end when it is read, such as a pipe.
+        UserError: if it is not a model's folder, or has a file that cannot be read, such as a pipe.
     """
     if not folder.is_dir():
         if folder.exists():
@@ -183,17 +185,19 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(config: PreTrainedConfig, base: str) -> None:
-    """
+    """Checks the values of a base's config.
+
     Raises:
-        UserError: if the config of a base has values that no model can have.
+        UserError: if the config has values that no model can have.
     """
     text = config.get_text_config()
-    values = {name: getattr(text, name) for name in _Values.model_fields if hasattr(text, name)}
-    _check(_Values, values, base)
+    names = _ModelConfig.model_fields
+    values = {name: getattr(text, name) for name in names if hasattr(text, name)}
+    _check(_ModelConfig, values, base)
     for rope in _ropes(text):
         _check(_Rope, rope, base)
     if getattr(config, "auto_map", None):
-        return  # its code may know more
+        return  # the code that it brings may know other values
     for key, value, known in _choices(text):
         if value is not None and value not in known:
             raise UserError(
@@ -203,18 +207,21 @@ def check_config(config: PreTrainedConfig, base: str) -> None:
 
 
 def check_gateable(config: PreTrainedConfig, base: str, layers: list[int] | int | None) -> None:
-    """
+    """Checks that a base can be gated.
+
     Args:
-        layers: that are to be gated; `None` for all of them.
+        config: the base's config.
+        base: the base as the user named it.
+        layers: the layers to gate; `None` for all of them.
 
     Raises:
-        UserError: if the architecture is not supported, a layer is not there, or a number of the
-            config is none, which no checkpoint could be written with.
+        UserError: if the architecture is not supported, a layer does not exist, or the config has a
+            NaN or an infinity, with which no checkpoint could be written.
     """
     family_of(config.model_type)
     count = config.num_hidden_layers
-    named = [layers] if isinstance(layers, int) else layers or []
-    if beyond := [layer for layer in named if layer >= count]:
+    gated = [layers] if isinstance(layers, int) else layers or []
+    if beyond := [layer for layer in gated if layer >= count]:
         raise UserError(
             f"gates in layer {beyond[0]} of {base}, which has {count} layers, 0 to {count - 1}; "
             "name others (in a recipe gate.layers)"
@@ -223,31 +230,38 @@ def check_gateable(config: PreTrainedConfig, base: str, layers: list[int] | int 
         raise UserError(f"the config.json of {base}: {key} is NaN or infinite")
 
 
-def check_stored_whole(config: PreTrainedConfig, base: str) -> None:
-    """
+def check_not_quantized(config: PreTrainedConfig, base: str) -> None:
+    """Checks that a base is not stored quantized.
+
+    The mxfp4 weights of gpt-oss are allowed, since they are unpacked when they are loaded.
+
     Raises:
-        UserError: if the weights are stored quantized, so that no merge could follow. What gpt-oss
-            is published in is unpacked as it is loaded.
+        UserError: if the weights are stored quantized, so that they could not be merged.
     """
     quantization = getattr(config, "quantization_config", None)
-    how = quantization.get("quant_method", "bitsandbytes") if quantization else None
-    if how not in (None, "mxfp4"):
+    method = quantization.get("quant_method", "bitsandbytes") if quantization else None
+    if method not in (None, "mxfp4"):
         raise UserError(
-            f"{base} is stored quantized ({how}), and a merge needs the weights themselves; name "
-            "the unquantized original, and quantize it with model.quantization"
+            f"{base} is stored quantized ({method}), and a merge needs the weights themselves; "
+            "name the unquantized original, and quantize it with model.quantization"
         )
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
-    """The width of a head in channels, which not every config states."""
+    """Returns the width of a head in channels, which not every config states."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _check(kind: type[_Part], settings: Any, base: str) -> None:
+def _check(schema: type[_ConfigPart], settings: Any, base: str) -> None:
+    """Checks a part of a base's config.
+
+    Raises:
+        UserError: for the first value that is wrong.
+    """
     if not isinstance(settings, dict):
         raise UserError(f"the config.json of {base} holds no settings where a model's should be")
     try:
-        kind.model_validate(settings)
+        schema.model_validate(settings)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         message = first["msg"].removeprefix("Value error, ")
@@ -258,12 +272,13 @@ def _check(kind: type[_Part], settings: Any, base: str) -> None:
 
 
 def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """Of the whole model, or of each kind of its layers."""
+    """Returns the RoPE parameters of the model, or of each of its layer types."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [part for part in rope.values() if isinstance(part, dict)] or [rope]
 
 
 def _choices(config: PreTrainedConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yields fields with a fixed set of values: the key, the value, and all known values."""
     for rope in _ropes(config):
         yield "rope_type", rope.get("rope_type"), {"default", *ROPE_INIT_FUNCTIONS}
     for name in ("hidden_act", "hidden_activation"):
@@ -271,7 +286,7 @@ def _choices(config: PreTrainedConfig) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[str]:
-    """The keys of numbers that are none."""
+    """Yields the keys of numbers that are NaN or infinite."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _not_finite(item, f"{key}.{name}" if key else str(name))

@@ -1,10 +1,10 @@
-"""Attention of packed rows, document by document.
+"""Computes the attention of packed rows document by document.
 
-SDPA keeps the documents of a row apart by a mask of `T x T`, and computes all that it then hides:
-the half that lies ahead, and every other document. Here each document is a causal call of its own,
-`sum of length**2 / 2` instead of `T**2`, and there is no mask; neighbours of one length share a
-call. Kernels that take the lengths of documents (FlashAttention) do the same inside, so this is for
-CPUs, where there is none.
+SDPA keeps the documents of a row apart by a mask of `T x T`, and computes everything that the mask
+then hides: the half that lies ahead, and all other documents. Here each document is a causal call
+of its own, which costs `sum of length**2 / 2` instead of `T**2` and needs no mask; neighbours of
+the same length share a call. This is for CPUs: on GPUs there are kernels that take the lengths of
+documents (FlashAttention) and do the same inside.
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ NAME = "sdpa_by_document"
 
 
 def attend_by_document(model: PreTrainedModel) -> None:
-    """Let a model on a CPU that runs on SDPA attend to packed rows a document at a time."""
+    """Sets a model to attend document by document, if it runs SDPA on a CPU without a window."""
     config = model.config
     if model.device.type != "cpu" or config._attn_implementation != "sdpa":
         return
@@ -34,7 +34,7 @@ def attend_by_document(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
 
 
-@torch.compiler.disable  # each row has documents of its own
+@torch.compiler.disable  # the lengths of documents differ between rows
 def sdpa_by_document(
     module: nn.Module,
     query: torch.Tensor,
@@ -47,19 +47,24 @@ def sdpa_by_document(
     sink: Sink | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function as transformers calls it, for packed rows without padding.
+    """Attends document by document: an attention function for transformers, for packed rows.
 
     Args:
-        query: `[batch, heads, T, head_dim]`.
-        key: `[batch, kv_heads, T, head_dim]`; `value` likewise.
-        attention_mask: none; the positions say it all.
-        scaling: factor of the logits.
-        position_ids: `[batch, T]`, from 0 at the start of each document.
-        dropout: of the attention weights.
+        module: the attention module.
+        query: the queries, `[batch, heads, T, head_dim]`.
+        key: the keys, `[batch, kv_heads, T, head_dim]`.
+        value: the values, `[batch, kv_heads, T, head_dim]`.
+        attention_mask: always `None`; positions tell documents apart.
+        scaling: the factor of the logits.
+        position_ids: positions, `[batch, T]`, from 0 at the start of each document.
+        dropout: the dropout of the attention weights.
         sink: the slots of a gated layer.
 
     Returns:
-        `[batch, T, heads, head_dim]`, and no weights.
+        The outputs, `[batch, T, heads, head_dim]`, and `None` for the attention weights.
+
+    Raises:
+        ValueError: if there is an attention mask or a cache.
     """
     if attention_mask is not None or key.shape[2] != query.shape[2]:
         raise ValueError(f"{NAME} reads packed rows, which have no attention mask and no cache")
@@ -69,10 +74,14 @@ def sdpa_by_document(
         start = 0
         for count, length in _runs(positions):
             end = start + count * length
-            at = slice(row, row + 1), slice(start, end)
-            states = (states[at[0], :, at[1]] for states in (query, key, value))
-            q, k, v = (_by_document(part, count) for part in states)
-            slot = None if sink is None else _slot_by_document(sink.select_block(*at), count)
+            batch_slice, tokens = slice(row, row + 1), slice(start, end)
+            q, k, v = (
+                _by_document(states[batch_slice, :, tokens], count)
+                for states in (query, key, value)
+            )
+            slot = None
+            if sink is not None:
+                slot = _slot_by_document(sink.select_block(batch_slice, tokens), count)
             attended = attend_to_documents(q, k, v, scaling, dropout, slot)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
             start = end
@@ -81,18 +90,19 @@ def sdpa_by_document(
 
 
 def _runs(positions: torch.Tensor) -> list[tuple[int, int]]:
-    """How many documents of which length follow one another in a row."""
+    """Returns runs of documents with the same length in a row: how many, and their length."""
     starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
     lengths = [end - start for start, end in pairwise([0, *starts]) if end > start]
     return [(len([*run]), length) for length, run in groupby(lengths)]
 
 
 def _by_document(states: torch.Tensor, count: int) -> torch.Tensor:
-    """`[1, heads, count * length, channels]` as `[count, heads, length, channels]`."""
+    """Reshapes `[1, heads, count * length, channels]` to `[count, heads, length, channels]`."""
     return states.squeeze(0).unflatten(1, (count, -1)).transpose(0, 1)
 
 
 def _slot_by_document(sink: Sink, count: int) -> Sink:
+    """Reshapes the slot's logits in the same way, if they differ between queries."""
     if sink.logits.ndim == 1:
         return sink
     logits = sink.logits.squeeze(0).unflatten(1, (count, -1)).transpose(0, 1)
@@ -107,9 +117,20 @@ def attend_to_documents(
     dropout: float,
     sink: Sink | None,
 ) -> torch.Tensor:
-    """`[count, heads, length, head_dim]` of documents of one length, as queries are; keys and
-    values are `[count, kv_heads, length, head_dim]`."""
-    if query.shape[2] == 1:  # each attends to itself
+    """Computes the causal attention of documents of the same length.
+
+    Args:
+        query: the queries, `[count, heads, length, head_dim]`.
+        key: the keys, `[count, kv_heads, length, head_dim]`.
+        value: the values, `[count, kv_heads, length, head_dim]`.
+        scaling: the factor of the logits.
+        dropout: the dropout of the attention weights.
+        sink: the slots of a gated layer.
+
+    Returns:
+        The outputs, `[count, heads, length, head_dim]`.
+    """
+    if query.shape[2] == 1:  # each token attends only to itself
         output = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
         return output if sink is None else _beside_itself(query, key, output, scaling, sink)
     if sink is not None and not dropout:
@@ -124,7 +145,7 @@ def attend_to_documents(
 
 
 def _beside_itself(query, key, value, scaling: float, sink: Sink) -> torch.Tensor:
-    """The attention of tokens that have themselves and a slot."""
+    """Computes the attention of tokens that see only themselves and a slot."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     log_sum_exp = torch.linalg.vecdot(query.float(), key.float()) * scaling
     return pull_towards_center(value, sink.key_share(log_sum_exp), sink.center)
@@ -132,5 +153,5 @@ def _beside_itself(query, key, value, scaling: float, sink: Sink) -> torch.Tenso
 
 AttentionInterface.register(NAME, sdpa_by_document)
 SINK_ATTENTION_FUNCTIONS[NAME] = sdpa_by_document
-# None where nothing is padded.
+# This mask function makes no mask where nothing is padded.
 AttentionMaskInterface.register(NAME, flash_attention_mask)

@@ -1,5 +1,7 @@
-"""A hash of the base weights, and the values of its config: written before and after training,
-checked when gates meet a base."""
+"""Identifies a base by a hash of its weights and by the values of its config.
+
+Both are written before and after training, and checked when gates are put on a base.
+"""
 
 import hashlib
 import json
@@ -17,9 +19,10 @@ from transformers import PreTrainedConfig
 from retrofit.utils.fsdp import full_tensor
 
 _THREADS = min(8, os.cpu_count() or 1)
-_WAITING_BYTES = 2 * 2**30  # of tensors whose turn is yet to come
-# What a config says beside what its model computes: names, versions, forms of storing and showing.
-_BESIDE = frozenset(
+_WAITING_BYTES = 2 * 2**30  # the most that tensors waiting to be hashed may take
+# Keys of a config that do not change what the model computes: names, versions, and how weights are
+# stored and results are returned.
+_IGNORED = frozenset(
     ("architectures", "attention_dropout", "auto_map", "chunk_size_feed_forward", "dtype",
      "id2label", "initializer_range", "label2id", "model_type", "output_attentions",
      "output_hidden_states", "problem_type", "quantization_config", "return_dict", "torch_dtype",
@@ -28,20 +31,22 @@ _BESIDE = frozenset(
 
 
 def file_sha256(path: Path) -> str:
-    """Of the bytes of a file."""
+    """Returns the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """The values of a base's config that its model computes with, by key; one of a part has the
-    part's name before its own, with a dot."""
+    """Returns the values of a config that its model computes with.
+
+    The key of a value in a nested config has the form `part.key`.
+    """
     return dict(_flat(json.loads(config.to_json_string(use_diff=False))))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
-        if name in _BESIDE or name.startswith("_") or name.endswith("_token_id"):
+        if name in _IGNORED or name.startswith("_") or name.endswith("_token_id"):
             continue
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
@@ -50,15 +55,15 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def weights_sha256(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """One sha256 over names, dtypes and bytes, independent of the order of the tensors.
+    """Returns one sha256 over names, dtypes, shapes and bytes of tensors in any order.
 
-    Tensors are hashed on several threads, few of them in memory at a time.
+    Tensors are hashed on several threads, and few of them are in memory at a time.
     """
     lines: list[str] = []
     waiting: deque[tuple[int, Future[str]]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in named_tensors:
-            # Gathered here, not on the threads: all ranks gather in the same order.
+            # Threads do not gather: all ranks must gather in the same order.
             gathered = full_tensor(tensor).cpu().contiguous()
             waiting.append((gathered.nbytes, pool.submit(_line, name, gathered)))
             while len(waiting) > _THREADS or sum(size for size, _ in waiting) > _WAITING_BYTES:
@@ -68,21 +73,24 @@ def weights_sha256(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of a model without those of its adapters, under their checkpoint names.
+    """Yields the parameters of a model without its adapters, under their checkpoint names.
 
-    Tied weights come once, as they are stored. What transformers stacks when it loads, the experts
-    of a mixture, is taken apart again.
+    Tied weights come once, as they are stored. The experts of a mixture, which transformers stacks
+    when it loads them, are taken apart again.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.core_model_loading import revert_weight_conversion
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    adapters = tuple(f"{n}." for n, m in base.named_modules() if isinstance(m, BaseTunerLayer))
+    adapter_prefixes = tuple(
+        f"{name}." for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)
+    )
     for name, parameter in base.named_parameters():
-        if not name.startswith(adapters):
+        if not name.startswith(adapter_prefixes):
             yield from revert_weight_conversion(base, {name: parameter.detach()}).items()
 
 
 def _line(name: str, tensor: torch.Tensor) -> str:
+    """Returns a tensor's name, dtype, shape and sha256 in one line."""
     data = tensor.reshape(-1).view(torch.uint8).numpy()
     return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"

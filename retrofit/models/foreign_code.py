@@ -1,5 +1,7 @@
-"""Code that a checkpoint brings runs only if the command at hand was told so. What a folder says of
-itself is no consent."""
+"""Lets the code that a checkpoint brings run only if the current command allows it.
+
+What a run folder says about this is not consent.
+"""
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -11,11 +13,15 @@ HINT = "read it, and allow it with --trust-remote-code (in a recipe model.trust_
 
 
 def with_consent(spec: Model, trusted: bool) -> Model:
-    """The base that a run folder names, with this command's consent in place of the folder's.
+    """Returns the base of a run folder, with this command's consent instead of the folder's.
+
+    Args:
+        spec: the base as the run folder names it.
+        trusted: whether this command allows code that a checkpoint brings.
 
     Raises:
-        UserError: if the run was trained with code that nobody allowed now: transformers would run
-            a class of its own in its place, without a word.
+        UserError: if the run was trained with such code and this command does not allow it.
+            transformers would silently use a class of its own instead.
     """
     if spec.trust_remote_code and not trusted and brings_code(spec):
         raise UserError(
@@ -29,7 +35,7 @@ def with_consent(spec: Model, trusted: bool) -> Model:
 
 
 def brings_code(spec: Model) -> bool:
-    """Whether a base names Python files for its model or its tokenizer."""
+    """Returns whether a base names Python files for its model or its tokenizer."""
     config, _ = PreTrainedConfig.get_config_dict(spec.location, revision=spec.revision)
     tokenizer = get_tokenizer_config(spec.location, revision=spec.revision)
     return any(settings.get("auto_map") for settings in (config, tokenizer))

@@ -1,4 +1,4 @@
-"""The gates of a recipe in its base, as training has them."""
+"""Puts the gates of a recipe into its base."""
 
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -8,17 +8,17 @@ from retrofit.recipe import Recipe
 
 
 def gated_model(base: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """Put the gates of a recipe into its base.
+    """Puts the gates of a recipe into its base.
 
     Args:
-        base: loaded, or on the meta device.
+        base: the base, loaded or on the meta device.
         recipe: what is trained.
 
     Raises:
         UserError: if the base cannot be gated.
     """
     if recipe.train.gradient_checkpointing != "reentrant":
-        # PEFT, TRL and transformers each let gradients flow to the embeddings, through layers
-        # without gates. Only the reentrant kind of checkpointing needs that.
+        # PEFT, TRL and transformers each call this, and then gradients flow through layers without
+        # gates to the embeddings. Only reentrant checkpointing needs that.
         base.enable_input_require_grads = lambda: None
     return get_peft_model(base, gate_config(recipe))

@@ -1,5 +1,5 @@
-"""Open a model, whatever it is: a base, a run of ours, an adapter, a merged checkpoint, or a model
-that was published with gates."""
+"""Opens models of every kind: bases, runs, adapters, merged checkpoints, and models that were
+published with gates."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from retrofit.data.vocabulary import check_vocabulary, embedded_tokens
 from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
 from retrofit.models.base_config import check_gateable, read_config
 from retrofit.models.foreign_code import with_consent
-from retrofit.models.opening import DAMAGES, check_complete, finite, one_line, opening
+from retrofit.models.opening import DAMAGES, check_complete, checked_weights, one_line, opening
 from retrofit.models.pickles import refuse_pickled_weights
 from retrofit.models.published import unpack
 from retrofit.models.run_folder import (
@@ -44,17 +44,18 @@ from retrofit.utils.paths import expanded
 
 
 def load_base(spec: Model) -> PreTrainedModel:
-    """The base model of a recipe, in eval mode, on the GPU if there is one.
+    """Loads the base of a recipe, in eval mode, on the GPU if there is one.
 
     Raises:
-        UserError: if it cannot be found, is damaged, lacks a weight or has one too many, has one
-            that is no number, is stored in pickles, or is quantized twice or without bitsandbytes.
+        UserError: if the base cannot be found, is damaged, lacks a weight or has one too many, has
+            a NaN or an infinity, is stored in pickles, or would be quantized twice or without
+            bitsandbytes.
     """
     config = load_config(spec)
     check_ungated(config, spec.base)
     check_files(spec, config)
     if hasattr(config, "attention_dropout"):
-        config.attention_dropout = 0.0  # of its own training, in which it is not any more
+        config.attention_dropout = 0.0  # it belongs to the training of the base itself
     kwargs: dict[str, Any] = {}
     if spec.quantization:
         kwargs["quantization_config"] = _quantization(spec, config)
@@ -71,31 +72,31 @@ def load_base(spec: Model) -> PreTrainedModel:
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told of below
+            ignore_mismatched_sizes=True,  # check_complete reports them
             **kwargs,
         )
     check_complete(loading, spec.base)
-    for _ in finite(model.named_parameters(), spec.base):
+    for _ in checked_weights(model.named_parameters(), spec.base):
         pass
     return model.eval()
 
 
 def load_config(spec: Model) -> PreTrainedConfig:
-    """The base's config.
+    """Reads and checks the config of a base.
 
     Raises:
-        UserError: if there is no such folder or hub id, it is damaged, or it says what no model
-            can be.
+        UserError: if there is no such folder or hub id, or the config is damaged or has values that
+            no model can have.
     """
     return read_config(spec.location, spec.base, spec.revision, spec.trust_remote_code)
 
 
 def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
-    """The base's tokenizer.
+    """Loads and checks the tokenizer of a base.
 
     Raises:
-        UserError: if there is none, it is damaged, transformers makes another one of it, or the
-            model has no embedding for some of its tokens.
+        UserError: if there is none, it is damaged, transformers cuts text otherwise than its file
+            says, or the model has no embedding for some of its tokens.
     """
     config = load_config(spec)
     with opening(spec.base):
@@ -104,14 +105,14 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
         )
         check_tokenizer(tokenizer, spec.location, spec.revision)
         check_vocabulary(tokenizer, config, spec.base)
-    # A token of its own for padding is often added without an embedding; any token serves.
+    # A padding token is often added without an embedding. Any token can serve in its place.
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= embedded_tokens(config):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def check_files(spec: Model, config: PreTrainedConfig) -> None:
-    """No pickle is opened, and no other model stands in for the one that is named.
+    """Checks the files of a base before any of them is loaded.
 
     Raises:
         UserError: if the base's files are pickles, missing, damaged, or those of an adapter.
@@ -124,17 +125,16 @@ def check_files(spec: Model, config: PreTrainedConfig) -> None:
             "without adapter_config.json as the base"
         )
     if folder.is_dir():
-        # A file that is missing or damaged is told of before any is loaded.
         stored = StoredWeights(folder, file)
         _check_packed(stored, config, spec.base)
         if not getattr(config, "quantization_config", None):
-            stored.refuse_other_kinds()
+            stored.refuse_other_dtypes()
     else:
         _check_index(spec, file)
 
 
 def _check_index(spec: Model, file: str) -> None:
-    """What an index on the hub names is safetensors as well, before it is downloaded."""
+    """Checks that an index on the hub names only safetensors, before weights are downloaded."""
     with opening(spec.base):
         index = cached_file(
             spec.location,
@@ -148,9 +148,10 @@ def _check_index(spec: Model, file: str) -> None:
 
 
 def _check_packed(stored: StoredWeights, config: PreTrainedConfig, base: str) -> None:
-    """Weights that bitsandbytes did not pack are not those of a config that says so."""
-    how = getattr(config, "quantization_config", None) or {}
-    says_packed = how.get("quant_method", "bitsandbytes") == "bitsandbytes" if how else False
+    """Checks that the weights are packed if the config says that bitsandbytes packed them."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method", "bitsandbytes") if quantization else None
+    says_packed = method == "bitsandbytes"
     if says_packed and not any(name.endswith((".absmax", ".SCB")) for name in stored):
         raise UserError(
             f"the config.json of {base} says that bitsandbytes packed its weights, and they are "
@@ -164,22 +165,22 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Open anything `retrofit measure` can be pointed at.
+    """Opens any model that `retrofit measure` takes, with its tokenizer.
 
     Args:
         source: a run folder, an adapter folder, a checkpoint folder or a hub id.
-        dtype: of the base weights; `auto` keeps a run's, or the stored one.
-        trust_remote_code: run the code that a checkpoint brings.
-        quantization: hold the base weights in this form instead of the one that a run names.
+        dtype: the dtype of the base weights; `auto` keeps that of the run, or the stored one.
+        trust_remote_code: whether to run the code that a checkpoint brings.
+        quantization: the form of the base weights, if not the one that the run names.
 
     Raises:
-        UserError: if there is nothing there, or the adapter does not fit its base.
+        UserError: if there is no model, it is damaged, or the adapter does not fit its base.
     """
     folder, adapter = run_and_adapter(expanded(source))
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
             raise UserError(f"{source} is an unfinished run; finish it with --resume")
-        spec = _named(
+        spec = _spec_of(
             source, dtype=dtype, trust_remote_code=trust_remote_code, quantization=quantization
         )
         if has_published_gates(load_config(spec)):
@@ -197,58 +198,62 @@ def load_model(
     if quantization:
         spec = spec.model_copy(update={"quantization": quantization})
     base = load_base(spec)
-    asked = dtype != "auto" or quantization is not None
-    stored = (
-        StoredWeights(_folder_of(spec), weights_file(base.config, spec.base)) if asked else None
-    )
+    stored = None
+    if dtype != "auto" or quantization is not None:
+        stored = StoredWeights(_local_folder(spec), weights_file(base.config, spec.base))
     check_base(base, folder, spec.quantization, stored)
     return load_adapter(base, adapter).eval(), load_tokenizer(spec)
 
 
 def load_adapter(base: PreTrainedModel, adapter: Path, **options: Any) -> PeftModel:
-    """Put trained gates on their base.
+    """Puts trained gates on their base.
 
     Args:
-        options: for PEFT besides.
+        base: the base.
+        adapter: the folder of the adapter.
+        options: further arguments of `PeftModel.from_pretrained`.
 
     Raises:
-        UserError: if they were trained on another family or shape, or the file is damaged or a
-            pickle.
+        UserError: if the gates were trained on another family or shape, or their file is damaged or
+            a pickle.
     """
     check_adapter_files(adapter)
     read_adapter_config(adapter)
     try:
         model = PeftModel.from_pretrained(base, str(adapter), **options)
-        # PEFT only warns of a missing weight, and the gate would stay the identity.
+        # PEFT only warns of a missing weight, and its gate would remain the identity.
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
             stored = {current_name(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        wrong = stored ^ set(get_peft_model_state_dict(model))
+        unmatched = stored ^ set(get_peft_model_state_dict(model))
     except (UserError, torch.OutOfMemoryError):
         raise
     except DAMAGES as error:
         raise UserError(
             f"the adapter in {adapter} does not fit its base: {one_line(error, 300)}"
         ) from None
-    if wrong:
+    if unmatched:
         raise UserError(
-            f"the adapter in {adapter} does not fit its base: {min(wrong)} is in one alone"
+            f"the adapter in {adapter} does not fit its base: {min(unmatched)} is in only one of "
+            "them"
         )
     return model
 
 
 def _load_published(spec: Model) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Its base and its gates, taken apart on disk for as long as it takes to open them, so that
-    none of the code it brings is run."""
+    """Opens a model that was published with gates, without running the code that it brings.
+
+    It is unpacked into a base and an adapter on disk, which are removed once they are open.
+    """
     with temporary_folder() as temporary:
-        apart = temporary / "apart"
-        unpack(_folder_of(spec), apart)
-        stock = {"base": str(apart / "base"), "revision": None, "trust_remote_code": False}
-        spec = spec.model_copy(update=stock)
-        return load_adapter(load_base(spec), apart / "adapter").eval(), load_tokenizer(spec)
+        unpacked = temporary / "unpacked"
+        unpack(_local_folder(spec), unpacked)
+        base = {"base": str(unpacked / "base"), "revision": None, "trust_remote_code": False}
+        spec = spec.model_copy(update=base)
+        return load_adapter(load_base(spec), unpacked / "adapter").eval(), load_tokenizer(spec)
 
 
-def _folder_of(spec: Model) -> Path:
-    """The checkpoint on this machine; a hub id is downloaded."""
+def _local_folder(spec: Model) -> Path:
+    """Returns the local folder of a checkpoint, which is downloaded if it is a hub id."""
     folder = Path(spec.location)
     if folder.is_dir():
         return folder
@@ -263,6 +268,7 @@ def _folder_of(spec: Model) -> Path:
 
 
 def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:
+    """Returns the base of a run as its recipe names it, or of a bare adapter as its config does."""
     if (resolved := folder / "recipe.resolved.yaml").is_file():
         spec = load_recipe(str(resolved)).model
         with opening(spec.base):
@@ -270,13 +276,14 @@ def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:
     adapter_config = read_adapter_config(adapter)
     if not (base := adapter_config.get("base_model_name_or_path")):
         raise UserError(f"{adapter} does not say which base its gates were trained on")
-    return _named(base, revision=adapter_config.get("revision"), trust_remote_code=trusted)
+    return _spec_of(base, revision=adapter_config.get("revision"), trust_remote_code=trusted)
 
 
-def _named(base: str, **settings: Any) -> Model:
-    """
+def _spec_of(base: str, **settings: Any) -> Model:
+    """Returns the spec of a base that the user named.
+
     Raises:
-        UserError: if that is no name of a model, such as one with a variable that is not set.
+        UserError: if the name cannot be that of a model, such as one with an unset variable.
     """
     try:
         return Model(base=base, **settings)
@@ -285,6 +292,11 @@ def _named(base: str, **settings: Any) -> Model:
 
 
 def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:
+    """Returns the settings of bitsandbytes for a base.
+
+    Raises:
+        UserError: if the base is stored quantized already, or bitsandbytes is not installed.
+    """
     from transformers.utils import is_bitsandbytes_available
 
     if getattr(config, "quantization_config", None):
@@ -296,10 +308,10 @@ def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:
         raise UserError('quantization needs bitsandbytes: pip install "gate-retrofit[bnb]"')
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    compute_dtype = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quantization,
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_use_double_quant=True,
     )

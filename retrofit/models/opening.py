@@ -1,5 +1,4 @@
-"""The door to what others have written: a base, a tokenizer, an adapter. What the libraries raise
-at a damaged one becomes one line."""
+"""Turns what libraries raise at a damaged base, tokenizer or adapter into a message of one line."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from retrofit.models.foreign_code import HINT
 from retrofit.utils.errors import UserError, one_line
 from retrofit.utils.paths import expanded
 
+# The exceptions that libraries raise at damaged files.
 DAMAGES = (
     ArithmeticError,
     AssertionError,
@@ -32,48 +32,61 @@ DAMAGES = (
 
 @contextmanager
 def opening(base: str) -> Iterator[None]:
-    """
+    """Turns the exceptions that libraries raise at damaged files into a `UserError`.
+
+    Args:
+        base: the base as the user named it.
+
     Raises:
-        UserError: for whatever a library raises inside at what it reads. A lack of memory stays
-            what it is.
+        UserError: for any of `DAMAGES` that is raised inside. A lack of memory is raised unchanged.
     """
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        # The tokenizers library raises nothing more special.
+        # The tokenizers library raises a bare Exception.
         if isinstance(error, DAMAGES) or type(error) is Exception:
-            raise not_opened(base, error) from None
+            raise opening_error(base, error) from None
         raise
 
 
 def check_complete(loading: dict[str, Any], base: str) -> None:
-    """
+    """Checks that transformers has loaded every stored weight, and no other.
+
+    Args:
+        loading: the loading info from `from_pretrained`.
+        base: the base as the user named it.
+
     Raises:
-        UserError: if transformers left a weight random, or a stored one out.
+        UserError: if a weight was initialized at random, or a stored one was left out.
     """
     mismatched = [name for name, *_ in loading.get("mismatched_keys", ())]
-    for wrong, problem in (
+    for names, problem in (
         (loading["missing_keys"], "lacks the tensor {}"),
         (mismatched, "stores {} in another shape than its config.json says"),
         (loading["unexpected_keys"], "stores {}, for which its config.json has no place"),
     ):
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise UserError(f"base {base!r} {problem.format(min(wrong) + more)}; download it again")
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"base {base!r} {problem.format(min(names) + more)}; download it again")
 
 
-def finite(
+def checked_weights(
     named: Iterable[tuple[str, torch.Tensor]], base: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a base one by one, as they are.
+    """Yields the weights of a base unchanged, and checks each of them.
+
+    Args:
+        named: the weights by name.
+        base: the base as the user named it.
 
     Raises:
-        UserError: at the first with a NaN or an infinity in it, for which gates would be blamed.
+        UserError: at the first weight with a NaN or an infinity, which would otherwise be taken for
+            a fault of the gates.
     """
     for name, tensor in named:
-        # The least and the largest take no further memory, and either is NaN if any number is.
+        # Computing minimum and maximum takes no more memory, and both are NaN if any number is.
         holds_numbers = tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel()
         if holds_numbers and not all(end.isfinite() for end in tensor.aminmax()):
             raise UserError(
@@ -83,8 +96,8 @@ def finite(
         yield name, tensor
 
 
-def not_opened(base: str, error: Exception) -> UserError:
-    """What to tell of an exception that a library raised."""
+def opening_error(base: str, error: Exception) -> UserError:
+    """Returns the `UserError` for an exception that a library raised."""
     if "trust_remote_code" in str(error):
         return UserError(f"{base} brings code of its own; {HINT}")
     if _is_folder(base):
@@ -95,6 +108,6 @@ def not_opened(base: str, error: Exception) -> UserError:
 
 
 def _is_folder(base: str) -> bool:
-    with suppress(OSError):  # a name that is too long for one
+    with suppress(OSError):  # the name may be too long for a path
         return expanded(base).is_dir()
     return False

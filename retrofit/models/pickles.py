@@ -1,4 +1,4 @@
-"""A pickle runs code when it is opened, so none is opened: pickles are known by their names."""
+"""Refuses pickles, which may run code when they are opened. They are known by their suffixes."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,14 +8,15 @@ from retrofit.utils.files import PICKLES
 
 
 def pickles_in(folder: Path) -> list[Path]:
-    """Every file below a folder that has the name of a pickle."""
+    """Returns every file below a folder that has the suffix of a pickle."""
     return sorted(path for path in folder.rglob("*") if path.suffix in PICKLES)
 
 
 def refuse_pickles(files: Iterable[Path]) -> None:
-    """
+    """Refuses any of these files that exists.
+
     Raises:
-        UserError: if there is one of these files.
+        UserError: if one of them exists.
     """
     for path in files:
         if path.exists():
@@ -26,11 +27,12 @@ def refuse_pickles(files: Iterable[Path]) -> None:
 
 
 def refuse_pickled_weights(base: Path) -> None:
-    """A base may bring pickles beside its safetensors, which are never opened; pickles alone are
-    no weights.
+    """Refuses a base whose weights are only in pickles.
+
+    Pickles beside safetensors are allowed, and never opened.
 
     Raises:
-        UserError: if the folder holds no weights but pickles.
+        UserError: if the folder has pickles and no safetensors.
     """
     if any(base.glob("*.safetensors")) or not (pickles := pickles_in(base)):
         return

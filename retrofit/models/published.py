@@ -1,6 +1,6 @@
-"""Models published with Gated Attention (github.com/qiuzh20/gated_attention), taken apart.
+"""Unpacks models published with Gated Attention (github.com/qiuzh20/gated_attention).
 
-Their layout is told in `retrofit/export/gated_attention.py`, which writes it.
+Their layout is described in `retrofit/export/gated_attention.py`, which writes it.
 """
 
 from collections.abc import Iterator
@@ -14,18 +14,20 @@ from transformers import AutoConfig
 
 from retrofit.gates import GateConfig, GateProjection
 from retrofit.models.base_config import check_config, check_gateable
-from retrofit.models.opening import finite, opening
+from retrofit.models.opening import checked_weights, opening
 from retrofit.models.safetensors_io import StoredWeights, refuse_other_weights, write_shards
 from retrofit.models.source import shapes_of
 from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import atomic_folder, copy, copy_tokenizer, read_json, write_json
 
-_SHARD = 5 * 10**9  # bytes
+_SHARD_SIZE = 5 * 10**9  # bytes
 _KINDS = ("headwise", "elementwise")
 _Count = Annotated[int, Field(gt=0)]
 
 
-class _Config(BaseModel):
+class _PublishedConfig(BaseModel):
+    """The fields of a published `config.json` that give the shapes of the projections."""
+
     model_config = ConfigDict(strict=True)
 
     hidden_size: _Count
@@ -47,24 +49,25 @@ class _Config(BaseModel):
 
 
 def check_published(config: dict[str, Any], weights: StoredWeights, name: str) -> None:
-    """
+    """Checks that the projections of a published model have the shapes that its config says.
+
     Args:
-        config: its `config.json`.
+        config: the model's `config.json`.
         weights: its stored tensors.
-        name: of the folder.
+        name: the name of its folder in messages.
 
     Raises:
-        UserError: if the numbers in it are no shapes, or not those of the stored projections.
+        UserError: if the config is damaged, or a projection is missing or has another shape.
     """
     try:
-        sizes = _Config.model_validate(config)
+        sizes = _PublishedConfig.model_validate(config)
     except ValidationError as error:
         problem = validation_problem(error)
         raise UserError(f"{name} has a damaged config.json: {problem}") from None
     head_dim = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
-    width = 1 if sizes.headwise_attn_output_gate else head_dim
+    gate_rows = 1 if sizes.headwise_attn_output_gate else head_dim  # of one head
     rows = {
-        "q_proj": sizes.num_attention_heads * (head_dim + width),
+        "q_proj": sizes.num_attention_heads * (head_dim + gate_rows),
         "k_proj": sizes.num_key_value_heads * head_dim,
         "v_proj": sizes.num_key_value_heads * head_dim,
     }
@@ -81,16 +84,22 @@ def check_published(config: dict[str, Any], weights: StoredWeights, name: str) -
 
 
 def unpack(checkpoint: Path, out: Path) -> None:
-    """Take a published model apart: `out/base`, a model without gates that transformers knows, and
-    `out/adapter`, its gates for PEFT. Together they compute what it does; the base alone, whose
-    `o_proj` is halved, is no model that anybody trained.
+    """Unpacks a published model into a base and an adapter.
+
+    `out/base` is a model without gates that transformers knows, and `out/adapter` holds the gates
+    for PEFT. Together they compute what the published model does. The base by itself, whose
+    `o_proj` is halved, is not a model that anybody trained.
+
+    Args:
+        checkpoint: the folder of the published model.
+        out: the folder to write.
 
     Raises:
         UserError: if the folder holds no such model.
     """
     config, weights = _published_config(checkpoint), StoredWeights(checkpoint)
     refuse_other_weights(checkpoint)
-    weights.refuse_other_kinds()
+    weights.refuse_other_dtypes()
     check_published(config, weights, str(checkpoint))
     _check_base(_base_config(config), weights, str(checkpoint))
     gates = GateConfig(
@@ -106,7 +115,7 @@ def unpack(checkpoint: Path, out: Path) -> None:
             part.mkdir()
             copy_tokenizer(checkpoint, part)
         write_json(base / "config.json", _base_config(config))
-        write_shards(_base_tensors(weights, config, checkpoint), base, _SHARD)
+        write_shards(_base_tensors(weights, config, checkpoint), base, _SHARD_SIZE)
         copy(checkpoint, base, "generation_config.json", "LICENSE*", "README.md")
         gates.save_pretrained(str(adapter))
         save_file(
@@ -115,6 +124,11 @@ def unpack(checkpoint: Path, out: Path) -> None:
 
 
 def _published_config(checkpoint: Path) -> dict:
+    """Reads the `config.json` of a published model, and sets the keys of both kinds of gates.
+
+    Raises:
+        UserError: if it is damaged, or asks for no gates.
+    """
     try:
         config = read_json(checkpoint / "config.json")
     except (OSError, ValueError, RecursionError) as error:
@@ -131,11 +145,16 @@ def _published_config(checkpoint: Path) -> dict:
 
 
 def _check_base(config: dict, weights: StoredWeights, name: str) -> None:
-    """The base is one that transformers would load, with all of its weights and no other; of
-    projections with gates `check_published` has seen to."""
-    kinds = {key: value for key, value in config.items() if key != "model_type"}
+    """Checks that transformers would load the base with all of its weights and no others.
+
+    Projections that hold gates are left to `check_published`.
+
+    Raises:
+        UserError: if a tensor is missing, is one too many, or has another shape.
+    """
+    settings = {key: value for key, value in config.items() if key != "model_type"}
     with opening(name):
-        base = AutoConfig.for_model(config["model_type"], **kinds)
+        base = AutoConfig.for_model(config["model_type"], **settings)
     check_config(base, name)
     check_gateable(base, name, None)
     shapes = shapes_of(base, name)
@@ -152,12 +171,13 @@ def _check_base(config: dict, weights: StoredWeights, name: str) -> None:
 
 
 def _base_config(config: dict) -> dict:
-    """As Qwen3, or as Llama where there are no norms on queries and keys."""
-    model_type, name = ("qwen3", "Qwen3") if config["use_qk_norm"] else ("llama", "Llama")
-    ours = ("auto_map", "use_qk_norm", "qkv_bias", *(f"{kind}_attn_output_gate" for kind in _KINDS))
-    return {name: value for name, value in config.items() if name not in ours} | {
+    """Returns the config of the base: Qwen3, or Llama if queries and keys have no norms."""
+    model_type, class_prefix = ("qwen3", "Qwen3") if config["use_qk_norm"] else ("llama", "Llama")
+    gate_keys = (f"{kind}_attn_output_gate" for kind in _KINDS)
+    removed = ("auto_map", "use_qk_norm", "qkv_bias", *gate_keys)
+    return {key: value for key, value in config.items() if key not in removed} | {
         "model_type": model_type,
-        "architectures": [f"{name}ForCausalLM"],
+        "architectures": [f"{class_prefix}ForCausalLM"],
         "attention_bias": config.get("qkv_bias", False),
     }
 
@@ -165,9 +185,14 @@ def _base_config(config: dict) -> dict:
 def _base_tensors(
     weights: StoredWeights, config: dict, folder: Path
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in finite(weights.items(), str(folder)):
+    """Yields the tensors of the base.
+
+    Raises:
+        UserError: if a tensor is not finite, or the gates have a bias.
+    """
+    for name, tensor in checked_weights(weights.items(), str(folder)):
         if ".q_proj." in name:
-            tensor, gate = _split(tensor, config)
+            tensor, gate = _split_query_and_gate(tensor, config)
             if name.endswith("bias") and gate.any():
                 raise UserError(f"{name} gives gates a bias, which those of retrofit do not have")
         elif name.endswith("o_proj.weight"):
@@ -178,12 +203,13 @@ def _base_tensors(
 def _gate_tensors(
     weights: StoredWeights, config: dict, gates: GateConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of the adapter, under PEFT's names."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    shape = config["hidden_size"], heads, _head_dim(config), kv_heads
+    sizes = config["hidden_size"], heads, _head_dim(config), kv_heads
     for index in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{index}.self_attn."
-        _, gate = _split(weights[prefix + "q_proj.weight"].float(), config)
-        projection = GateProjection(*shape, gates)
+        _, gate = _split_query_and_gate(weights[prefix + "q_proj.weight"].float(), config)
+        projection = GateProjection(*sizes, gates)
         if projection.channel_weight is None:
             projection.weight.data = gate
         else:
@@ -192,12 +218,12 @@ def _gate_tensors(
             yield f"base_model.model.{prefix}attn_gate.g_proj.{name}", tensor.contiguous()
 
 
-def _split(rows: torch.Tensor, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The query's rows and the gate's."""
-    groups = config["num_attention_heads"] // config["num_key_value_heads"]
-    packed = rows.unflatten(0, (config["num_key_value_heads"], -1))
-    queries = groups * _head_dim(config)
-    return packed[:, :queries].flatten(0, 1), packed[:, queries:].flatten(0, 1)
+def _split_query_and_gate(rows: torch.Tensor, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits the rows of a `q_proj` into those of the queries and those of the gates."""
+    group_size = config["num_attention_heads"] // config["num_key_value_heads"]
+    grouped = rows.unflatten(0, (config["num_key_value_heads"], -1))
+    query_rows = group_size * _head_dim(config)
+    return grouped[:, :query_rows].flatten(0, 1), grouped[:, query_rows:].flatten(0, 1)
 
 
 def _head_dim(config: dict) -> int:

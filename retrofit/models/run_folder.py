@@ -1,8 +1,8 @@
-"""What a run folder says of itself, and whether a base is the one that it was trained on.
+"""Reads run folders, and checks whether a base is the one that a run was trained on.
 
-The sha256 of the base's weights lies in `run.json`, and in `started.json` before a run is finished.
-Whatever there could switch its check off by being nonsense makes the folder no run. A run of before
-has neither the values of its base's config nor a `started.json`, and is not held to them.
+The sha256 of the base's weights is in `run.json`, and in `started.json` until a run is finished. A
+value in these files that is nonsense and would disable a check is an error. Runs of early versions
+have neither the values of their base's config nor a `started.json`, and these are not checked.
 """
 
 import os
@@ -23,19 +23,23 @@ from retrofit.utils.files import read_json
 
 STARTED = "started.json"
 _ADAPTER, _FACTS = "adapter", "run.json"
-# What says what a gate computes, in run.json and in adapter_config.json alike.
-_GATE = ("granularity", "activation", "position", "input_dependent", "centered", "sinks",
-         "key_bias")  # fmt: skip
+# The settings of a gate that change what it computes. They are in run.json and in
+# adapter_config.json.
+_GATE_SETTINGS = (
+    "granularity", "activation", "position", "input_dependent", "centered", "sinks", "key_bias",
+)  # fmt: skip
 
 
 class TrainedOn(BaseModel):
-    """The base of a run, as `run.json` names it.
+    """The base that a run was trained on, as `run.json` describes it.
 
     Attributes:
-        dtype: the weights were held in.
-        quantization: that they were held in besides.
-        weights_sha256: of the weights in that form.
-        config: the values that the base computes with.
+        name_or_path: its hub id or folder.
+        revision: the revision of a hub id.
+        dtype: the dtype that its weights were held in.
+        quantization: the form that they were quantized to, if they were.
+        weights_sha256: the sha256 of the weights as they were held.
+        config: the values of its config that it computes with.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -49,7 +53,7 @@ class TrainedOn(BaseModel):
 
 
 class _Facts(BaseModel):
-    """What is read of `run.json` or `started.json`."""
+    """The fields of `run.json` and `started.json` that are read."""
 
     model_config = ConfigDict(strict=True)
 
@@ -62,11 +66,17 @@ class _Facts(BaseModel):
 
 
 def run_and_adapter(folder: Path) -> tuple[Path, Path]:
-    """The run that a folder is, or that it lies in as its adapter or a checkpoint, however it is
-    named; and the adapter. A bare adapter, or what is no adapter, comes twice.
+    """Returns the run and the adapter that a folder stands for.
+
+    Args:
+        folder: a run, its `adapter/`, one of its checkpoints, or a link to any of these.
+
+    Returns:
+        The run folder and the adapter folder. Any other folder, such as a bare adapter, is returned
+        as both.
 
     Raises:
-        UserError: if it is a run with an adapter and without `run.json`.
+        UserError: if it is a run with an adapter but without `run.json`.
     """
     for path in (folder.absolute(), Path(os.path.realpath(folder))):
         run = path.parent
@@ -79,14 +89,15 @@ def run_and_adapter(folder: Path) -> tuple[Path, Path]:
 
 
 def _facts_file(run: Path) -> Path | None:
+    """Returns `run.json` of a run, or else its `started.json`."""
     return next((run / name for name in (_FACTS, STARTED) if (run / name).is_file()), None)
 
 
 def _adapter_in(folder: Path) -> Path:
-    """The adapter of a run, or the folder itself.
+    """Returns the adapter of a run, or the folder itself if it is not a run.
 
     Raises:
-        UserError: if there is one and no `run.json`: the run was cut off, or a part of it is gone.
+        UserError: if there is an adapter but no `run.json`, since the run is unfinished or damaged.
     """
     adapter = folder / _ADAPTER
     if (folder / _FACTS).is_file():
@@ -100,57 +111,63 @@ def _adapter_in(folder: Path) -> Path:
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """`run.json` of a run, or `started.json` before there is one; empty for a bare adapter.
+    """Reads `run.json` of a run, or `started.json` if the run is not finished.
+
+    Returns:
+        What the file holds, empty for a bare adapter.
 
     Raises:
         UserError: if it is damaged, or does not say what the run was trained on.
     """
     if (path := _facts_file(folder)) is None:
         return {}
-    mend = "" if path.name == _FACTS else "; remove it, and nothing is held against it"
+    hint = "" if path.name == _FACTS else "; remove it, and the run is not checked against it"
     try:
         facts = read_json(path)
         _Facts.model_validate(facts)
     except ValidationError as error:
-        raise UserError(f"{path} is damaged: {validation_problem(error)}{mend}") from None
+        raise UserError(f"{path} is damaged: {validation_problem(error)}{hint}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {one_line(error)}{mend}") from None
+        raise UserError(f"{path} is damaged: {one_line(error)}{hint}") from None
     return facts
 
 
 def check_config(config: PreTrainedConfig, base: str, folder: Path, facts: dict[str, Any]) -> None:
-    """
+    """Checks that the config of a base has the values that a run was trained with.
+
+    Keys that this version of transformers does not know are not compared.
+
     Args:
-        config: of the base as it is now.
-        base: as the user named it.
-        folder: the run.
-        facts: of the run.
+        config: the config of the base now.
+        base: the base as the user named it.
+        folder: the run folder.
+        facts: what `facts_of` returns for it.
 
     Raises:
-        UserError: if the base's config makes another model of its weights than the run was trained
-            on. A key that this version of transformers does not know says nothing.
+        UserError: if a value differs.
     """
-    now = config_values(config)
+    values = config_values(config)
     for key, trained in facts.get("base", {}).get("config", {}).items():
-        if key in now and now[key] != trained:
+        if key in values and values[key] != trained:
             raise UserError(
-                f"the config.json of {base} says {key} {now[key]!r}, and {folder} was trained with "
-                f"{trained!r}; put it back"
+                f"the config.json of {base} says {key} {values[key]!r}, and {folder} was trained "
+                f"with {trained!r}; put it back"
             )
 
 
 def check_gates(config: dict[str, Any], adapter: Path, facts: dict[str, Any]) -> None:
-    """
+    """Checks that an adapter's config describes the gates that its run has trained.
+
     Args:
-        config: the `adapter_config.json` of a run's adapter.
-        adapter: its folder.
-        facts: of the run.
+        config: the `adapter_config.json` of the adapter.
+        adapter: the folder of the adapter.
+        facts: what `facts_of` returns for the run.
 
     Raises:
-        UserError: if it says that other gates were trained than the run does.
+        UserError: if a setting differs from that in `run.json`.
     """
     for key, trained in facts.get("gate", {}).items():
-        if key in _GATE and config.get(key, getattr(GateConfig, key)) != trained:
+        if key in _GATE_SETTINGS and config.get(key, getattr(GateConfig, key)) != trained:
             raise UserError(
                 f"{adapter / 'adapter_config.json'} says {key} {config.get(key)!r}, and {_FACTS} "
                 f"of its run that {trained!r} was trained; put it back"
@@ -160,29 +177,32 @@ def check_gates(config: dict[str, Any], adapter: Path, facts: dict[str, Any]) ->
 def check_base(
     base: PreTrainedModel, folder: Path, quantization: str | None, stored: StoredWeights | None
 ) -> None:
-    """
+    """Checks that the weights of a base are those that a run was trained on.
+
+    They are not checked if the run was quantized and the base is held in another form, since the
+    run only has the hash of its packed weights.
+
     Args:
-        base: as it is held now.
-        folder: the run, or a bare adapter, of which nothing is known.
-        quantization: that the base is held in.
-        stored: the base's weights where the command asked for another form than the run's, whose
-            weights are then read from its files.
+        base: the base as it is loaded.
+        folder: the run folder, or a bare adapter, for which nothing can be checked.
+        quantization: the form that the base is quantized to, if it is.
+        stored: the base's files, if the user asked for another form than the run's. The weights are
+            then read from them.
 
     Raises:
-        UserError: if these are not the weights that the run was trained on. A quantized run has the
-            hash of its packed weights alone, which no other form has.
+        UserError: if the weights or their form differ.
     """
     facts = facts_of(folder)
     if not facts:
         return
     trained = TrainedOn.model_validate(facts["base"])
-    held = dtype_name(base.dtype), quantization
-    if held == (trained.dtype, trained.quantization):
+    form = dtype_name(base.dtype), quantization
+    if form == (trained.dtype, trained.quantization):
         sha256 = weights_sha256(base_weights(base))
     elif stored is None:
         raise UserError(
             f"{folder} was trained on weights in {_form(trained.dtype, trained.quantization)}, and "
-            f"its base is in {_form(*held)}; it is another base, or its run.json was changed"
+            f"its base is in {_form(*form)}; it is another base, or its run.json was changed"
         )
     elif trained.quantization:
         return

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints on disk: read one tensor at a time, written shard by shard."""
+"""Reads safetensors checkpoints one tensor at a time, and writes them shard by shard."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,14 +16,16 @@ from retrofit.utils.files import read_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = ("F16", "BF16", "F32", "F64")
+_FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
-    """The tensors of a checkpoint folder by name; each is read when it is asked for.
+    """The tensors of a checkpoint folder by name, each of which is read when it is asked for.
 
     Args:
-        single: the file that holds them where it is there, or an index of the files that do.
+        folder: the checkpoint folder.
+        single: the file that holds all tensors, or an index of shards. If the default file is not
+            there, the default index is read.
 
     Raises:
         UserError: if the folder has no safetensors, or a file of it is missing or damaged.
@@ -31,7 +33,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path, single: str = _SINGLE):
         path, index = folder / single, folder / _INDEX
-        self._bare: dict[str, str] = {}  # how a tensor is stored, where it has another name
+        self._stored_names: dict[str, str] = {}  # of tensors that `named_as` has renamed
         if single == _SINGLE and not path.is_file() and index.is_file():
             path = index
         if path.is_file() and path.suffix == ".json":
@@ -45,7 +47,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with _opened(self._files[name]) as file:
-            return file.get_tensor(self._bare.get(name, name))
+            return file.get_tensor(self._stored_names.get(name, name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -54,45 +56,56 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return len(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
+        """Returns the shape of a tensor without reading the tensor."""
         with _opened(self._files[name]) as file:
-            return tuple(file.get_slice(self._bare.get(name, name)).get_shape())
+            return tuple(file.get_slice(self._stored_names.get(name, name)).get_shape())
 
-    def refuse_other_kinds(self) -> None:
-        """Weights are floating-point numbers; transformers makes some of whatever is stored.
+    def refuse_other_dtypes(self) -> None:
+        """Refuses tensors that are not floating-point numbers, which transformers would convert.
 
         Raises:
-            UserError: if a tensor is stored in something else, as the headers have it.
+            UserError: if the header of a file says that a tensor has another dtype.
         """
         for path in sorted(set(self._files.values())):
             with _opened(path) as file:
                 stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            if wrong := sorted(name for name in stored if stored[name] not in _FLOATS):
+            if refused := sorted(name for name in stored if stored[name] not in _FLOAT_DTYPES):
                 raise UserError(
-                    f"{path} stores {wrong[0]} as {stored[wrong[0]]}, and weights are "
-                    f"{', '.join(_FLOATS)}; download it again, or take one that is stored so"
+                    f"{path} stores {refused[0]} as {stored[refused[0]]}, and weights are "
+                    f"{', '.join(_FLOAT_DTYPES)}; download it again, or take one that is stored so"
                 )
 
     def named_as(self, names: Iterable[str]) -> "StoredWeights":
-        """The same, with the names of a whole model where a base was stored without the part that
-        predicts: `layers.0...` for `model.layers.0...`. transformers reads it so, too."""
+        """Gives tensors the names of a whole model if they are stored without its head.
+
+        A tensor that is stored as `layers.0...` is then found as `model.layers.0...`, as it is in
+        transformers.
+
+        Args:
+            names: the names of the whole model.
+
+        Returns:
+            This object.
+        """
         for name in names:
             bare = name.removeprefix("model.")
             if name not in self._files and bare in self._files:
                 self._files[name] = self._files.pop(bare)
-                self._bare[name] = bare
+                self._stored_names[name] = bare
         return self
 
 
 class _Index(BaseModel):
+    """The field of an index that is read."""
+
     weight_map: Annotated[dict[str, str], Field(min_length=1)]
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """By tensor, the name of the shard that an index says it is in.
+    """Reads an index, and returns the name of each tensor's shard.
 
     Raises:
-        UserError: if the index is none, or names a file that is elsewhere or no safetensors.
+        UserError: if the index is damaged, or names a file that is not safetensors beside it.
     """
     try:
         files = _Index.model_validate(read_json(index)).weight_map
@@ -105,30 +118,30 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def weights_file(config: Any, base: str) -> str:
-    """The file of weights, or the index of such files, that transformers opens in a base's folder.
+    """Returns the weights file, or the index, that transformers opens in a base's folder.
 
     Args:
-        config: of the base, which may name another one than the usual.
-        base: as the user named it.
+        config: the config of the base, which may name another file than the usual one.
+        base: the base as the user named it.
 
     Raises:
-        UserError: if the config names what is no safetensors, or lies elsewhere.
+        UserError: if the config names a file that is not safetensors or not in the folder.
     """
-    named = getattr(config, "transformers_weights", None)
-    if named is None:
+    file = getattr(config, "transformers_weights", None)
+    if file is None:
         return _SINGLE
-    if not str(named).endswith((".safetensors", ".safetensors.index.json")):
-        raise UserError(f"the config.json of {base} names {named}, which is no safetensors")
-    if Path(str(named)).name != named:
-        raise UserError(f"the config.json of {base} names {named}, outside of its folder")
-    return named
+    if not str(file).endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(f"the config.json of {base} names {file}, which is no safetensors")
+    if Path(str(file)).name != file:
+        raise UserError(f"the config.json of {base} names {file}, outside of its folder")
+    return file
 
 
 def refuse_other_weights(folder: Path) -> None:
-    """What transformers would load of a model's folder is safetensors in it.
+    """Refuses a model's folder from which transformers would load other files than safetensors.
 
     Raises:
-        UserError: if its config or its index names something else.
+        UserError: if its config names other weights, or its index other files.
     """
     path, index = folder / "config.json", folder / _INDEX
     try:
@@ -144,20 +157,20 @@ def refuse_other_weights(folder: Path) -> None:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """By tensor, the shard that holds it.
+    """Returns the path of each tensor's shard.
 
     Raises:
-        UserError: if the index cannot be followed, or a shard lacks what it says.
+        UserError: if the index or a shard is damaged, a shard lacks a tensor, or two have the same.
     """
     files = read_index(index)
     paths: dict[str, Path] = {}
     for file in sorted(set(files.values())):
-        held = dict.fromkeys(_names_in(index.with_name(file)), index.with_name(file))
-        if both := paths.keys() & held:
-            raise UserError(
-                f"{paths[min(both)]} and {file} both hold {min(both)}; download it again"
-            )
-        paths |= held
+        shard = index.with_name(file)
+        names = _names_in(shard)
+        if duplicates := paths.keys() & names:
+            first = min(duplicates)
+            raise UserError(f"{paths[first]} and {file} both hold {first}; download it again")
+        paths |= dict.fromkeys(names, shard)
     for name, file in files.items():
         if name not in paths:
             raise UserError(f"{index.with_name(file)} lacks the tensor {name}; download it again")
@@ -183,13 +196,15 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def write_shards(
     tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_size: int
 ) -> dict[str, int]:
-    """Write `tensors` as transformers lays checkpoints out; at most one shard is in memory.
+    """Writes tensors in the layout of transformers, with at most one shard in memory.
 
     Args:
-        max_shard_size: bytes of a shard; only a single larger tensor exceeds it.
+        tensors: the tensors by name.
+        folder: the folder to write to.
+        max_shard_size: the most bytes of a shard; only a single tensor that is larger exceeds it.
 
     Returns:
-        `shards`, `bytes` and `parameters` written.
+        How many `shards`, `bytes` and `parameters` were written.
     """
     files: list[list[str]] = []
     size = parameters = 0
@@ -199,7 +214,7 @@ def write_shards(
         files.append(list(shard))
         size += sum(tensor.nbytes for tensor in shard.values())
         parameters += sum(tensor.numel() for tensor in shard.values())
-        shard.clear()  # this loop would hold it while the next one is made
+        shard.clear()  # otherwise it would stay in memory while the next one is made
     _name_shards(folder, files, size)
     return {"shards": len(files), "bytes": size, "parameters": parameters}
 
@@ -207,6 +222,7 @@ def write_shards(
 def _shards(
     tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
+    """Groups tensors into shards."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -219,7 +235,7 @@ def _shards(
 
 
 def _name_shards(folder: Path, files: list[list[str]], size: int) -> None:
-    """The final names hold the number of shards, which is known only at the end."""
+    """Gives shards their final names, which hold the number of shards, and writes the index."""
     if len(files) == 1:
         (folder / "shard-0").rename(folder / _SINGLE)
         return

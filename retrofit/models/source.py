@@ -1,4 +1,4 @@
-"""What is merged: a run folder, its base and its gates, found and checked before any work."""
+"""Finds and checks what a merge reads: a run folder, its base and its gates."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from retrofit.models.adapter_config import check_adapter_files, read_adapter_config
 from retrofit.models.base_config import check_gateable, read_config
 from retrofit.models.fingerprint import base_weights, weights_sha256
-from retrofit.models.opening import finite, opening
+from retrofit.models.opening import checked_weights, opening
 from retrofit.models.pickles import refuse_pickled_weights
 from retrofit.models.run_folder import check_config, check_gates, facts_of, run_and_adapter
 from retrofit.models.safetensors_io import StoredWeights, weights_file
@@ -21,7 +21,7 @@ from retrofit.models.stored_gates import Gates, read_gates
 from retrofit.utils.errors import UserError
 from retrofit.utils.paths import expanded
 
-# What old checkpoints store and transformers computes now.
+# Tensors that old checkpoints store and transformers now computes.
 _COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
@@ -30,15 +30,15 @@ class MergeSource:
     """Everything that a merge reads.
 
     Attributes:
-        folder: the run, or the bare adapter, or the checkpoint of a run.
-        facts: its `run.json`, empty for a bare adapter.
-        adapter: folder of the PEFT adapter.
-        gates: what it holds.
+        folder: the folder of the run, the bare adapter, or the checkpoint of a run.
+        facts: the `run.json` of the run, empty for a bare adapter.
+        adapter: the folder of the PEFT adapter.
+        gates: the gates that the adapter holds.
         base_name: the base as the run names it, a hub id or a folder.
-        base: its local folder.
-        config: its config.
-        weights: its stored tensors.
-        shapes: of its parameters, tied ones once.
+        base: the local folder of the base.
+        config: the config of the base.
+        weights: the stored tensors of the base.
+        shapes: the shapes of the base's parameters by name, tied ones once.
     """
 
     folder: Path
@@ -53,37 +53,40 @@ class MergeSource:
 
     @property
     def base_is_local(self) -> bool:
-        """Whether the run names its base by a folder."""
+        """Whether the run names its base by a local folder."""
         return expanded(self.base_name).is_dir()
 
 
 def read_source(run: Path, base: str | None = None) -> MergeSource:
-    """Read and check what `run` (a run folder or a bare PEFT adapter) and its base hold.
+    """Reads and checks a run and its base.
 
     Args:
-        base: the base where it is not the one that the run names.
+        run: a run folder, one of its checkpoints, or a bare PEFT adapter.
+        base: the base, if it is not the one that the run names.
 
     Raises:
-        UserError: if anything is missing, damaged, or does not belong together.
+        UserError: if anything is missing or damaged, or parts do not belong together.
     """
     run, adapter = run_and_adapter(run)
-    trained = _adapter_config(adapter, run)
+    adapter_config = _adapter_config(adapter, run)
     check_adapter_files(adapter)
     facts = facts_of(run)
-    check_gates(trained, adapter, facts)
-    named = facts.get("base", {})
-    name = base or named.get("name_or_path") or trained.get("base_model_name_or_path")
+    check_gates(adapter_config, adapter, facts)
+    trained_on = facts.get("base", {})
+    name = base or trained_on.get("name_or_path") or adapter_config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{run} does not say which base it was trained on; name it with --base")
-    folder = _base_folder(name, None if base else named.get("revision") or trained.get("revision"))
-    config = _base_config(folder, name, trained)
+    revision = trained_on.get("revision") or adapter_config.get("revision")
+    folder = _base_folder(name, None if base else revision)
+    config = _base_config(folder, name, adapter_config)
     check_config(config, name, run, facts)
     refuse_pickled_weights(folder)
-    weights, shapes = stored_as_told(folder, config, name)
-    gates = read_gates(adapter, config, trained)
-    _check_same(weights, shapes, name, named)
-    if adapter not in (run, run / "adapter"):  # a checkpoint, of whose steps run.json does not tell
-        run, facts = adapter, {"base": named}
+    weights, shapes = open_base_weights(folder, config, name)
+    gates = read_gates(adapter, config, adapter_config)
+    _check_same(weights, shapes, name, trained_on)
+    if adapter not in (run, run / "adapter"):
+        # It is a checkpoint, and only the base in run.json applies to it.
+        run, facts = adapter, {"base": trained_on}
     return MergeSource(run, facts, adapter, gates, name, folder, config, weights, shapes)
 
 
@@ -97,18 +100,22 @@ def _adapter_config(adapter: Path, run: Path) -> dict[str, Any]:
 
 
 def _base_folder(name: str, revision: str | None) -> Path:
-    """The base on this machine; a hub id is downloaded, safetensors and small files only."""
+    """Returns the local folder of a base. Of a hub id, safetensors and small files are downloaded.
+
+    Raises:
+        UserError: if there is no such folder or hub id.
+    """
     if (local := expanded(name)).is_dir():
         return local
-    small = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+    small_files = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
     try:
         folder = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=["*.safetensors", *small],
+            allow_patterns=["*.safetensors", *small_files],
             ignore_patterns=["*/*", "consolidated*"],  # the same weights in a vendor's format
         )
-    except HFValidationError:  # no hub id, so it was meant to be a folder
+    except HFValidationError:  # it cannot be a hub id, so a folder was meant
         raise UserError(
             f"no base model at {name!r}; name its folder or hub id with --base"
         ) from None
@@ -120,17 +127,22 @@ def _base_folder(name: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-def _base_config(folder: Path, name: str, trained: dict[str, Any]) -> PreTrainedConfig:
+def _base_config(folder: Path, name: str, adapter_config: dict[str, Any]) -> PreTrainedConfig:
+    """Reads the config of a base, and checks that the gates can be merged into it.
+
+    Raises:
+        UserError: if they cannot.
+    """
     config = read_config(str(folder), name)
-    check_gateable(config, name, trained.get("layers_to_transform"))
+    check_gateable(config, name, adapter_config.get("layers_to_transform"))
     check_ungated(config, name)
     if (folder / "generation_config.json").is_file():
         with opening(name):
             GenerationConfig.from_pretrained(folder)
-    trained_on = trained.get("base_model_type")
-    if trained_on not in (None, config.model_type):
+    model_type = adapter_config.get("base_model_type")
+    if model_type not in (None, config.model_type):
         raise UserError(
-            f"the gates were trained on a {trained_on} model, but base {name!r} is a "
+            f"the gates were trained on a {model_type} model, but base {name!r} is a "
             f"{config.model_type} model; name the right one with --base"
         )
     if getattr(config, "quantization_config", None):
@@ -146,15 +158,19 @@ def _base_config(folder: Path, name: str, trained: dict[str, Any]) -> PreTrained
 
 
 def has_published_gates(config: PreTrainedConfig) -> bool:
-    """Whether it has those of qiuzh20/gated_attention, which transformers would leave out."""
+    """Returns whether a model has the gates of qiuzh20/gated_attention.
+
+    transformers would leave them out.
+    """
     kinds = ("headwise_attn_output_gate", "elementwise_attn_output_gate")
     return any(getattr(config, kind, False) for kind in kinds)
 
 
 def check_ungated(config: PreTrainedConfig, name: str) -> None:
-    """
+    """Refuses a model that was published with gates.
+
     Raises:
-        UserError: if the model has gates already, in a layout that transformers takes for none.
+        UserError: if the model has gates, which transformers would leave out.
     """
     if has_published_gates(config):
         raise UserError(
@@ -164,10 +180,10 @@ def check_ungated(config: PreTrainedConfig, name: str) -> None:
 
 
 def shapes_of(config: PreTrainedConfig, base: str) -> dict[str, tuple[int, ...]]:
-    """Of the parameters of a model with this config, tied ones once.
+    """Returns the shapes of the parameters of a model with this config, tied ones once.
 
     Raises:
-        UserError: if there can be no such model.
+        UserError: if no model can have this config.
     """
     return _shapes(_without_weights(config, base))
 
@@ -181,25 +197,38 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in base_weights(model)}
 
 
-def stored_as_told(
+def open_base_weights(
     folder: Path, config: PreTrainedConfig, name: str
 ) -> tuple[StoredWeights, dict[str, tuple[int, ...]]]:
-    """The weights of a base and their shapes, of which only the headers of files are read.
+    """Opens the weights of a base and checks them against its config by the headers of files.
+
+    Args:
+        folder: the folder of the base.
+        config: its config.
+        name: the base as the user named it.
+
+    Returns:
+        The stored weights, and the shapes of the base's parameters.
 
     Raises:
-        UserError: if a weight is missing, is one too many, or has another shape than its config
-            says.
+        UserError: if a weight is missing, is one too many, or has another shape or dtype than it
+            should have.
     """
     model = _without_weights(config, name)
     shapes = _shapes(model)
     weights = StoredWeights(folder, weights_file(config, name)).named_as(shapes)
-    weights.refuse_other_kinds()
+    weights.refuse_other_dtypes()
     _check_complete(weights, shapes, name)
     _check_no_more(weights, {*shapes, *model.state_dict()}, model, name)
     return weights, shapes
 
 
 def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
+    """Checks that every parameter is stored, in its shape.
+
+    Raises:
+        UserError: if one is not.
+    """
     for parameter, shape in shapes.items():
         if parameter not in weights:
             raise UserError(f"base {name!r} lacks the tensor {parameter}; download it again")
@@ -213,31 +242,45 @@ def _check_complete(weights: StoredWeights, shapes: dict, name: str) -> None:
 def _check_no_more(
     weights: StoredWeights, known: set[str], model: PreTrainedModel, name: str
 ) -> None:
-    """Every stored tensor has a place, or is one that transformers leaves out on purpose."""
-    left_out = (*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
-    surplus = weights.keys() - known
-    if wrong := sorted(
-        n for n in surplus if not any(re.search(pattern, n) for pattern in left_out)
+    """Checks that the model has every stored tensor, or that transformers ignores it on purpose.
+
+    Raises:
+        UserError: if there are other tensors.
+    """
+    ignored = (*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    if surplus := sorted(
+        tensor
+        for tensor in weights.keys() - known
+        if not any(re.search(pattern, tensor) for pattern in ignored)
     ):
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
         raise UserError(
-            f"base {name!r} stores {wrong[0]}{more}, for which its config.json has no place; "
+            f"base {name!r} stores {surplus[0]}{more}, for which its config.json has no place; "
             "download it again"
         )
 
 
-def _check_same(weights: StoredWeights, shapes: dict, name: str, named: dict) -> None:
-    """The weights are numbers, and those that the gates were trained on, in the dtype they were
-    trained in.
+def _check_same(weights: StoredWeights, shapes: dict, name: str, trained_on: dict) -> None:
+    """Checks that the weights are finite, and those that the gates were trained on.
 
-    A quantized run hashed its packed weights, which cannot be compared.
+    They are compared in the dtype of the run. A quantized run has the hash of its packed weights,
+    which cannot be compared.
+
+    Args:
+        weights: the stored tensors of the base.
+        shapes: the shapes of its parameters by name.
+        name: the base as the user named it.
+        trained_on: the base in `run.json`.
+
+    Raises:
+        UserError: if a weight is not finite, or their hash differs from that in `run.json`.
     """
-    dtype = getattr(torch, named.get("dtype", "float32"))
-    read = finite(((parameter, weights[parameter]) for parameter in shapes), name)
-    sha256 = weights_sha256((parameter, tensor.to(dtype)) for parameter, tensor in read)
-    if not named.get("weights_sha256") or named.get("quantization"):
+    dtype = getattr(torch, trained_on.get("dtype", "float32"))
+    checked = checked_weights(((parameter, weights[parameter]) for parameter in shapes), name)
+    sha256 = weights_sha256((parameter, tensor.to(dtype)) for parameter, tensor in checked)
+    if not trained_on.get("weights_sha256") or trained_on.get("quantization"):
         return
-    if sha256 != named["weights_sha256"]:
+    if sha256 != trained_on["weights_sha256"]:
         raise UserError(
             f"base {name!r} has other weights than the gates were trained on: its sha256 differs "
             "from the one in run.json; name the right base with --base"

@@ -1,4 +1,4 @@
-"""The gates of a PEFT adapter, read and checked, in the form that checkpoints hold them in."""
+"""Reads and checks the gates of a PEFT adapter, in the form in which checkpoints hold them."""
 
 import re
 from dataclasses import dataclass, field
@@ -24,17 +24,22 @@ ByLayer = dict[int, torch.Tensor]
 
 @dataclass
 class Gates:
-    """What was trained, by layer, in float32; a mapping is empty where the gates have no such part.
+    """The trained gates of all layers.
+
+    Mappings have the float32 tensors of each layer by its index, and are empty if the gates have no
+    such part.
 
     Attributes:
-        granularity: `headwise`, `elementwise` or `shared` of gates that read the input; `none`
-            where there are only sinks.
-        sink_form: `none`, `constant`, or `input` of sinks that read the input.
-        matrices: `W_g`, `[num_heads, hidden_size]` or `[num_heads * head_dim, hidden_size]`.
-        centers: what closed gates leave, `[num_key_value_heads, head_dim]`.
-        sinks: the logit of each head's sink, `[num_heads]`; `-inf` of a sink without weight.
-        sink_weights: what the input adds to that logit, `[num_heads, hidden_size]`.
-        key_biases: added to the keys before RoPE, `[num_key_value_heads, head_dim]`.
+        granularity: `headwise`, `elementwise` or `shared` for gates that read the input; `none` if
+            there are only sinks.
+        sink_form: `none`, `constant`, or `input` for sinks that read the input.
+        matrices: the gate weights `W_g`, `[num_heads, hidden_size]` or `[num_heads * head_dim,
+            hidden_size]`.
+        centers: the outputs of closed gates, `[num_key_value_heads, head_dim]`.
+        sinks: the logits of the heads' sinks, `[num_heads]`; `-inf` for a sink without weight.
+        sink_weights: the weights by which the input adds to these logits, `[num_heads,
+            hidden_size]`.
+        key_biases: the biases of the keys before RoPE, `[num_key_value_heads, head_dim]`.
         parameters: how many numbers were trained.
     """
 
@@ -53,17 +58,18 @@ class Gates:
         return sorted(self.matrices.keys() | self.sinks.keys())
 
 
-def read_gates(adapter: Path, config: PreTrainedConfig, trained: dict[str, Any]) -> Gates:
-    """Read the gates of an adapter.
+def read_gates(adapter: Path, config: PreTrainedConfig, adapter_config: dict[str, Any]) -> Gates:
+    """Reads the gates of an adapter.
 
     Args:
-        config: of the base.
-        trained: the adapter's `adapter_config.json`.
+        adapter: the folder of the adapter.
+        config: the config of the base.
+        adapter_config: the adapter's `adapter_config.json`.
 
     Raises:
-        UserError: if they are damaged, an ablation, or not for this base.
+        UserError: if the gates are damaged, an ablation, or not for this base.
     """
-    gate_config = _gate_config(trained, adapter)
+    gate_config = _gate_config(adapter_config, adapter)
     gates = Gates(gate_config.granularity, gate_config.sinks)
     for index, tensors in _by_layer(adapter).items():
         if index >= config.num_hidden_layers:
@@ -77,19 +83,23 @@ def read_gates(adapter: Path, config: PreTrainedConfig, trained: dict[str, Any])
         if unknown := tensors.keys() - expected.keys():
             raise UserError(
                 f"{adapter} also holds {min(unknown)} of layer {index}, which its "
-                "adapter_config.json does not tell of; only gates can be merged"
+                "adapter_config.json does not mention; only gates can be merged"
             )
         for name, shape in expected.items():
             _check_gate(index, tensors.get(name), shape)
         gate.load_state_dict(tensors)
         _add(gates, index, gate)
-    if gates.sinks and not gates.matrices and not any(map(_weighs, gates.sinks.values())):
-        raise UserError(f"no sink of {adapter} weighs anything: it is its base still; train first")
+    if gates.sinks and not gates.matrices and not any(map(_has_weight, gates.sinks.values())):
+        raise UserError(
+            f"no sink of {adapter} has any weight, so it still computes what its base does; train "
+            "first"
+        )
     return gates
 
 
 @torch.no_grad()
 def _add(gates: Gates, index: int, gate: GateProjection) -> None:
+    """Adds the gate of a layer."""
     if gate.weight is not None:
         gates.matrices[index] = gate.matrix().detach()
     if gate.center is not None:
@@ -103,17 +113,23 @@ def _add(gates: Gates, index: int, gate: GateProjection) -> None:
     gates.parameters += sum(parameter.numel() for parameter in gate.parameters())
 
 
-def _weighs(sinks: torch.Tensor) -> bool:
+def _has_weight(sinks: torch.Tensor) -> bool:
     return bool((sinks > -torch.inf).any())
 
 
-def _gate_config(trained: dict[str, Any], adapter: Path) -> GateConfig:
-    """The gates' config, if they are of the kind that a checkpoint can carry."""
+def _gate_config(adapter_config: dict[str, Any], adapter: Path) -> GateConfig:
+    """Returns the config of the gates.
+
+    Raises:
+        UserError: if no checkpoint can carry such gates.
+    """
     fields = (
         "granularity", "activation", "position", "input_dependent", "centered", "sinks", "key_bias",
     )  # fmt: skip
     try:
-        config = GateConfig(**{name: trained[name] for name in fields if name in trained})
+        config = GateConfig(
+            **{name: adapter_config[name] for name in fields if name in adapter_config}
+        )
     except ValueError as error:
         raise UserError(f"{adapter}/adapter_config.json: {error}") from error
     if not config.is_mergeable:
@@ -125,6 +141,11 @@ def _gate_config(trained: dict[str, Any], adapter: Path) -> GateConfig:
 
 
 def _by_layer(adapter: Path) -> dict[int, Tensors]:
+    """Reads the tensors of an adapter, by layer and by name in the gate.
+
+    Raises:
+        UserError: if there are none, or others than those of gates.
+    """
     layers: dict[int, Tensors] = {}
     try:
         stored = by_current_name(StoredWeights(adapter, "adapter_model.safetensors"))
@@ -141,15 +162,20 @@ def _by_layer(adapter: Path) -> dict[int, Tensors]:
 
 
 def _gate(config: PreTrainedConfig, gate_config: GateConfig, tensors: Tensors) -> GateProjection:
-    """The module that these tensors are the state of, for a base with this config."""
+    """Makes the module for a base with this config whose state these tensors are."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = head_dim_of(config)
-    # Only a model knows how many pairs of channels are slow, and there is none here.
+    # Only a model tells how many pairs of channels are slow. Here the key bias does.
     slow_pairs = min(tensors.get("key_bias", torch.empty(0)).shape[-1], head_dim // 2)
     return new_projection(gate_config, config.hidden_size, heads, kv_heads, head_dim, slow_pairs)
 
 
 def _check_gate(layer: int, weight: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Checks one tensor of a gate.
+
+    Raises:
+        UserError: if it is missing, has another shape, or is not finite.
+    """
     if weight is None:
         raise UserError(f"the gate of layer {layer} lacks a part of its weights; train again")
     if tuple(weight.shape) != shape:

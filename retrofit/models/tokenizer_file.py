@@ -1,7 +1,7 @@
-"""Whether transformers cuts text as a checkpoint's `tokenizer.json` says.
+"""Checks that transformers cuts text as a checkpoint's `tokenizer.json` says.
 
-For some model types it puts parts of its own in place of those in the file, whatever they are. Then
-training would see other tokens than every program that reads the file.
+For some model types, transformers replaces parts of that tokenizer by its own. Training would then
+see other tokens than programs that read the file.
 """
 
 import json
@@ -12,8 +12,8 @@ from transformers.utils import cached_file
 
 from retrofit.utils.errors import UserError
 
-# What tokenizers differ in: numbers, blanks, line ends, capitals, apostrophes, scripts, symbols,
-# and characters that Unicode's normal forms put together, take apart or replace.
+# The text has what tokenizers treat differently: numbers, blanks, line ends, capitals, apostrophes,
+# scripts, symbols, and characters that Unicode's normal forms compose, decompose or replace.
 _TEXT = """Call me Ishmael. Some years ago, never mind how long precisely, I'd 12 dollars, DON'T ask
 In 1851 it cost $3,141.59 (or 10%); isn't that  too   much?\r\n\n\n\tdef f(x): return x+1 # y_2
 “naïve café”… Größe, Жизнь, 日本語のテキスト, مرحبا, 한국어 🙂🙂 a/b\\c x.org/?q=1&r=22 \t end
@@ -24,14 +24,15 @@ _PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase, base: str, revision: str | None = None
 ) -> None:
-    """
+    """Compares the tokens of a sample text with those that `tokenizer.json` gives.
+
     Args:
-        tokenizer: as transformers loaded it.
-        base: the folder or hub id that it is from.
-        revision: of a hub id.
+        tokenizer: the tokenizer as transformers loaded it.
+        base: the folder or hub id that it was loaded from.
+        revision: the revision of a hub id.
 
     Raises:
-        UserError: if the file that lies there cuts a text otherwise.
+        UserError: if the tokens differ.
     """
     file = cached_file(
         base,
@@ -48,8 +49,9 @@ def check_tokenizer(
     stored.no_padding()
     if _tokens(stored) == _tokens(tokenizer.backend_tokenizer):
         return
-    ours, theirs = (json.loads(kind.to_str()) for kind in (tokenizer.backend_tokenizer, stored))
-    parts = [part for part in _PARTS if ours.get(part) != theirs.get(part)]
+    loaded_parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    stored_parts = json.loads(stored.to_str())
+    parts = [part for part in _PARTS if loaded_parts.get(part) != stored_parts.get(part)]
     raise UserError(
         f"the tokenizer.json of {base} is not read as it stands: transformers makes a "
         f"{type(tokenizer).__name__} of it, with another {', '.join(parts) or 'way to cut text'}, "

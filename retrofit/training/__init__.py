@@ -1,1 +1,1 @@
-"""A recipe in, a run folder out."""
+"""Trains the gates of a recipe and writes a run folder."""

@@ -1,4 +1,4 @@
-"""TRL's settings of a recipe."""
+"""Translates a recipe into the settings of TRL's trainer."""
 
 import os
 from pathlib import Path
@@ -13,21 +13,27 @@ from retrofit.training.trainer_state import accumulation_steps
 
 
 def training_arguments(recipe: Recipe, run: Path, checkpoint: Path | None = None) -> SFTConfig:
-    """TRL's settings for a recipe, or to go on from a checkpoint of it on as many ranks as there
-    are now."""
+    """Returns TRL's settings for a recipe.
+
+    Args:
+        recipe: what is trained.
+        run: the run folder.
+        checkpoint: the checkpoint that the run goes on from, if it does. Accumulation is then set
+            so that a step takes as many rows as before, on however many ranks there are now.
+    """
     train, data = recipe.train, recipe.data
     checkpointing = choose_checkpointing(recipe)
-    accumulated = train.gradient_accumulation_steps
+    accumulation = train.gradient_accumulation_steps
     if checkpoint:
         ranks = PartialState().num_processes
-        accumulated = accumulation_steps(checkpoint, train.batch_size, ranks)
+        accumulation = accumulation_steps(checkpoint, train.batch_size, ranks)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard"))
     return SFTConfig(
         output_dir=str(run / "checkpoints"),
         max_steps=train.max_steps or -1,
         num_train_epochs=train.epochs,
         per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=accumulated,
+        gradient_accumulation_steps=accumulation,
         learning_rate=1.0 if train.learning_rate == "auto" else train.learning_rate,
         weight_decay=train.weight_decay,
         warmup_steps=train.warmup_steps,
@@ -39,7 +45,7 @@ def training_arguments(recipe: Recipe, run: Path, checkpoint: Path | None = None
             "selective": checkpointing == "selective",
         },
         use_cpu=not torch.accelerator.is_available(),
-        # The base computes in the dtype it was loaded in and the gates follow it.
+        # No autocast: the base computes in the dtype it was loaded in, and the gates follow it.
         bf16=False,
         seed=train.seed,
         data_seed=train.seed,

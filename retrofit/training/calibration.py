@@ -1,24 +1,26 @@
-"""What is read off the base before training, from some of its texts.
+"""Reads from the base, on some training texts, what its gates and learning rates start from.
 
-**Centers**: what a sink adds to each head, the value of its first token. A head that pays the sink
-a share `A` of its attention puts out `(1 - A) * Y + A * v`: less of what the rest of the text
-gives, `Y`, and that much of the first token's value `v`. A gate that takes the sink's place by
-scaling alone loses the second part. On SmolLM2 that costs 88% of perplexity even where every gate
-is exactly `1 - A`; with `v` put back it is 2% (scripts/oracle.py), for `v` is nearly the same in
-every text. So the gate closes on `v` instead of on nothing: `v + g * (Y - v)`. Heads that pay no
-sink have nothing to make up for, so their `v` is 0. Such are those of the first layers, whose gates
-keep the massive activation from forming: closing on a first token's value would help it along.
+**Centers** stand for what a sink adds to each head: the value of the first token. A head that pays
+the sink a share `A` of its attention outputs `(1 - A) * Y + A * v`, where `Y` is its output over
+the rest of the text and `v` is the value of the first token. A gate that takes the sink's place
+only by scaling loses the second term. On SmolLM2 this raises perplexity by 88% even where every
+gate is exactly `1 - A`; with `v` put back, by 2% (scripts/oracle.py), because `v` is nearly the
+same in every text. So the gate closes on `v` instead of on zero: `v + g * (Y - v)`. Heads without
+a sink have nothing to make up for, so their `v` is 0. The heads of the first layers are among them.
+Their gates keep the massive activation from forming, and would help it form if they closed on the
+value of a first token.
 
-**Sink logits**: the base's own sink is a slot whose logit changes from query to query. The constant
-that comes closest takes the same share of a head's attention in the mean, `mean sigmoid(s - LSE) =
-mean A` with `LSE` over all other keys. Training starts from it, with a slot of no weight yet. For
-a key bias the mean first key and the mean query are read as well (`retrofit.gates.sinks`).
+**Sink logits** are fitted to the sink of the base, which acts as a slot whose logit changes from
+query to query. The closest constant logit `s` takes the same share of a head's attention in the
+mean: `mean sigmoid(s - LSE) = mean A`, where `LSE` is the log-sum-exp over all other keys. Training
+starts from this logit, with a slot that has no weight yet. For a key bias, the mean first key and
+the mean query are read as well (`retrofit.gates.sinks`).
 
-**The size of the gates' input**: Adam moves every weight by about the learning rate, so a step
-moves a gate's logit by up to `learning_rate * sum |X|`. That sum is what the norm before it was
-trained to: 13 to 130 over the layers of SmolLM2, 63 to 1,400 over those of Qwen2.5-Coder-0.5B. One
-rate serves neither. The first layer, where `X` is the token alone, would hardly learn, and what a
-first token becomes is settled in the first few.
+**Input sizes** set the learning rate of each layer. Adam moves every weight by about the learning
+rate, so a step moves the logit of a gate by up to `learning_rate * sum |X|`. This sum is whatever
+the preceding norm was trained to: 13 to 130 over the layers of SmolLM2, 63 to 1,400 over those of
+Qwen2.5-Coder-0.5B. A single rate does not serve all layers: the first layer, where `X` depends only
+on the token, would hardly learn, although the first few layers settle what a first token becomes.
 """
 
 from collections.abc import Iterable
@@ -33,30 +35,35 @@ from retrofit.gates.rope import attention_scaling
 from retrofit.losses.head_balance import vanilla_load
 from retrofit.losses.sampled_attention import SampledRows, attention_of_rows, sample_rows
 
-STEP = 0.8  # of a logit, at most, at the highest rate
-SINK_SHARE = 0.1  # a head that pays the first token less has no sink; an even spread gives 0.005
-ROWS = 32  # of each sequence, for that share and for sink logits
-LEAST_SHARE = 1e-3  # of a slot: the logit of heads that have no sink
+STEP = 0.8  # the most that a step at the highest learning rate moves a gate's logit by
+# A head has a sink if it pays the first token a greater share of its attention than this. Evenly
+# spread attention would give it 0.005.
+SINK_SHARE = 0.1
+ROWS = 32  # queries that are sampled in each sequence, for shares and sink logits
+LEAST_SHARE = 1e-3  # the share that the slot of a head without a sink starts from
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the base shows.
+    """Statistics of a base that its gates and their learning rates start from.
+
+    Each attribute is a mapping from the index of a layer. `sink_logits`, `mean_queries`,
+    `first_keys` and `first_shares` are empty if no text is long enough to read them from.
 
     Attributes:
-        values: by layer, the mean value state of documents' first tokens, 0 for heads that do not
-            attend to them, `[num_key_value_heads, head_dim]` in float32.
-        sink_logits: by layer, the constant logit closest to what a head pays first tokens,
-            `[num_heads]` in float32; empty where no text is long enough to tell.
-        mean_queries: by layer, what one of a key before RoPE is multiplied by to be a logit, on
-            channels that do not turn: the mean query after RoPE, times all scalings, `[num_heads,
-            head_dim]` in float32; empty likewise.
-        first_keys: by layer, the mean key of documents' first tokens before RoPE,
-            `[num_key_value_heads, head_dim]` in float32; empty likewise.
-        first_shares: by layer, the mean share that a head pays first tokens, `[num_heads]` in
-            float32; empty likewise.
-        input_sizes: by layer, the mean of `sum |X|` over tokens, `X` `[hidden_size]` what a gate
-            reads.
+        values: the mean value state of documents' first tokens, 0 for heads that do not attend to
+            them, `[num_key_value_heads, head_dim]` in float32.
+        sink_logits: the constant logits closest to the attention that heads pay first tokens,
+            `[num_heads]` in float32.
+        mean_queries: the mean query after RoPE, times all scalings, `[num_heads, head_dim]` in
+            float32. On channels that RoPE does not turn, its product with a key before RoPE is a
+            logit.
+        first_keys: the mean key of documents' first tokens before RoPE, `[num_key_value_heads,
+            head_dim]` in float32.
+        first_shares: the mean share of attention that each head pays first tokens, `[num_heads]`
+            in float32.
+        input_sizes: the mean of `sum |X|` over tokens, where `X`, `[hidden_size]`, is the input of
+            a gate.
     """
 
     values: dict[int, torch.Tensor]
@@ -66,8 +73,8 @@ class Calibration:
     first_shares: dict[int, torch.Tensor]
     input_sizes: dict[int, float]
 
-    def give_to(self, model: PeftModel) -> None:
-        """Let the gates of a model start from what its base shows."""
+    def initialize_gates(self, model: PeftModel) -> None:
+        """Sets the centers and sinks of a model's gates to the statistics of its base."""
         for index, layer in gate_layers(model).items():
             for gate in layer.g_proj.values():
                 if gate.center is not None:
@@ -78,53 +85,53 @@ class Calibration:
                     )
 
     def cpu(self) -> "Calibration":
-        """The same on the CPU, to be told to other ranks."""
-        by_layer = ("values", "sink_logits", "mean_queries", "first_keys", "first_shares")
-        moved = {
+        """Returns a copy on the CPU, which is sent to the other ranks."""
+        names = ("values", "sink_logits", "mean_queries", "first_keys", "first_shares")
+        on_cpu = {
             name: {index: tensor.cpu() for index, tensor in getattr(self, name).items()}
-            for name in by_layer
+            for name in names
         }
-        return replace(self, **moved)
+        return replace(self, **on_cpu)
 
     def summary(self) -> str:
-        """The sinks of the base in one line; empty where no text is long enough to tell."""
+        """Describes the sinks of the base in one line, which is empty if they could not be read."""
         if not self.first_shares:
             return ""
         shares = torch.cat([*self.first_shares.values()])
-        by_layer = {index: share.mean().item() for index, share in self.first_shares.items()}
-        most = max(by_layer, key=lambda index: by_layer[index])
+        layer_means = {index: share.mean().item() for index, share in self.first_shares.items()}
+        top_layer = max(layer_means, key=lambda index: layer_means[index])
         return (
             f"the base pays its first token {shares.mean():.2f} of its attention in the mean, and "
-            f"{by_layer[most]:.2f} in layer {most}; {(shares > SINK_SHARE).sum()} of {len(shares)} "
-            f"heads pay it more than {SINK_SHARE}"
+            f"{layer_means[top_layer]:.2f} in layer {top_layer}; {(shares > SINK_SHARE).sum()} of "
+            f"{len(shares)} heads pay it more than {SINK_SHARE}"
         )
 
     @property
     def learning_rates(self) -> dict[int, float]:
-        """By layer, the rate that moves a gate's logit by `STEP` a step at most."""
+        """The learning rate of each layer: a step moves a gate's logit by at most `STEP`."""
         return {index: STEP / size for index, size in self.input_sizes.items()}
 
 
 class _Reader:
-    """Reads one layer as it runs, called as `GatedAttention.observer`."""
+    """Collects the statistics of one layer while it runs, as its `GatedAttention.observer`."""
 
     def __init__(self, attention: GatedAttention, rope_scaling: float):
         self.attention = attention
         self.rope_scaling = rope_scaling
-        self.starts = torch.empty(0)  # bool [batch, T - 1]: the first tokens of documents
+        self.starts = torch.empty(0)  # bool [batch, T - 1], true at the first tokens of documents
         self.sampled: SampledRows | None = None
         self.values: list[torch.Tensor] = []  # [documents, heads * head_dim]
-        self.sizes: list[torch.Tensor] = []
+        self.sizes: list[torch.Tensor] = []  # the mean of sum |X| in each batch
         self.shares: list[torch.Tensor] = []  # [rows, heads]
-        self.others: list[torch.Tensor] = []  # [rows, heads], log-sum-exp of all other keys
+        self.log_sum_exps: list[torch.Tensor] = []  # [rows, heads], over all keys but the first
         self.queries: list[torch.Tensor] = []  # [rows, heads, head_dim]
-        self.keys: list[torch.Tensor] = []  # [rows, kv_heads, head_dim], of first tokens
+        self.keys: list[torch.Tensor] = []  # [rows, kv_heads, head_dim], those of first tokens
         self.handle = attention.v_proj.register_forward_hook(self._read_values)
-        self.before, attention.observer = attention.observer, self
+        self.previous_observer, attention.observer = attention.observer, self
 
     def close(self) -> None:
         self.handle.remove()
-        self.attention.observer = self.before
+        self.attention.observer = self.previous_observer
 
     def _read_values(self, _projection, args, values):
         self.values.append(values[:, :-1][self.starts].float())
@@ -138,23 +145,24 @@ class _Reader:
     def _read_rows(self, query_states, key_states, sampled: SampledRows) -> None:
         weights = attention_of_rows(self.attention, query_states, key_states, sampled)
         shares = 1 - vanilla_load(weights, sampled.starts)
-        queries = _of_rows(query_states, sampled.rows) * self.attention.scaling
+        queries = _gather_rows(query_states, sampled.rows) * self.attention.scaling
         groups = query_states.shape[1] // key_states.shape[1]
-        keys = _of_rows(key_states, sampled.starts)
+        keys = _gather_rows(key_states, sampled.starts)
         logits = (queries * keys.repeat_interleave(groups, 1)).sum(-1, dtype=torch.float32)
-        # `A = sigmoid(logit - LSE)` of the first key.
-        others = logits - shares.logit(eps=1e-7)
-        # A row that only fills up sees only itself, and would pay all to its own first token.
-        for seen, states in (
+        # The share of the first key is `A = sigmoid(logit - LSE)`.
+        log_sum_exps = logits - shares.logit(eps=1e-7)
+        # A sampled row that only fills up the batch is left out: it sees only itself, and would pay
+        # all of its attention to itself as a first token.
+        for collected, states in (
             (self.shares, shares),
-            (self.others, others),
+            (self.log_sum_exps, log_sum_exps),
             (self.queries, queries.float()),
             (self.keys, keys.float()),
         ):
-            seen.append(states.transpose(1, 2)[sampled.valid])
+            collected.append(states.transpose(1, 2)[sampled.valid])
 
     def sink_logits(self) -> torch.Tensor:
-        return closest_logits(torch.cat(self.others), torch.cat(self.shares))
+        return closest_logits(torch.cat(self.log_sum_exps), torch.cat(self.shares))
 
     def first_share(self) -> torch.Tensor:
         return torch.cat(self.shares).mean(0)
@@ -168,7 +176,7 @@ class _Reader:
 
     def mean_value(self) -> torch.Tensor:
         value = torch.cat(self.values).mean(0).view(-1, self.attention.head_dim)
-        if not self.shares:  # no text is long enough to tell
+        if not self.shares:  # no text is long enough to read shares from
             return value
         share = self.first_share().view(len(value), -1).mean(-1)
         return value * (share > SINK_SHARE).unsqueeze(-1)
@@ -177,41 +185,41 @@ class _Reader:
         return torch.stack(self.sizes).mean().item()
 
 
-def closest_logits(others: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """The constant `s` of each head with `mean sigmoid(s - LSE) = mean A`, by bisection.
+def closest_logits(log_sum_exps: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Finds by bisection the constant `s` of each head with `mean sigmoid(s - LSE) = mean A`.
 
     Args:
-        others: `LSE` of each query, `[rows, heads]`.
+        log_sum_exps: `LSE` of each query, `[rows, heads]`.
         shares: `A` of each query, in (0, 1), `[rows, heads]`.
 
     Returns:
-        `[heads]`. Heads that pay less than `LEAST_SHARE` get the logit of that share.
+        The logits, `[heads]`. Heads that pay less than `LEAST_SHARE` get the logit of that share.
     """
-    wanted = shares.mean(0).clamp(LEAST_SHARE, 1 - LEAST_SHARE)
-    low, high = others.amin(0) - 20, others.amax(0) + 20
+    target = shares.mean(0).clamp(LEAST_SHARE, 1 - LEAST_SHARE)
+    low, high = log_sum_exps.amin(0) - 20, log_sum_exps.amax(0) + 20
     for _ in range(40):
         middle = (low + high) / 2
-        above = (middle - others).sigmoid().mean(0) > wanted
+        above = (middle - log_sum_exps).sigmoid().mean(0) > target
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return (low + high) / 2
 
 
-def _of_rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Of `[batch, heads, T, head_dim]` the rows `[batch, num_rows]`."""
+def _gather_rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Returns the rows `[batch, num_rows]` of states `[batch, heads, T, head_dim]`."""
     index = rows[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
     return states.gather(2, index)
 
 
 @torch.no_grad()
 def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> Calibration:
-    """Read the base.
+    """Reads the statistics of a base.
 
     Args:
-        model: with gates, which are off for this.
-        batches: `input_ids` and `position_ids`, both `[batch, T]`, positions from 0 at the start of
-            each document.
+        model: the base with its gates, which are switched off meanwhile.
+        batches: `input_ids` and `position_ids`, both `[batch, T]`; positions count from 0 at the
+            start of each document.
     """
-    decoder = model.get_base_model().base_model  # without the logits
+    decoder = model.get_base_model().base_model  # the logits are not needed
     readers = {
         module.layer_idx: _Reader(module, attention_scaling(decoder, module.layer_idx))
         for module in model.modules()

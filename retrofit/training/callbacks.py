@@ -1,4 +1,4 @@
-"""What happens around the steps: the progress bar, the first gradient's check, a clean Ctrl-C."""
+"""Callbacks of the trainer: the check of the first gradient, a clean Ctrl-C, the progress bar."""
 
 import signal
 import time
@@ -21,7 +21,7 @@ from retrofit.utils.errors import CheckError
 
 
 class DeadGateError(CheckError):
-    """Some gate got no gradient, so training would leave it where it is."""
+    """A gate got no gradient, so training would not change it."""
 
 
 class GradientCheck(TrainerCallback):
@@ -37,10 +37,14 @@ class GradientCheck(TrainerCallback):
         trainable = [
             (name, parameter)
             for name, parameter in model.named_parameters()
-            # What moves a slot's logit has no effect before the slot has weight.
+            # What the input adds to a slot's logit has no effect until the slot has weight.
             if parameter.requires_grad and not name.endswith(".sink_weight")
         ]
-        dead = [n for n, p in trainable if p.grad is None or not p.grad.abs().sum() > 0]
+        dead = [
+            name
+            for name, parameter in trainable
+            if parameter.grad is None or not parameter.grad.abs().sum() > 0
+        ]
         if dead or not trainable:
             names = ", ".join(name.removeprefix("base_model.model.") for name in dead[:5])
             more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
@@ -51,33 +55,36 @@ class GradientCheck(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; the
-    second ends it at once. Of several ranks, all end after the same step."""
+    """Ends a run on Ctrl-C or SIGTERM.
+
+    The first signal ends it after the current step, with a checkpoint; the second ends it at once.
+    If one rank gets a signal, all of them end after the same step.
+    """
 
     def __init__(self, console: Console):
         self.console = console
-        self.requested = False  # on this rank
-        self.stopped = False  # on all of them
-        self.previous: dict[int, Any] = {}
+        self.requested = False  # this rank got a signal
+        self.stopped = False  # some rank did, and all of them stop
+        self.previous_handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self._request)
+            self.previous_handlers[number] = signal.signal(number, self._request)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.stopped = self.requested
         if args.world_size > 1:
-            asked = torch.tensor(int(self.requested), device=args.device)
-            self.stopped = bool(reduce(asked, "sum"))
+            requested = torch.tensor(int(self.requested), device=args.device)
+            self.stopped = bool(reduce(requested, "sum"))
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
 
     def restore(self):
-        """Give the signals back; called however training ended."""
-        for number, handler in self.previous.items():
+        """Restores the previous signal handlers; called however training ended."""
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        self.previous = {}
+        self.previous_handlers = {}
 
     def _request(self, number, frame):
         if self.requested:
@@ -87,7 +94,10 @@ class Interrupt(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """Loss, gate movement, tokens a second, time left; plain lines where there is no terminal."""
+    """Shows the losses, gate movement, tokens per second and the time left.
+
+    It prints plain lines where there is no terminal.
+    """
 
     def __init__(self, console: Console):
         self.console = console
@@ -126,16 +136,17 @@ class ProgressBar(TrainerCallback):
             if key in logs
         )
         self.bar.update(self.task, completed=state.global_step, figures=figures)
-        # About twenty lines a run in a log file.
+        # A log file gets about twenty lines in a run.
         if not self.console.is_terminal and state.global_step % max(1, state.max_steps // 20) == 0:
-            done = state.global_step - self.first_step
-            left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+            steps_done = state.global_step - self.first_step
+            seconds_per_step = (time.monotonic() - self.started) / steps_done
+            seconds_left = seconds_per_step * (state.max_steps - state.global_step)
             self.console.print(
-                f"step {state.global_step}/{state.max_steps} {figures} {left:.0f} s left",
+                f"step {state.global_step}/{state.max_steps} {figures} {seconds_left:.0f} s left",
                 highlight=False,
             )
 
     def stop(self):
-        """Called however training ended."""
+        """Removes the bar from the terminal; called however training ended."""
         if self.console.is_terminal:
             self.bar.stop()

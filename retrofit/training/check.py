@@ -1,4 +1,4 @@
-"""`retrofit check`: what a recipe would do, found out without loading a weight."""
+"""`retrofit check` finds out what a recipe would do without loading a weight."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from retrofit.memory.estimate import Device, NotTracedError, estimate, remedy, t
 from retrofit.models.gated_model import gated_model
 from retrofit.models.opening import opening
 from retrofit.recipe import Recipe
-from retrofit.training.preflight import preflight, read_texts
+from retrofit.training.preflight import load_tokenizer_and_data, preflight
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
 from retrofit.utils.output_path import refuse_unwritable
 from retrofit.utils.paths import expanded
 
-_BYTES = {
+_BYTES = {  # of one weight in each format
     "float64": 8.0,
     "float32": 4.0,
     "bfloat16": 2.0,
@@ -30,30 +30,35 @@ _BYTES = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the preflight."""
+    """One line of what `retrofit check` prints.
+
+    Attributes:
+        name: what was checked, such as `data`.
+        finding: what was found.
+    """
 
     name: str
     finding: str
 
 
 def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
-    """Open the config, the tokenizer and the data of a recipe, and trace a step without weights.
+    """Opens the config, the tokenizer and the data of a recipe, and traces a step without weights.
 
     Args:
         recipe: what would be trained.
-        gpu_gigabytes: plan for a GPU with so much memory, instead of for this machine.
+        gpu_gigabytes: the memory of a GPU to plan for, in GB; `None` plans for this machine.
 
     Raises:
         UserError: for anything that would stop `retrofit train` before its first step, or if that
-            step takes more memory than there is.
+            step takes more memory than the device has.
     """
     refuse_unwritable(expanded(recipe.output_dir))
     config = preflight(recipe)
-    base, gates = _count_weights(config, recipe)
-    tokenizer, sources = read_texts(recipe, config)
+    base_weights, gate_weights = _count_weights(config, recipe)
+    tokenizer, sources = load_tokenizer_and_data(recipe, config)
     return [
-        Check("base", _describe_base(config, recipe, base)),
-        Check("gates", _describe_gates(config, recipe, gates, base)),
+        Check("base", _describe_base(config, recipe, base_weights)),
+        Check("gates", _describe_gates(config, recipe, gate_weights, base_weights)),
         *(
             Check("data", f"{source.path}: {_preview(loaded.rows, tokenizer)}")
             for source, loaded in zip(recipe.data.sources, sources, strict=True)
@@ -65,12 +70,13 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
 
 
 def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
+    """Returns the number of weights of the base, and of its gates."""
     with opening(recipe.model.base), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     with torch.device("meta"):
-        base = model.num_parameters()
+        base_weights = model.num_parameters()
         gated = gated_model(model, recipe)
-    return base, sum(p.numel() for p in gated.parameters() if p.requires_grad)
+    return base_weights, sum(p.numel() for p in gated.parameters() if p.requires_grad)
 
 
 def _dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
@@ -79,21 +85,24 @@ def _dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
 
 
 def _describe_base(config: PreTrainedConfig, recipe: Recipe, weights: int) -> str:
-    held = recipe.model.quantization or _dtype(config, recipe)
+    held_in = recipe.model.quantization or _dtype(config, recipe)
     return (
         f"{config.model_type}, {config.num_hidden_layers} layers, {config.num_attention_heads} "
-        f"heads; {weights:,} weights in {held}: about {weights * _BYTES[held] / 1e9:.1f} GB"
+        f"heads; {weights:,} weights in {held_in}: about {weights * _BYTES[held_in] / 1e9:.1f} GB"
     )
 
 
-def _describe_gates(config: PreTrainedConfig, recipe: Recipe, gates: int, base: int) -> str:
+def _describe_gates(
+    config: PreTrainedConfig, recipe: Recipe, gate_weights: int, base_weights: int
+) -> str:
     layers = len(recipe.gate.layers or range(config.num_hidden_layers))
     gate = recipe.gate
     kinds = [f"{gate.sinks} sinks"] if gate.sinks != "none" else []
     kinds += ["a key bias"] if gate.key_bias else []
     kinds += [f"{gate.granularity} projection"] if gate.granularity != "none" else []
     return (
-        f"{', '.join(kinds)} on {layers} layers: {gates:,} numbers, {gates / base:.2g} of the model"
+        f"{', '.join(kinds)} on {layers} layers: {gate_weights:,} numbers, "
+        f"{gate_weights / base_weights:.2g} of the model"
     )
 
 
@@ -105,10 +114,14 @@ def _describe_memory(config: PreTrainedConfig, recipe: Recipe, device: Device) -
             raise
         return f"not known; {error}"
     if not needed.fits(device):
-        mended = remedy(recipe, config, device)
-        mend = f"it would fit with {mended}" if mended else "no shorter or smaller recipe would fit"
+        overrides = remedy(recipe, config, device)
+        hint = (
+            f"it would fit with {overrides}"
+            if overrides
+            else "no shorter or smaller recipe would fit"
+        )
         raise UserError(
-            f"memory: this needs {needed}, more than {device.name} has room for; {mend}"
+            f"memory: this needs {needed}, more than {device.name} has room for; {hint}"
         )
     return f"{needed} on {device.name}; gradient checkpointing {needed.checkpointing}"
 

@@ -1,6 +1,6 @@
-"""Which checkpoint of a run is whole, and what is wrong with the others.
+"""Finds the newest checkpoint of a run that is whole, and says what is wrong with newer ones.
 
-A checkpoint is tried by reading all that `trainer_state.py` goes on from.
+A checkpoint is checked by reading everything that `trainer_state.py` resumes from.
 """
 
 import json
@@ -31,51 +31,60 @@ STEP = "step.json"
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint, or `None`, and what is wrong with each that is newer.
+    """Finds the newest whole checkpoint of a run.
+
+    Args:
+        folder: the folder of the run's checkpoints, which need not exist.
+
+    Returns:
+        The checkpoint, or `None` if there is no whole one; and what is wrong with each newer
+        one, by its path.
 
     Raises:
-        UserError: if there can be no checkpoints, or `started.json` of the run is damaged.
+        UserError: if `folder` is not a folder, or `started.json` of the run is damaged.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is no folder; remove it, and the run begins again")
-    rows = facts_of(folder.parent).get("rows_per_step")
+        raise UserError(f"{folder} is no folder; remove it, and the run starts from the beginning")
+    rows_per_step = facts_of(folder.parent).get("rows_per_step")
     by_step = {step: path for path in folder.glob("checkpoint-*") if (step := _step(path))}
     damaged: dict[Path, str] = {}
     for _, path in sorted(by_step.items(), reverse=True):
-        if (wrong := damage(path, rows)) is None:
+        if (problem := damage(path, rows_per_step)) is None:
             return path, damaged
-        damaged[path] = wrong
+        damaged[path] = problem
     return None, damaged
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Rename what is no checkpoint, which the Trainer would keep for the newest one."""
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
+    """Renames a damaged checkpoint, which the Trainer would otherwise take for the newest one."""
+    renamed = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    checkpoint.rename(renamed)
 
 
 def damage(checkpoint: Path, rows_per_step: int | None = None) -> str | None:
-    """What is wrong with a checkpoint, or `None` if all that a run goes on from can be read.
+    """Returns what is wrong with a checkpoint, or `None` if a run can resume from it.
 
-    One that was cut off while it was written lacks `trainer_state.json`, which comes last; a power
-    failure may shorten any file. Of what FSDP and DeepSpeed write, their own files are not read.
+    A checkpoint that was cut off while it was written lacks `trainer_state.json`, which is written
+    last; a power failure may shorten any file. The files in FSDP's and DeepSpeed's own formats are
+    not read.
 
     Args:
-        rows_per_step: that the run takes, where it says so.
+        checkpoint: the folder of the checkpoint.
+        rows_per_step: the rows that a step of the run takes, if the run folder says so.
     """
     try:
         state = _read(checkpoint, TRAINER_STATE_NAME)
-        trained = _Trained.model_validate(state)
+        trained = _TrainerState.model_validate(state)
         if unknown := state.keys() - {field.name for field in fields(TrainerState)}:
             return f"its {TRAINER_STATE_NAME} says {min(unknown)}, which transformers does not know"
         if trained.global_step != _step(checkpoint):
             return f"its {TRAINER_STATE_NAME} is of step {trained.global_step}"
-        rows = _Rows.model_validate(_read(checkpoint, STEP))
-        if rows_per_step not in (None, rows.rows):
-            return f"its {STEP} is of {rows.rows} rows a step, and the run takes {rows_per_step}"
+        step = _Step.model_validate(_read(checkpoint, STEP))
+        if rows_per_step not in (None, step.rows):
+            return f"its {STEP} is of {step.rows} rows a step, and the run takes {rows_per_step}"
         if not (checkpoint / SCHEDULER_NAME).exists():
-            _check_tensors(checkpoint, rows.ranks)
+            _check_tensors(checkpoint, step.ranks)
     except ValidationError as error:
         return validation_problem(error)
     except (OSError, ValueError, RecursionError) as error:
@@ -87,8 +96,8 @@ class _Callbacks(BaseModel):
     TrainerControl: dict[str, Any]
 
 
-class _Trained(BaseModel):
-    """What the Trainer goes on from and counts up."""
+class _TrainerState(BaseModel):
+    """The fields of `trainer_state.json` that the Trainer resumes from."""
 
     model_config = ConfigDict(strict=True)
 
@@ -102,8 +111,8 @@ class _Trained(BaseModel):
     stateful_callbacks: _Callbacks
 
 
-class _Rows(BaseModel):
-    """Of a step, and by how many ranks they were taken."""
+class _Step(BaseModel):
+    """How many rows a step took, and how many ranks shared them."""
 
     model_config = ConfigDict(strict=True)
 
@@ -111,8 +120,8 @@ class _Rows(BaseModel):
     ranks: Annotated[int, Field(gt=0)] = 1
 
 
-class _Group(BaseModel):
-    """Parameters of the optimizer, and how it moves them."""
+class _ParameterGroup(BaseModel):
+    """A parameter group of AdamW, with its settings."""
 
     model_config = ConfigDict(strict=True)
 
@@ -135,12 +144,15 @@ class _Scheduler(BaseModel):
 class _Optimizer(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    param_groups: Annotated[list[_Group], Field(min_length=1)]
+    param_groups: Annotated[list[_ParameterGroup], Field(min_length=1)]
     scheduler: _Scheduler
 
 
 class RandomStates(NamedTuple):
-    """Of the generators; that of CUDA where there is one, here and in the file."""
+    """The states of all random generators.
+
+    That of CUDA is `None` unless both this machine and the checkpoint have one.
+    """
 
     python: tuple
     numpy: tuple
@@ -150,24 +162,28 @@ class RandomStates(NamedTuple):
 
 def _check_tensors(checkpoint: Path, ranks: int) -> None:
     if fsdp := next(checkpoint.glob(f"*{FSDP_MODEL_NAME}*"), None):
-        raise ValueError(f"it holds {fsdp.name}, which FSDP alone reads")
-    gates = Counter(_shapes(checkpoint / SAFE_ADAPTER))
-    if not gates:
+        raise ValueError(f"it holds {fsdp.name}, which only FSDP reads")
+    gate_shapes = Counter(_gate_shapes(checkpoint / SAFE_ADAPTER))
+    if not gate_shapes:
         raise ValueError(f"{SAFE_ADAPTER} is empty")
     optimizer = _Optimizer.model_validate(_read(checkpoint, STATE))
     groups, schedule = optimizer.param_groups, optimizer.scheduler
     if {len(schedule.base_lrs), len(schedule.lr_lambdas)} != {len(groups)}:
-        raise ValueError(f"{STATE} has another schedule than groups")
+        raise ValueError(f"{STATE} has a schedule for other groups")
     trained = [index for group in groups for index in group.params]
     if len(set(trained)) < len(trained):
         raise ValueError(f"{STATE} has a parameter in two groups")
-    _check_moments(checkpoint / OPTIMIZER, set(trained), gates)
+    _check_moments(checkpoint / OPTIMIZER, set(trained), gate_shapes)
     for rank in range(ranks):
         read_random_states(checkpoint / rng_name(rank))
 
 
-def _shapes(path: Path) -> Iterator[tuple[int, ...]]:
-    """Of the gates in a checkpoint."""
+def _gate_shapes(path: Path) -> Iterator[tuple[int, ...]]:
+    """Yields the shape of each gate parameter in a checkpoint.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or a parameter has NaN in it.
+    """
     with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
             gate = file.get_tensor(name)
@@ -176,25 +192,38 @@ def _shapes(path: Path) -> Iterator[tuple[int, ...]]:
             yield tuple(gate.shape)
 
 
-def _check_moments(path: Path, trained: set[int], gates: Counter) -> None:
-    """Every parameter has both of AdamW's moments, in the shape of a gate."""
-    held: dict[int, dict[str, tuple[int, ...]]] = {}
+def _check_moments(path: Path, trained: set[int], gate_shapes: Counter) -> None:
+    """Checks that every parameter has both of AdamW's moments, each in the shape of a gate.
+
+    Args:
+        path: the file of AdamW's state.
+        trained: the numbers of the parameters in the optimizer's groups.
+        gate_shapes: how many gate parameters have each shape.
+
+    Raises:
+        ValueError: if a moment is missing, not finite, or of another shape.
+    """
+    moment_shapes: dict[int, dict[str, tuple[int, ...]]] = {}
     for index, key, moment in read_moments(path):
         if not moment.is_floating_point() or not moment.isfinite().all():
-            raise ValueError(f"{path.name} has what is no number in {index}.{key}")
-        held.setdefault(index, {})[key] = tuple(moment.shape)
-    if held.keys() != trained:
-        raise ValueError(f"{path.name} is not of what {STATE} names")
-    for index, shapes in held.items():
+            raise ValueError(f"{path.name} has a number that is not finite in {index}.{key}")
+        moment_shapes.setdefault(index, {})[key] = tuple(moment.shape)
+    if moment_shapes.keys() != trained:
+        raise ValueError(f"{path.name} holds other parameters than {STATE} names")
+    for index, shapes in moment_shapes.items():
         if shapes.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise ValueError(f"{path.name} does not hold the moments of {index}")
     for key in ("exp_avg", "exp_avg_sq"):
-        if Counter(shapes[key] for shapes in held.values()) - gates:
+        if Counter(shapes[key] for shapes in moment_shapes.values()) - gate_shapes:
             raise ValueError(f"{path.name} holds {key} in another shape than the gates")
 
 
 def read_moments(path: Path) -> Iterator[tuple[int, str, torch.Tensor]]:
-    """AdamW's state: by the number of a parameter and the name of a moment, one at a time."""
+    """Yields AdamW's state one tensor at a time: a parameter's number, the tensor's name, itself.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or holds anything else.
+    """
     with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
             index, _, key = name.partition(".")
@@ -204,10 +233,10 @@ def read_moments(path: Path) -> Iterator[tuple[int, str, torch.Tensor]]:
 
 
 def read_random_states(path: Path) -> RandomStates:
-    """The states of all generators, each tried on a generator of its own.
+    """Reads the states of all random generators, and tries each on a new generator.
 
     Raises:
-        ValueError: if one of them is none.
+        ValueError: if the file is missing or damaged, or a state is not valid.
     """
     with _opened(path) as file:
         stored, metadata = set(file.keys()), file.metadata() or {}
@@ -246,7 +275,11 @@ def _read(checkpoint: Path, name: str) -> Any:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    """A file of tensors, whose sizes are checked."""
+    """Opens a safetensors file, whose tensor sizes safetensors checks.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -1,4 +1,4 @@
-"""What can be seen of a recipe before weights are loaded and anything is written."""
+"""Checks a recipe before weights are loaded and anything is written."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,21 +7,21 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from retrofit.adapters import family_of
 from retrofit.data.sources import LoadedSource, load_sources
-from retrofit.data.vocabulary import check_end
+from retrofit.data.vocabulary import check_eos_token
 from retrofit.measure.planned import check_planned_measurement
-from retrofit.models.base_config import check_gateable, check_stored_whole
+from retrofit.models.base_config import check_gateable, check_not_quantized
 from retrofit.models.loading import check_files, load_config, load_tokenizer
-from retrofit.models.source import stored_as_told
+from retrofit.models.source import open_base_weights
 from retrofit.recipe import Recipe
 from retrofit.utils.errors import UserError
 
 
 def preflight(recipe: Recipe) -> PreTrainedConfig:
-    """The base's config, once all is well that can be seen without weights and data.
+    """Checks all that can be checked without weights and data, and returns the base's config.
 
     Raises:
         UserError: for a base that cannot be gated or is damaged, layers that it does not have, rows
-            longer than it reads, or a tracker that is not installed.
+            longer than the base can read, or a tracker that is not installed.
     """
     config = load_config(recipe.model)
     _check_base(recipe, config)
@@ -34,32 +34,33 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def read_texts(
+def load_tokenizer_and_data(
     recipe: Recipe, config: PreTrainedConfig
 ) -> tuple[PreTrainedTokenizerBase, list[LoadedSource]]:
-    """The tokenizer of a recipe and its data, once all is well with them and with the text to
-    measure on, which would else be noticed hours later.
+    """Loads the tokenizer and the data of a recipe, and checks the text that it measures on.
+
+    A fault in that text would otherwise only be noticed after training.
 
     Args:
-        recipe: what to train on.
-        config: of its base.
+        recipe: what is trained.
+        config: the config of its base.
 
     Raises:
         UserError: for a tokenizer, data or a text that cannot be used.
     """
     tokenizer = load_tokenizer(recipe.model)
-    check_end(tokenizer, config, recipe.model.base)
+    check_eos_token(tokenizer, config, recipe.model.base)
     check_planned_measurement(recipe, config, tokenizer)
     return tokenizer, load_sources(recipe.data, tokenizer)
 
 
 def _check_base(recipe: Recipe, config: PreTrainedConfig) -> None:
     check_gateable(config, recipe.model.base, recipe.gate.layers)
-    check_stored_whole(config, recipe.model.base)
+    check_not_quantized(config, recipe.model.base)
     check_files(recipe.model, config)
     folder = Path(recipe.model.location)
     if folder.is_dir() and not getattr(config, "quantization_config", None):
-        stored_as_told(folder, config, recipe.model.base)
+        open_base_weights(folder, config, recipe.model.base)
 
 
 def _check_attention(recipe: Recipe, config: PreTrainedConfig) -> None:

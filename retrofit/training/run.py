@@ -1,9 +1,9 @@
-"""`retrofit train`: a recipe in, a run folder out.
+"""`retrofit train` trains the gates of a recipe and writes a run folder.
 
-A run folder holds `recipe.resolved.yaml` (written first), `started.json` (the base and the files
-that a resumed run must find again), `checkpoints/` (to resume from), and when training is done
-`adapter/` (PEFT), `run.json` (what was trained on what, and proof that the base stayed frozen) and,
-if the recipe asks for it, `measure.json` and `measure.png`.
+The folder holds `recipe.resolved.yaml` (written first), `started.json` (the base and the files that
+must be the same when the run is resumed) and `checkpoints/` (to resume from). When training is done
+it also holds `adapter/` (for PEFT), `run.json` (what was trained on what, and proof that the base
+stayed frozen) and, if the recipe asks for them, `measure.json` and `measure.png`.
 """
 
 import os
@@ -35,10 +35,10 @@ from retrofit.recipe import RESOLVED, Recipe, load_recipe
 from retrofit.training.arguments import training_arguments
 from retrofit.training.callbacks import GradientCheck, Interrupt, ProgressBar
 from retrofit.training.checkpoints import last_checkpoint, set_aside
-from retrofit.training.divergence import check_trained
-from retrofit.training.preflight import preflight, read_texts
+from retrofit.training.divergence import check_gates_finite
+from retrofit.training.preflight import load_tokenizer_and_data, preflight
 from retrofit.training.trainer import GateTrainer
-from retrofit.training.trainer_state import rows_per_step, whole_adapter
+from retrofit.training.trainer_state import gather_gates, rows_per_step
 from retrofit.utils.console import say
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import CheckError, UserError
@@ -55,58 +55,60 @@ from retrofit.utils.output_path import refuse_unwritable
 from retrofit.utils.paths import expanded
 from retrofit.utils.process import return_large_blocks
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class BaseChangedError(CheckError):
-    """A frozen weight differs after training."""
+    """A weight of the frozen base differs after training."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """The user stopped the run; a checkpoint is written."""
+    """The user stopped the run, and a checkpoint was written."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Train the gates of a recipe.
+    """Trains the gates of a recipe.
 
     Args:
-        recipe: what to train, on what, how long.
-        resume: go on from the newest checkpoint of the recipe's `output_dir`.
-        console: where progress is shown.
+        recipe: what to train, on what, and for how long.
+        resume: whether to go on from the newest checkpoint in the recipe's `output_dir`.
+        console: where progress is printed.
 
     Returns:
         The run folder.
 
     Raises:
         UserError: for bad input, before anything is written.
-        Interrupted: after Ctrl-C, when the checkpoint is written.
-        DivergedError: if the loss or its gradient is not finite.
+        Interrupted: after Ctrl-C, once the checkpoint is written.
+        DivergedError: if the loss, its gradient or a gate is not finite.
         DeadGateError: if a gate got no gradient at the first step.
         BaseChangedError: if a base weight changed.
     """
-    # Each rank on its own device, before anything is loaded.
+    # This sets each rank's device, so it comes before anything is loaded.
     ranks = PartialState(cpu=not torch.accelerator.is_available())
     console = console or Console(quiet=not ranks.is_main_process)
     recipe = recipe.with_absolute_paths()
     run = expanded(recipe.output_dir)
     checkpoint = _check_folder(run, recipe, resume, console)
     config = preflight(recipe)
-    ranks.wait_for_everyone()  # all have looked before one writes
+    ranks.wait_for_everyone()  # the main rank writes only after all have checked the folder
     is_new = ranks.is_main_process and not run.exists()
-    with _leaving_nothing(run) if is_new else nullcontext():
+    with _removed_on_failure(run) if is_new else nullcontext():
         return _train(recipe, config, run, checkpoint, ranks, console)
 
 
 @contextmanager
-def _leaving_nothing(run: Path) -> Iterator[None]:
-    """A run that ends before its first checkpoint has nothing to go on from, and its folder would
-    be in the way of the next try."""
-    above = missing_parents(run)
+def _removed_on_failure(run: Path) -> Iterator[None]:
+    """Removes the folder of a run that fails before its first checkpoint.
+
+    Such a run cannot be resumed, and its folder would be in the way of the next try.
+    """
+    created_parents = missing_parents(run)
     try:
         yield
     except BaseException:
         if last_checkpoint(run / "checkpoints")[0] is None:
-            remove(run, above)
+            remove(run, created_parents)
         raise
 
 
@@ -121,8 +123,8 @@ def _train(
     args = training_arguments(recipe, run, checkpoint)
     if args.gradient_checkpointing:
         return_large_blocks()
-    tokenizer, sources = read_texts(recipe, config)  # before weights, which take longer
-    files = _files(recipe)
+    tokenizer, sources = load_tokenizer_and_data(recipe, config)  # first, as weights take longer
+    files = _file_hashes(recipe)
     if checkpoint:
         _check_unchanged(run, recipe, config, files)
     base = load_base(recipe.model)
@@ -153,11 +155,11 @@ def _train(
     if interrupt.stopped:
         raise Interrupted(f"stopped at step {trainer.state.global_step}")
     after = _fingerprint(trainer.model, recipe)
-    # The Trainer may tell a mixture of experts to give more than logits, which moves no weight.
+    # Only the weights are compared: TRL may have set output_router_logits in the config.
     if after["weights_sha256"] != frozen["weights_sha256"]:
         raise BaseChangedError("a weight of the frozen base changed during training")
-    gates = whole_adapter(trainer.model)
-    check_trained(gates, trainer.highest_rate)
+    gates = gather_gates(trainer.model)
+    check_gates_finite(gates, trainer.highest_rate)
     if ranks.is_main_process:
         with writing(run):
             _finish(trainer, gates, run, _summary(trainer, recipe, frozen, after))
@@ -172,13 +174,15 @@ def gate_trainer(
     sources: list[LoadedSource] | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> GateTrainer:
-    """The trainer of a recipe, which `train` runs.
+    """Makes the trainer that `train` runs. What is not given is made or loaded from the recipe.
 
     Args:
-        recipe: what to train, on what.
-        args: its `training_arguments`.
-        base: its base, if it is loaded already; `tokenizer` and `sources` likewise.
-        callbacks: added to the Trainer's own.
+        recipe: what to train, and on what.
+        args: the settings from `training_arguments`.
+        base: the base, if it is loaded already.
+        tokenizer: the base's tokenizer, if it is loaded already.
+        sources: the data, if it is loaded already.
+        callbacks: callbacks beside the Trainer's own.
     """
     tokenizer = tokenizer or load_tokenizer(recipe.model)
     return GateTrainer(
@@ -193,44 +197,56 @@ def gate_trainer(
 
 
 def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: bool) -> None:
-    automatic = recipe.train.learning_rate == "auto"
-    # A checkpoint holds the constants.
-    constants = (recipe.gate.centered or recipe.gate.sinks != "none") and not resumed
-    if not (automatic or constants):
+    """Sets the gates' constants and the learning rates that come from calibration."""
+    has_auto_rate = recipe.train.learning_rate == "auto"
+    # A resumed run reads the constants from its checkpoint.
+    needs_constants = (recipe.gate.centered or recipe.gate.sinks != "none") and not resumed
+    if not (has_auto_rate or needs_constants):
         return
     calibration = trainer.calibrate()
-    if constants:
+    if needs_constants:
         if recipe.gate.sinks != "none" and not calibration.sink_logits:
             raise UserError(
                 "data: of the first 64 documents none has two tokens beyond its 64th, which sink "
                 "logits are fitted on; train on longer texts, or set gate.sinks to none"
             )
-        calibration.give_to(trainer.model)
+        calibration.initialize_gates(trainer.model)
         if summary := calibration.summary():
             say(f"gates start from what the texts show: {summary}", console)
-    if automatic:
+    if has_auto_rate:
         trainer.learning_rates = calibration.learning_rates
 
 
 def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> Path | None:
-    """Where a run goes on from; `None` if it begins."""
+    """Checks the run folder, and returns the checkpoint to resume from.
+
+    Returns:
+        `None` if the run starts from the beginning.
+
+    Raises:
+        UserError: if the folder exists and `resume` is not set, or holds no run that can be
+            resumed with this recipe.
+    """
     if not resume:
         refuse_unwritable(run)
         if os.path.lexists(run):
             raise UserError(f"{run} exists; choose another output_dir, or add --resume")
         return None
     resolved = run / RESOLVED
-    if _holds_nothing(run):
+    if _has_no_files(run):
         return None
     # A merged checkpoint has the recipe, too.
     if not resolved.is_file() or not any(
         (run / name).exists() for name in ("checkpoints", "run.json")
     ):
         raise UserError(f"nothing to resume: {run} holds no run")
-    before, now = load_recipe(str(resolved)).with_absolute_paths().model_dump(), recipe.model_dump()
-    # The folder may have been moved.
-    compared = now.keys() - {"measure", "output_dir"}
-    changed = [key for key in now if key in compared and before[key] != now[key]]
+    started, given = (
+        load_recipe(str(resolved)).with_absolute_paths().model_dump(),
+        recipe.model_dump(),
+    )
+    # output_dir is not compared: the folder may have been moved.
+    compared = given.keys() - {"measure", "output_dir"}
+    changed = [key for key in given if key in compared and started[key] != given[key]]
     if changed:
         raise UserError(
             f"{run} was started with another recipe (its {', '.join(changed)} differ); resume with "
@@ -240,17 +256,17 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> 
         raise UserError(f"{run} is finished; there is nothing to resume")
     refuse_unwritable(resolved)
     checkpoint, damaged = last_checkpoint(run / "checkpoints")
-    for path, wrong in damaged.items():
-        say(f"{path} is passed over: {wrong}", console)
+    for path, problem in damaged.items():
+        say(f"{path} is passed over: {problem}", console)
     if checkpoint is None:
         say(f"{run} has no whole checkpoint: it starts from the beginning", console)
     return checkpoint
 
 
-def _files(recipe: Recipe) -> dict[str, str]:
-    """The sha256 of each file on this machine that makes tokens: of data, and of the tokenizer."""
+def _file_hashes(recipe: Recipe) -> dict[str, str]:
+    """Returns the sha256 of each local file of the data and of the tokenizer, by its path."""
     base = Path(recipe.model.location)
-    tokenizer = (base / name for name in _TOKENIZER)
+    tokenizer = (base / name for name in _TOKENIZER_FILES)
     data = (expanded(source.path) for source in recipe.data.sources)
     return {str(path): file_sha256(path) for path in (*data, *tokenizer) if path.is_file()}
 
@@ -258,8 +274,13 @@ def _files(recipe: Recipe) -> dict[str, str]:
 def _check_unchanged(
     run: Path, recipe: Recipe, config: PreTrainedConfig, files: dict[str, str]
 ) -> None:
-    """A run goes on with what it was started with, as far as that is seen without weights. One of
-    before has no `started.json`."""
+    """Checks that a resumed run finds the files and the config that it was started with.
+
+    Runs of early versions have no `started.json`, and their files are not checked.
+
+    Raises:
+        UserError: if a file or the base's config has changed.
+    """
     facts = facts_of(run)
     if changed := facts.get("files", files).items() ^ files.items():
         raise UserError(
@@ -270,6 +291,11 @@ def _check_unchanged(
 
 
 def _check_weights(run: Path, frozen: dict) -> None:
+    """Checks that a resumed run finds the base weights that it was started with.
+
+    Raises:
+        UserError: if the weights are others.
+    """
     started = facts_of(run).get("base", frozen)
     if started["weights_sha256"] != frozen["weights_sha256"]:
         raise UserError(
@@ -278,12 +304,13 @@ def _check_weights(run: Path, frozen: dict) -> None:
         )
 
 
-def _holds_nothing(run: Path) -> bool:
-    """Whether it is there, and no file in it: a run that was killed before it wrote anything."""
+def _has_no_files(run: Path) -> bool:
+    """Returns whether a folder exists without any files, as a run leaves it if killed early."""
     return run.is_dir() and not any(path.is_file() for path in run.rglob("*"))
 
 
 def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:
+    """Returns what `run.json` says of the base: its name, form, weights' sha256 and config."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
         "name_or_path": recipe.model.base,
@@ -297,11 +324,13 @@ def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:
 
 
 def _finish(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Path, facts: dict) -> None:
-    """Write `adapter/` and `run.json`, both hidden at first. The latter comes last, and a folder
-    without it goes on from its last checkpoint."""
+    """Writes `adapter/` and `run.json`, both under temporary names at first.
+
+    `run.json` gets its name last, and a run without it resumes from its last checkpoint.
+    """
     adapter, hidden = run / "adapter", run / ".adapter.partial"
-    for left in (hidden, adapter):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (hidden, adapter):  # a process that was killed may have left them
+        shutil.rmtree(leftover, ignore_errors=True)
     with atomic_file(run / "run.json") as partial:
         partial.write_text(to_json(facts), encoding="utf-8")
         trainer.model.save_pretrained(str(hidden), state_dict=gates)
@@ -310,10 +339,18 @@ def _finish(trainer: GateTrainer, gates: dict[str, torch.Tensor], run: Path, fac
 
 
 def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) -> dict:
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    """Returns what `run.json` holds.
+
+    Args:
+        trainer: the trainer, when it is done.
+        recipe: what it has trained.
+        before: the base's fingerprint before training.
+        after: the base's fingerprint after training.
+    """
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    losses_of_layers = ("pressure", "activation", "hidden", "balance")
-    keys = ("loss", "lm", "kl", *losses_of_layers, "gate_movement", "sink_share")
+    layer_losses = ("pressure", "activation", "hidden", "balance")
+    keys = ("loss", "lm", "kl", *layer_losses, "gate_movement", "sink_share")
     return {
         "base": before,
         "base_weights_sha256_after": after["weights_sha256"],
@@ -322,8 +359,8 @@ def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) ->
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "seconds": round(trainer.state.log_history[-1].get("train_runtime", 0.0), 1),
-        "first": {key: losses[0][key] for key in keys if key in losses[0]},
-        "last": {key: losses[-1][key] for key in keys if key in losses[-1]},
+        "first": {key: logged[0][key] for key in keys if key in logged[0]},
+        "last": {key: logged[-1][key] for key in keys if key in logged[-1]},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "versions": {
             name: version(name)

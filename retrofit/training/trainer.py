@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, with the gates' objectives, mixed sources and pickle-free checkpoints."""
+"""Extends TRL's SFTTrainer by the gates' losses, mixed sources and checkpoints without pickles."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from retrofit.data.chats import assistant_found
+from retrofit.data.chats import naming_source
 from retrofit.data.collator import PackedRows
 from retrofit.data.mixture import check_any_left, mix
 from retrofit.data.sources import LoadedSource
@@ -28,7 +28,8 @@ from retrofit.training.divergence import check_finite
 from retrofit.training.trainer_state import SafetensorsCheckpoints
 from retrofit.utils.errors import UserError
 
-# Of sink logits and key biases, which are stored in tens of nats: up to 0.1 a step.
+# The learning rate of sink logits and key biases. They are stored in tens of nats, so a step moves
+# them by up to 0.1.
 CONSTANTS_RATE = 1e-2
 
 
@@ -37,15 +38,15 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
 
     Args:
         model: a base with gates, from `gated_model`.
-        args: TRL's settings; `max_length` is the row length.
-        sources: what to train on; each is tokenized and packed alone, then rows are mixed.
+        args: TRL's settings; `max_length` is the length of a row.
+        sources: the data; each source is tokenized and packed by itself, then their rows are mixed.
         processing_class: the tokenizer.
-        objective: weights of the losses.
-        callbacks: added to the Trainer's own.
-        first_tokens: how many tokens of a packed row become documents of their own.
+        objective: the weights of the losses.
+        callbacks: callbacks beside the Trainer's own.
+        first_tokens: how many tokens of a packed row become documents of one or two tokens.
 
     Raises:
-        UserError: if the data gives less than one optimizer step, or under DeepSpeed's ZeRO-3.
+        UserError: if the data does not suffice for one optimizer step, or under DeepSpeed's ZeRO-3.
     """
 
     _tag_names = ["retrofit", "gated-attention"]  # noqa: RUF012 - as in TRL
@@ -77,15 +78,15 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             )
             attend_by_document(self.model.get_base_model())
         for layer in gate_layers(self.model).values():
-            layer.float()  # TRL casts trainable weights to bf16 on a quantized base
+            layer.float()  # undoes TRL's cast of trainable weights to bf16 on a quantized base
         add_objectives(self.model.get_base_model(), objective)
         self.objective = objective
-        needed = objective.reads_layers
-        self.layer_losses = add_layer_losses(self.model, objective) if needed else None
-        self.learning_rates: dict[int, float] = {}  # by layer, instead of `args.learning_rate`
-        self._losses: list[torch.Tensor] = []  # of the micro-batches of a step
+        has_losses = objective.reads_layers
+        self.layer_losses = add_layer_losses(self.model, objective) if has_losses else None
+        self.learning_rates: dict[int, float] = {}  # by layer; empty for one rate
+        self._losses: list[torch.Tensor] = []  # one of each micro-batch of the step so far
         self._compiled = False
-        self._clock: tuple[float, int] | None = None
+        self._last_log: tuple[float, int] | None = None  # time in seconds, tokens seen
 
     def _check_engine(self) -> None:
         plugin = self.accelerator.state.deepspeed_plugin
@@ -93,18 +94,23 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             raise UserError("DeepSpeed's ZeRO-3 is not supported; to shard the base, use FSDP2")
 
     def compile_layers(self) -> None:
-        """Each layer by itself: one graph serves all of a kind, where that of a whole model takes
-        minutes."""
+        """Compiles each layer by itself.
+
+        One graph then serves all layers of a kind, while that of the whole model takes minutes.
+        """
         self._compiled = True
         for layer in self.model.get_base_model().base_model.layers:
             layer.compile()
 
     def calibrate(self, documents: int = 64) -> Calibration:
-        """What the base shows of the first `documents` of the data. The main rank reads it and
-        tells the others, so that it does not depend on how many there are."""
+        """Reads the calibration from about the first `documents` documents of the data.
+
+        The main rank reads it and sends it to the others, so that it does not depend on the number
+        of ranks.
+        """
         calibrations: list[Calibration | None] = [None]
         if self.accelerator.is_main_process:
-            # On some CPUs a forward in eval mode makes bitsandbytes repack 4-bit weights into a
+            # On some CPUs, a forward in eval mode makes bitsandbytes repack 4-bit weights into a
             # form that has no backward.
             self.model.train()
             calibrations = [calibrate(self.model, self._first_batches(documents)).cpu()]
@@ -112,7 +118,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         return calibration
 
     def _first_batches(self, documents: int) -> Iterator[dict[str, torch.Tensor]]:
-        """What a single rank would train on first."""
+        """Yields the first batches of a run on one rank, until they hold `documents` documents."""
         loader = prepare_data_loader(
             DataLoader(
                 self.train_dataset,
@@ -128,24 +134,24 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             use_seedable_sampler=True,
             data_seed=self.args.data_seed,
         )
-        seen = 0
+        documents_read = 0
         for batch in loader:
             position_ids = _position_ids(batch)
             yield {"input_ids": batch["input_ids"], "position_ids": position_ids}
-            seen += count_documents(position_ids)
-            if seen >= documents:
+            documents_read += count_documents(position_ids)
+            if documents_read >= documents:
                 break
 
     def _get_dataloader(self, dataset, *args, **kwargs):
         if isinstance(dataset, IterableDataset):
-            dataset = _OneStream(dataset)
+            dataset = _UndividedStream(dataset)
         return super()._get_dataloader(dataset, *args, **kwargs)
 
     def create_optimizer(self, model=None):
-        """The Trainer's own, with a rate for each layer if `learning_rates` has them."""
-        created = self.optimizer is not None
+        """Makes the Trainer's optimizer, with one rate for each layer in `learning_rates`."""
+        exists = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if self.learning_rates and not created:
+        if self.learning_rates and not exists:
             layers = gate_layers(self.model if model is None else model)
             decay = self.args.weight_decay
             optimizer.param_groups.clear()
@@ -159,11 +165,11 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         return optimizer
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, name):
-        """Prepare each source by TRL's rules for its own format, then mix."""
+        """Tokenizes and packs each source by TRL's rules for its format, then mixes their rows."""
         prepared = []
         for source in self.sources:
             self.completion_only_loss = source.completion_only
-            with assistant_found(source.path):
+            with naming_source(source.path):
                 rows = super()._prepare_dataset(
                     source.rows, processing_class, args, packing, formatting_func, name
                 )
@@ -189,9 +195,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             progress = self.state.global_step / self.state.max_steps
             scale = 1 / self.current_gradient_accumulation_steps
             self.layer_losses.prepare(_position_ids(inputs), progress, scale)
-        # A hook is traced into a compiled graph, and another one at the next step is a new graph.
-        watched = {} if self._compiled else gate_layers(self.model)
-        with gate_movement(watched.values()) as movements:
+        # Compiled layers are not watched: their graphs contain the hooks, and new hooks at each
+        # step would make new graphs.
+        watched_layers = {} if self._compiled else gate_layers(self.model)
+        with gate_movement(watched_layers.values()) as movements:
             outputs = model(**inputs, objectives=True)
         num_tokens = outputs.num_tokens if num_items_in_batch is None else num_items_in_batch
         loss = outputs.loss / torch.as_tensor(num_tokens, device=outputs.loss.device).clamp(min=1)
@@ -206,7 +213,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Called once a step, when its gradient is whole and the gates have not moved."""
+        """Checks the losses and the gradient, once a step and before the gates are updated."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         losses, self._losses = self._losses, []
         step = self.state.global_step
@@ -221,7 +228,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
     def _record(self, outputs, movements: list[torch.Tensor]) -> None:
         metrics = self._metrics["train"]
         tokens = outputs.num_tokens.clamp(min=1)
-        # Read when they are logged: until then nothing waits for the device.
+        # These stay on the device until they are logged, so that nothing waits for it.
         metrics["lm"].append(outputs.lm / tokens)
         metrics["kl"].append(outputs.kl / tokens)
         if movements:
@@ -229,33 +236,37 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            now = (time.monotonic(), self.state.num_input_tokens_seen)
-            then, self._clock = self._clock, now
-            if then:
-                logs["tokens_per_second"] = (now[1] - then[1]) / (now[0] - then[0])
-            logs |= self._figures()
+            this_log = (time.monotonic(), self.state.num_input_tokens_seen)
+            last_log, self._last_log = self._last_log, this_log
+            if last_log:
+                seconds, tokens = this_log[0] - last_log[0], this_log[1] - last_log[1]
+                logs["tokens_per_second"] = tokens / seconds
+            logs |= self._means_since_last_log()
         super().log(logs, start_time)
 
-    def _figures(self) -> dict[str, float]:
-        """What was recorded since the last line of the log, and the last batch's losses inside the
-        layers, mean over ranks."""
+    def _means_since_last_log(self) -> dict[str, float]:
+        """Returns means over what was recorded since the last log, and over ranks.
+
+        The losses inside the layers are those of the last batch.
+        """
         recorded = self._metrics["train"]
         means = {name: sum(values) / len(values) for name, values in recorded.items()}
         recorded.clear()
         if self.layer_losses:
             means |= self.layer_losses.means()
         device = self.accelerator.device
-        mine = torch.stack(
+        means_here = torch.stack(
             [torch.as_tensor(value, device=device).float() for value in means.values()]
         )
-        return dict(zip(means, self.accelerator.reduce(mine, "mean").tolist(), strict=True))
+        return dict(zip(means, self.accelerator.reduce(means_here, "mean").tolist(), strict=True))
 
     def create_model_card(self, *args, **kwargs):
-        """TRL writes a draft card beside every checkpoint; the merge writes the real one."""
+        """Writes no card. TRL would write a draft beside each checkpoint; merging writes the real
+        one."""
 
 
 def weights_and_constants(layer: GateLayer) -> tuple[list, list]:
-    """The parameters of a layer that multiply its input, and those that do not."""
+    """Returns the parameters of a layer that multiply its input, and those that do not."""
     parameters = list(layer.named_parameters())
     is_constant = [
         name.endswith((".sink_odds", ".key_bias", ".first_key_off")) for name, _ in parameters
@@ -266,9 +277,12 @@ def weights_and_constants(layer: GateLayer) -> tuple[list, list]:
     return split
 
 
-class _OneStream(torch.utils.data.IterableDataset):
-    """A stream that every rank reads whole to take its rows from. accelerate would deal out its
-    files instead, and then no other number of ranks would see the same rows."""
+class _UndividedStream(torch.utils.data.IterableDataset):
+    """A stream that every rank reads whole, to take its own rows from.
+
+    accelerate would divide the stream's files among the ranks instead, and then the rows of a step
+    would depend on the number of ranks.
+    """
 
     def __init__(self, rows: IterableDataset):
         self.rows = rows
@@ -281,12 +295,12 @@ class _OneStream(torch.utils.data.IterableDataset):
 
 
 def _takes_lengths(model: PreTrainedModel) -> bool:
-    """Whether the attention kernel takes the lengths of packed documents."""
+    """Returns whether the attention kernel takes the lengths of packed documents."""
     return "flash" in model.config._attn_implementation
 
 
 def _position_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Positions in each document `[batch, T]`, negative for padding."""
+    """Returns positions in each document, `[batch, T]`, negative for padding."""
     if "position_ids" in inputs:
         return inputs["position_ids"]
     mask = inputs["attention_mask"]
@@ -295,7 +309,7 @@ def _position_ids(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def gate_movement(layers: Iterable[GateLayer]) -> Iterator[list[torch.Tensor]]:
-    """Collects the mean |g - 1| of each layer whose gate `g` runs inside."""
+    """Collects the mean |g - 1| of each gate `g` that runs inside the `with` block."""
     movements: list[torch.Tensor] = []
 
     def record(_module, _args, gate):
@@ -311,6 +325,8 @@ def gate_movement(layers: Iterable[GateLayer]) -> Iterator[list[torch.Tensor]]:
 
 
 def count_documents(position_ids: torch.Tensor) -> int:
-    """How many documents of packed rows are texts: the tokens of `data.first_tokens`, alone or in
-    pairs, are none."""
+    """Counts the documents of packed rows, without those that `data.first_tokens` makes.
+
+    Those have one or two tokens, so a document counts if it has three.
+    """
     return int((position_ids == 2).sum())

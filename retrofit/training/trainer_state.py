@@ -1,7 +1,7 @@
-"""Trainer state in safetensors and JSON: what the Trainer would otherwise pickle.
+"""Writes and reads the trainer state in safetensors and JSON, which the Trainer would pickle.
 
-The state is all that a bitwise continuation needs: AdamW's moments, the schedule, and the random
-generators of Python, numpy and torch.
+The state is all that a bitwise continuation needs: AdamW's moments, the schedule, and the states of
+the random generators of Python, numpy and torch.
 """
 
 import json
@@ -16,9 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as SAFE_ADAPTER
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import (
-    TRAINING_ARGS_NAME,
-)
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from retrofit.models.pickles import pickles_in, refuse_pickles
 from retrofit.stored_names import current_name
@@ -37,14 +35,17 @@ from retrofit.utils.fsdp import full_tensor
 
 
 class SafetensorsCheckpoints(Trainer):
-    """Mixin before a Trainer. Under FSDP and DeepSpeed their own sharded formats stay."""
+    """A mixin, placed before a Trainer, that writes its checkpoints without pickles.
+
+    FSDP and DeepSpeed keep their own sharded formats.
+    """
 
     def _sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        # A pickle of the arguments, which the recipe replaces.
+        # The arguments are pickled, and nothing needs them: the recipe has them.
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -54,7 +55,7 @@ class SafetensorsCheckpoints(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _run_epoch(self, *args, **kwargs):
-        """A run that was killed after its last step has none left, and the Trainer takes one."""
+        """Stops a run that was killed after its last step; the Trainer would take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -68,8 +69,9 @@ class SafetensorsCheckpoints(Trainer):
                 super()._save_checkpoint(model, trial)
         except UserError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            again = "go on with --resume" if last_checkpoint(checkpoints)[0] else "start again"
-            raise UserError(f"{error}; make room, and {again}") from error
+            resumable = last_checkpoint(checkpoints)[0] is not None
+            retry = "go on with --resume" if resumable else "start again"
+            raise UserError(f"{error}; make room, and {retry}") from error
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.args.should_save:
@@ -104,7 +106,7 @@ class SafetensorsCheckpoints(Trainer):
         if [len(group["params"]) for group in groups] != [
             len(group["params"]) for group in self.optimizer.param_groups
         ]:
-            raise _of_another_run(Path(checkpoint) / STATE, "its groups differ")
+            raise _other_run_error(Path(checkpoint) / STATE, "its groups differ")
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.lr_scheduler.load_state_dict(state["scheduler"])
         return None
@@ -130,7 +132,7 @@ class SafetensorsCheckpoints(Trainer):
         save_file(tensors, self._rng_file(output_dir), metadata={"rest": json.dumps(rest)})
 
     def _load_rng_state(self, checkpoint):
-        # A run that goes on with more ranks has no file for the new ones; they keep their seed.
+        # If a run is resumed on more ranks, the new ones have no file and keep their seed.
         if checkpoint is None or not self._rng_file(checkpoint).is_file():
             return
         states = read_random_states(self._rng_file(checkpoint))
@@ -142,11 +144,17 @@ class SafetensorsCheckpoints(Trainer):
 
 
 def accumulation_steps(checkpoint: Path, batch_size: int, ranks: int) -> int:
-    """With how many accumulated micro-batches a run goes on from a checkpoint, so that its steps
-    stay what they are on any number of ranks: as many rows, and the same ones.
+    """Returns the gradient accumulation steps with which a run goes on from a checkpoint.
+
+    A step then takes as many rows as before, and the same ones, on any number of ranks.
+
+    Args:
+        checkpoint: the checkpoint that the run goes on from.
+        batch_size: rows of a micro-batch on one rank.
+        ranks: the number of ranks now.
 
     Raises:
-        UserError: if so many ranks with such batches cannot share the rows of a step.
+        UserError: if these ranks cannot share the rows of a step in micro-batches of this size.
     """
     rows = read_json(checkpoint / STEP)["rows"]
     if rows % (batch_size * ranks):
@@ -157,34 +165,40 @@ def accumulation_steps(checkpoint: Path, batch_size: int, ranks: int) -> int:
     return rows // (batch_size * ranks)
 
 
-def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The gates' weights, gathered where FSDP2 shards them; all ranks must call this."""
+def gather_gates(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Returns the gates' weights, gathered where FSDP2 shards them; all ranks must call this."""
     state = model.state_dict()
     gates = (name for name in state if model.base_model.prefix in name)
     return {name: full_tensor(state[name]) for name in gates}
 
 
 def _check_gates(path: Path, model: PeftModel) -> None:
-    """PEFT only warns of a gate that is not in the file, and would train it from the start."""
-    held = get_peft_model_state_dict(model, save_embedding_layers=False)
-    gates = {name: list(gate.shape) for name, gate in held.items()}
+    """Checks that a checkpoint holds the gates of the model, each in its shape.
+
+    PEFT only warns if the file lacks a gate, and would train that gate from its initial values.
+
+    Raises:
+        UserError: if the names or shapes differ.
+    """
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: list(gate.shape) for name, gate in state.items()}
     with safe_open(path, framework="pt") as file:
         stored = {
             current_name(name): file.get_slice(name).get_shape()
             for name in file.keys()  # noqa: SIM118 - not a dict
         }
-    wrong = {name for name in gates.keys() | stored.keys() if gates.get(name) != stored.get(name)}
-    if wrong:
-        raise _of_another_run(path, f"{min(wrong)} differs")
+    names = expected.keys() | stored.keys()
+    if differing := [name for name in names if expected.get(name) != stored.get(name)]:
+        raise _other_run_error(path, f"{min(differing)} differs")
 
 
-def _of_another_run(path: Path, why: str) -> UserError:
+def _other_run_error(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} does not hold the gates of this run: {why}; remove its folder, and --resume goes "
-        "on from the checkpoint before"
+        f"{path} does not hold the gates of this run: {reason}; remove its folder, and --resume "
+        "goes on from the checkpoint before"
     )
 
 
 def rows_per_step(args: TrainingArguments) -> int:
-    """Of all ranks together."""
+    """Returns the rows that all ranks together take in a step."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size

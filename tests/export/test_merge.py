@@ -784,7 +784,7 @@ def one_token(run, base, tmp_path):
         (with_sinks(edit=each("odds", lambda t: t * torch.nan)), "NaN or infinite weights"),
         (with_sinks(edit=each("odds", lambda t: t[:3])), r"has shape \(3,\), but the base needs"),
         (with_sinks(edit=each("key_bias", lambda t: t[0])), r"has shape \(2, \d\), but the base"),
-        (with_sinks(edit=each("odds", lambda t: -t)), "no sink of .* weighs anything"),
+        (with_sinks(edit=each("odds", lambda t: -t)), "no sink of .* has any weight"),
         (
             with_sinks(
                 edit=lambda w: w.update(

@@ -427,7 +427,7 @@ def calibrated(model) -> None:
     """Give the gates what the base shows of random tokens."""
     positions = torch.arange(80).expand(2, -1)
     model.train()
-    calibrate(model, [{"input_ids": SEEN, "position_ids": positions}]).give_to(model)
+    calibrate(model, [{"input_ids": SEEN, "position_ids": positions}]).initialize_gates(model)
     model.eval()
 
 

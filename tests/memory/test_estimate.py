@@ -142,7 +142,7 @@ def test_a_quantized_base_takes_what_is_counted(make_recipe, quantization):
 
 def device_for(recipe: Recipe, checkpointing: str) -> Device:
     """One that a step with this checkpointing just fills."""
-    needed = memory._CONTEXT + steps_on_gpu(recipe, checkpointing).peak
+    needed = memory._CUDA_LIBRARIES + steps_on_gpu(recipe, checkpointing).peak
     return Device("a small GPU", int(needed / memory.ROOM) + 1, is_gpu=True)
 
 
@@ -184,7 +184,7 @@ def test_the_remedy_fits(make_recipe):
 
 def test_nothing_helps_where_the_libraries_do_not_fit(make_recipe):
     recipe = make_recipe()
-    device = Device("none to speak of", memory._CONTEXT, is_gpu=True)
+    device = Device("none to speak of", memory._CUDA_LIBRARIES, is_gpu=True)
     assert remedy(recipe, load_config(recipe.model), device) is None
 
 

@@ -87,7 +87,7 @@ def test_an_adapter_that_lacks_a_gate_is_refused(run):
     name = "base_model.model.model.layers.1.self_attn.attn_gate.g_proj.weight"
     tensors.pop(name)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} is in one alone"):
+    with pytest.raises(UserError, match=f"{name} is in only one of them"):
         load_model(str(run))
 
 

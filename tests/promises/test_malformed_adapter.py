@@ -326,7 +326,7 @@ GATES = {
     "empty": (lambda path: path.write_bytes(b""), "missing or damaged"),
     "missing": (Path.unlink, "has no adapter_model.safetensors"),
     "of no layer": (edited_gates(lambda tensors: tensors.clear()), "holds no gates|does not fit"),
-    "of a layer that is not there": (moved(99), "layers.2.*is in one alone|layer 99"),
+    "of a layer that is not there": (moved(99), "layers.2.*is in only one of them|layer 99"),
     "of a layer with a further zero": (moved("00"), "layers.00"),
     "of another shape": (
         edited_gates(lambda tensors: tensors.update({n: t[:1] for n, t in tensors.items()})),

@@ -247,16 +247,25 @@ SPOILT = {
     ),
     "an empty schedule": (told("state.json", scheduler={}), "scheduler.last_epoch"),
     "a schedule in words": (schedule(last_epoch="3"), "scheduler.last_epoch"),
-    "a schedule of more groups": (schedule(base_lrs=[0.1] * 9), "another schedule than groups"),
-    "a schedule without shapes": (schedule(lr_lambdas=[]), "another schedule than groups"),
-    "every group twice": (group(lambda groups: groups.extend(groups[:])), "schedule than groups"),
+    "a schedule of more groups": (
+        schedule(base_lrs=[0.1] * 9),
+        "a schedule for other groups",
+    ),
+    "a schedule without shapes": (
+        schedule(lr_lambdas=[]),
+        "a schedule for other groups",
+    ),
+    "every group twice": (
+        group(lambda groups: groups.extend(groups[:])),
+        "a schedule for other groups",
+    ),
     "a group of nothing but parameters": (
         group(lambda groups: groups.__setitem__(0, {"params": [0]})),
         "param_groups.0.lr: field required",
     ),
     "a parameter too many": (
         group(lambda groups: groups[0]["params"].append(99)),
-        "is not of what state.json names",
+        "holds other parameters than state.json names",
     ),
     "a parameter twice": (
         group(lambda groups: groups[0]["params"].append(groups[0]["params"][0])),
@@ -273,9 +282,9 @@ SPOILT = {
     "a moment missing": (moments(lambda held: held.pop("0.exp_avg")), "the moments of 0"),
     "a parameter without moments": (
         moments(lambda held: {n: t for n, t in held.items() if not n.startswith("0.")}),
-        "is not of what state.json names",
+        "holds other parameters than state.json names",
     ),
-    "a moment of NaN": (moments(with_nan), "what is no number in 0.exp_avg"),
+    "a moment of NaN": (moments(with_nan), "a number that is not finite in 0.exp_avg"),
     "no count of steps": (moments(lambda held: held.pop("0.step")), "the moments of 0"),
     "names without a dot": (
         moments(lambda held: {name.replace(".", ""): each for name, each in held.items()}),
@@ -297,7 +306,7 @@ SPOILT = {
     },
     "what FSDP writes": (
         lambda checkpoint: (checkpoint / "pytorch_model_fsdp_0").mkdir(),
-        "holds pytorch_model_fsdp_0, which FSDP alone reads",
+        "holds pytorch_model_fsdp_0, which only FSDP reads",
     ),
     "more rows a step": (told("step.json", rows=10**9), "1000000000 rows a step, and the run tak"),
     "other rows a step": (told("step.json", rows=4), "of 4 rows a step, and the run takes 2"),
