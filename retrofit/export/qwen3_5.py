@@ -198,7 +198,10 @@ def _eps(config: PreTrainedConfig, shift: int) -> float:
 
 
 def _stays_tied(config: PreTrainedConfig) -> bool:
-    """Tells whether embeddings stay tied: the residual stream scales only the input ones."""
+    """Tells whether the input and output embeddings stay tied.
+
+    Scaling the residual stream scales only the input embeddings, which unties them.
+    """
     return config.tie_word_embeddings and _has_qk_norm(config)
 
 
@@ -299,7 +302,7 @@ def _map_head(
 
 
 def _pack_gate(config: PreTrainedConfig, layer: Tensors, gate: torch.Tensor | None) -> None:
-    """Reshapes `q_proj` to `[num_heads, 2, head_dim, hidden_size]`: each head's query and gate.
+    """Packs `q_proj` as `[num_heads, 2, head_dim, hidden_size]`: each head's query, then its gate.
 
     A headwise gate is repeated over the channels of its head. Heads without a gate get zeros, where
     `2 * sigmoid` is 1.
