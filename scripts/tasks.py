@@ -5,7 +5,8 @@
 lm-evaluation-harness runs the models and scores them, on documents that are read from this machine.
 HellaSwag, ARC-Easy and PIQA use its `acc_norm`: the answer is the choice with the highest
 log-likelihood per character. In LAMBADA, greedy decoding has to write the last word. The difference
-from the base is taken document by document. Its standard error therefore leaves out how hard the
+from the base is taken document by document. `--skip` leaves the first documents out, which is for
+trying things on documents whose figures are not reported. The difference's standard error therefore leaves out how hard the
 documents are, which is most of the error of an accuracy.
 """
 
@@ -43,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="+", help="the base first; then runs, merged checkpoints")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--limit", type=int, default=500, help="documents per task at most")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="documents per task to leave out before"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="auto: as the base is kept")
@@ -52,7 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check(options)
         result = compare(
-            options.models, options.tasks, options.limit, options.dtype, options.batch_size
+            options.models,
+            options.tasks,
+            options.limit,
+            options.dtype,
+            options.batch_size,
+            options.skip,
         )
     except (UserError, assets.AssetError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,6 +76,8 @@ def check(options: argparse.Namespace) -> None:
     """Refuse options that would otherwise fail only after the work is done."""
     if options.limit < 2:
         raise UserError("--limit must be at least 2: one document has no standard error")
+    if options.skip < 0:
+        raise UserError("--skip must be at least 0")
     if options.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
     if options.out and not options.out.absolute().parent.is_dir():
@@ -81,6 +92,7 @@ def compare(
     limit: int,
     dtype: Any = "auto",
     batch_size: int = 16,
+    skip: int = 0,
 ) -> dict[str, Any]:
     """Returns the figures of all models, with one of them in memory at a time.
 
@@ -92,7 +104,12 @@ def compare(
     models: list[dict[str, Any]] = []
     base: Outcomes | None = None
     documents = read(tasks)
-    samples = {task: sample(len(of_task.eval_docs), limit) for task, of_task in documents.items()}
+    samples = {
+        task: sample(len(of_task.eval_docs), limit, skip) for task, of_task in documents.items()
+    }
+    for task, numbers in samples.items():
+        if len(numbers) < 2:
+            raise UserError(f"--skip {skip} leaves fewer than two documents of {task}")
     for name, source in zip(names(sources), sources, strict=True):
         print(name, file=sys.stderr)
         lm = RetrofitLM(source, dtype, batch_size=batch_size)
@@ -107,6 +124,7 @@ def compare(
     settings = {
         "sources": list(sources),
         "documents": {task: len(numbers) for task, numbers in samples.items()},
+        **({"skipped": skip} if skip else {}),
         "seed": SEED,
         "dtype": dtype,
         "versions": {name: version(name) for name in PACKAGES},
@@ -128,11 +146,12 @@ def read(tasks: Sequence[str]) -> dict[str, Any]:
     return TaskManager(include_defaults=False).load(configs)["tasks"]
 
 
-def sample(total: int, limit: int) -> list[int]:
-    """Returns the sorted numbers of the first `limit` documents of a fixed shuffle."""
+def sample(total: int, limit: int, skip: int = 0) -> list[int]:
+    """Returns the sorted numbers of the `limit` documents after the first `skip` of a fixed
+    shuffle."""
     numbers = list(range(total))
     random.Random(SEED).shuffle(numbers)
-    return sorted(numbers[:limit])
+    return sorted(numbers[skip : skip + limit])
 
 
 def answer(lm: Any, tasks: dict[str, Any], samples: dict[str, list[int]]) -> Outcomes:

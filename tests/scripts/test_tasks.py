@@ -162,6 +162,7 @@ def test_documents_are_a_shuffle_and_a_larger_limit_only_adds_some(sets):
     assert sorted(chosen) == sorted(document["context"] for document in documents[:3])
     assert set(tasks.sample(8, 3)) < set(tasks.sample(8, 5)) < set(range(8))
     assert tasks.sample(8, 100) == [*range(8)] == sorted(tasks.sample(8, 8))
+    assert sorted(tasks.sample(8, 3) + tasks.sample(8, 5, skip=3)) == [*range(8)]
 
 
 def test_models_side_by_side(sets, sources, tmp_path, capsys):
@@ -199,6 +200,7 @@ def test_models_side_by_side(sets, sources, tmp_path, capsys):
     [
         (["nowhere"], "nowhere"),
         (["nowhere", "--limit", "1"], "--limit"),
+        (["nowhere", "--skip", "-1"], "--skip"),
         (["nowhere", "--batch-size", "0"], "--batch-size"),
         (["nowhere", "--out", "no/such/folder.json"], "no/such"),
     ],
