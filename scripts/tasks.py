@@ -5,9 +5,9 @@
 lm-evaluation-harness runs the models and scores them, on documents that are read from this machine.
 HellaSwag, ARC-Easy and PIQA use its `acc_norm`: the answer is the choice with the highest
 log-likelihood per character. In LAMBADA, greedy decoding has to write the last word. The difference
-from the base is taken document by document. `--skip` leaves the first documents out, which is for
-trying things on documents whose figures are not reported. The difference's standard error therefore leaves out how hard the
-documents are, which is most of the error of an accuracy.
+from the base is taken document by document. Its standard error therefore leaves out how hard the
+documents are, which is most of the error of an accuracy. `--skip` leaves the first documents out,
+for trying things on documents whose figures are not reported.
 """
 
 import argparse
