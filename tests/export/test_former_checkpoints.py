@@ -10,7 +10,7 @@ from retrofit.export import remote_code
 from retrofit.export.merge import MergeMismatchError, merge
 from retrofit.export.verify import verify
 from retrofit.export.verify.report import read_report
-from retrofit.measure.attention_hooks import probe
+from retrofit.measure.attention_hooks import collect_layer_statistics
 from retrofit.models.loading import load_model
 
 INPUT_IDS = torch.arange(200)[None] % 250
@@ -33,7 +33,7 @@ def checkpoint(tmp_path, tiny_base, in_process):
 def test_it_loads_with_its_own_code_and_is_measured(checkpoint):
     folder, expected = checkpoint
     model, _ = load_model(str(folder), trust_remote_code=True)
-    with probe(model) as layers, torch.no_grad():
+    with collect_layer_statistics(model) as layers, torch.no_grad():
         model(INPUT_IDS)
     assert all(layer.gate is not None for layer in layers)
     with torch.no_grad():

@@ -758,7 +758,7 @@ def test_a_run_of_somebody_else_is_not_resumed(stopped, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a\udcffb", "\ud800", "a\0b"], ids=["byte", "half", "zero"])
 def test_a_name_that_is_no_text_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="is no name"):
+    with pytest.raises(UserError, match="is not a file name"):
         refuse_unwritable(tmp_path / name)
 
 
