@@ -5,10 +5,10 @@ does: one token that comes out otherwise turns the rest of an answer.
 
 from dataclasses import dataclass
 
-import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from retrofit.measure.evaluation import Count, MeasuredModel, Track
+from retrofit.measure.generation import generate_greedily
 from retrofit.measure.instructions import INSTRUCTIONS
 from retrofit.report.sections.chat import Answer, ChatFigures
 
@@ -35,17 +35,8 @@ class Chat:
         tokenizer, model = measured.tokenizer, measured.inner
         answers = []
         for instruction in track(INSTRUCTIONS[: self.instructions], "chat"):
-            inputs = _prompt(tokenizer, instruction).to(model.device)
-            with torch.inference_mode():
-                output = model.generate(
-                    inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    max_new_tokens=self.new_tokens,
-                    do_sample=False,
-                    repetition_penalty=1.0,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            token_ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+            prompt = _prompt(tokenizer, instruction)["input_ids"]
+            token_ids = generate_greedily(model, tokenizer, prompt, self.new_tokens)
             text = tokenizer.decode(token_ids, skip_special_tokens=True)
             answers.append(Answer(instruction=instruction, token_ids=token_ids, text=text))
         return ChatFigures(answers=answers)

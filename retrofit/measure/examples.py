@@ -8,6 +8,7 @@ import torch
 
 from retrofit.measure.attention_hooks import attention_watched
 from retrofit.measure.evaluation import Count, MeasuredModel, Track
+from retrofit.measure.generation import generate_greedily
 from retrofit.measure.metrics import left_by_slot
 from retrofit.measure.texts import cut_windows
 from retrofit.report.sections.examples import ExamplesFigures, Generation, Maps
@@ -41,15 +42,8 @@ class Examples:
         map_tokens = input_ids[0, : self.tokens]
         generations = []
         for prompt in track(input_ids[:, : self.prompt], "examples"):
-            with torch.inference_mode():
-                output = model.generate(
-                    prompt[None].to(model.device),
-                    attention_mask=torch.ones_like(prompt[None]).to(model.device),
-                    max_new_tokens=self.new_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            text = tokenizer.decode(output[0, self.prompt :], skip_special_tokens=True)
+            token_ids = generate_greedily(model, tokenizer, prompt[None], self.new_tokens)
+            text = tokenizer.decode(token_ids, skip_special_tokens=True)
             generations.append(Generation(prompt=tokenizer.decode(prompt), text=text))
         return ExamplesFigures(
             maps=attention_maps(model, map_tokens),

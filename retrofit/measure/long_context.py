@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import nn
 from transformers import (
     DynamicCache,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +29,7 @@ from transformers.cache_utils import DynamicLayer
 from retrofit.export.verify.reference import CACHE
 from retrofit.measure.attention_hooks import without_matrices
 from retrofit.measure.evaluation import Count, MeasuredModel, Track
+from retrofit.measure.generation import generate_greedily
 from retrofit.measure.predictions import predict, predictions_of
 from retrofit.measure.ruler import TASKS, Ruler, Sample, recall
 from retrofit.measure.texts import cut_windows
@@ -248,7 +248,6 @@ def _score(model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> _S
     return _ScoredSample(sample, recall(text, sample.answers), nats)
 
 
-@torch.inference_mode()
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -257,31 +256,20 @@ def answer(
 ) -> str:
     """Returns the model's greedy continuation, up to its end of text or the last missing answer.
 
-    Sampling and penalties in the model's generation config are ignored; its end-of-text tokens are
-    not.
-
     Args:
         cache: an empty cache, which is filled.
     """
-    inputs = tokenizer(sample.prompt, return_tensors="pt", verbose=False).to(model.device)
-    start = inputs["input_ids"].shape[1]
-    output = model.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+    input_ids = tokenizer(sample.prompt, return_tensors="pt", verbose=False)["input_ids"]
+    until_found = _AllFound(tokenizer, input_ids.shape[1], sample.answers)
+    token_ids = generate_greedily(
+        model,
+        tokenizer,
+        input_ids,
+        sample.max_new_tokens,
         past_key_values=cache,
-        generation_config=GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            max_new_tokens=sample.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        stopping_criteria=StoppingCriteriaList([_AllFound(tokenizer, start, sample.answers)]),
+        stopping_criteria=StoppingCriteriaList([until_found]),
     )
-    return tokenizer.decode(output[0, start:], skip_special_tokens=True)
+    return tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 @torch.inference_mode()
