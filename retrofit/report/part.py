@@ -40,10 +40,11 @@ class Part(Generic[F]):
         figures: the type of the figures.
         sections: makes the sections of a page from the models that have figures, at least one.
         subject: what the verdict calls the evaluation.
-        findings: yields the changes from a base to a model; `None` if nothing can be judged. The
-            base's figures may be missing only if `against_base` is not empty.
+        findings: yields the changes from a base to a model; `None` if nothing can be judged.
         against_base: the ending of the names of figures that were measured against the base, and
             that mean nothing beside another base.
+        unmeasured: stands for the figures of a base that was not measured, where the model's
+            figures are enough for a judgement; `None` elsewhere.
         by_window: returns the figures that are compared window by window, whose number must be the
             same for all models.
     """
@@ -52,6 +53,7 @@ class Part(Generic[F]):
     figures: type[F]
     sections: Callable[[Sequence[Measured[F]]], list[Section]]
     subject: str = ""
-    findings: Callable[[F | None, F], Iterator[Item]] | None = None
+    findings: Callable[[F, F], Iterator[Item]] | None = None
     against_base: str = ""
+    unmeasured: F | None = None
     by_window: Callable[[F], Sized] | None = None

@@ -19,7 +19,7 @@ def verdict(base: ModelResult, model: ModelResult) -> list[Finding]:
     """
     findings = list(sinks_findings(base, model))
     for part in PARTS:
-        before, after = base.figures_of(part), model.figures_of(part)
-        if part.findings and after is not None and (before is not None or part.against_base):
+        before, after = base.figures_of(part) or part.unmeasured, model.figures_of(part)
+        if part.findings and before is not None and after is not None:
             findings += grouped(part.subject, part.findings(before, after))
     return findings

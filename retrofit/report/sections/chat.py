@@ -51,9 +51,8 @@ def _summary(parted: Sequence[int | None]) -> str:
     return f"{same}; the others part after {median(places):.0f} tokens" if places else same
 
 
-def _findings(base: ChatFigures | None, model: ChatFigures) -> Iterator[Item]:
+def _findings(base: ChatFigures, model: ChatFigures) -> Iterator[Item]:
     """Answers that differ are neither better nor worse for that."""
-    assert base is not None
     if parted := parted_after(base, model):
         count, same = len(parted), parted.count(None)
         name, values = "Chat answers that are the base's", f"{same} of {count}"

@@ -75,7 +75,7 @@ def _cell(value: float | None, format_value: Callable[[float], str]) -> str:
     return "-" if value is None else format_value(value)
 
 
-def _findings(base: CostFigures | None, model: CostFigures) -> Iterator[Item]:
+def _findings(base: CostFigures, model: CostFigures) -> Iterator[Item]:
     for field, phase in _RATIOS.items():
         if ratio := getattr(model, field):
             slower, faster = ratio.low > 1, ratio.high < 1
@@ -85,7 +85,7 @@ def _findings(base: CostFigures | None, model: CostFigures) -> Iterator[Item]:
             marks = Marks(f"Time of {phase}", 1, ratio.value, ratio.low, ratio.high, values)
             yield Item("worse" if slower else "better" if faster else "same", text, marks)
     for field in ("weight_bytes", "cache_bytes_per_token"):
-        before, after = (getattr(figures, field, None) for figures in (base, model))
+        before, after = (getattr(figures, field) for figures in (base, model))
         if before and after is not None:
             label, difference = _ROWS[field][0], Difference(after / before - 1)
             name = f"Memory of the {label}"
@@ -93,5 +93,11 @@ def _findings(base: CostFigures | None, model: CostFigures) -> Iterator[Item]:
 
 
 PART = Part(
-    "cost", CostFigures, _sections, subject="cost", findings=_findings, against_base="_ratio"
+    "cost",
+    CostFigures,
+    _sections,
+    subject="cost",
+    findings=_findings,
+    against_base="_ratio",
+    unmeasured=CostFigures(),
 )

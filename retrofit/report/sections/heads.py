@@ -94,14 +94,13 @@ def _sections(models: Sequence[Measured[HeadsFigures]]) -> list[Section]:
     return [section]
 
 
-def _findings(base: HeadsFigures | None, model: HeadsFigures) -> Iterator[Item]:
+def _findings(base: HeadsFigures, model: HeadsFigures) -> Iterator[Item]:
     """Judges how much less the model misses its least used heads than random ones: the less it
     misses them, the fewer heads do the work (arXiv:2602.01203).
 
     There are only a few draws of random heads, and their noise is large. So only a large change
     that all shares agree on counts.
     """
-    assert base is not None
     if base.shares != model.shares:
         return
     before, after = _missed(base), _missed(model)

@@ -198,8 +198,7 @@ def _positions(figures: LongContextFigures) -> str:
     return f"Positions: {', '.join(ropes)}." if ropes else ""
 
 
-def _findings(base: LongContextFigures | None, model: LongContextFigures) -> Iterator[Item]:
-    assert base is not None
+def _findings(base: LongContextFigures, model: LongContextFigures) -> Iterator[Item]:
     shared: dict[str, _Pairs] = {}
     for task, lengths in model.tasks.items():
         of_base = base.tasks.get(task, {})

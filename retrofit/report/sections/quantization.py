@@ -110,9 +110,8 @@ def _cell(scheme: Scheme | None, name: str) -> str:
     return f"{figure(scheme.perplexity)} ({moved}), KL {figure(scheme.kl)}"
 
 
-def _findings(base: QuantizationFigures | None, model: QuantizationFigures) -> Iterator[Item]:
+def _findings(base: QuantizationFigures, model: QuantizationFigures) -> Iterator[Item]:
     """Compares what rounding costs both models, each against its unrounded self."""
-    assert base is not None
     for name, after in model.schemes.items():
         before = base.schemes.get(name)
         if before is None or before.log_ratio is None or after.log_ratio is None or name == "none":

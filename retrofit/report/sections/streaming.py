@@ -138,19 +138,16 @@ def _cell(perplexity: ByCache, kind: str) -> str:
     )
 
 
-def _findings(base: StreamingFigures | None, model: StreamingFigures) -> Iterator[Item]:
+def _findings(base: StreamingFigures, model: StreamingFigures) -> Iterator[Item]:
     """Compares the perplexity of a long text, and what an evicting cache costs both models, each
     against its own full cache."""
-    assert base is not None
     before, after = base.perplexity.full, model.perplexity.full
     whole = paired(base.nll_by_window.full, model.nll_by_window.full)
     item = ratio_item(
         "Perplexity of a long text", "all of a long text in the cache",
         before, after, whole, PERPLEXITY_UNCHANGED,
     )  # fmt: skip
-    moved = f"{figure(before)} -> {figure(after)} ({change(after / before)})"
-    text = f"all of a long text in the cache {moved}, log {whole.formatted(4)}"
-    yield item._replace(text=text)
+    yield item._replace(text=f"{item.text}, log {whole.formatted(4)}")
     last = f"the last {model.cache} tokens"
     labels = {
         "window": (f"Streaming with only {last} in the cache", f"perplexity with {last} only"),

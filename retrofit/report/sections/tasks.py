@@ -64,10 +64,10 @@ def _cell(accuracy: Estimate | None) -> str:
     return f"{accuracy.value:.3f} ± {accuracy.stderr:.3f}" if accuracy else "-"
 
 
-def _findings(base: TasksFigures | None, model: TasksFigures) -> Iterator[Item]:
+def _findings(base: TasksFigures, model: TasksFigures) -> Iterator[Item]:
     for task in model.root:
         if accuracy := model.get(task, "accuracy_difference"):
-            of_base = base.get(task, "accuracy") if base else None
+            of_base = base.get(task, "accuracy")
             difference = Difference(accuracy.value, accuracy.stderr)
             before = of_base.value if of_base else 0.0
             yield higher_is_better(f"Accuracy in {task}", task, difference, 3, before)
@@ -90,4 +90,5 @@ PART = Part(
     subject="accuracy",
     findings=_findings,
     against_base="_difference",
+    unmeasured=TasksFigures({}),
 )
