@@ -27,6 +27,8 @@ class GatedConfig(FAMILY.causal_lm.config_class):
         gate_sinks: `constant` for sink logits that are constants, `input` for those that read the
             layer's input; `none` for no sinks.
         gate_key_bias: whether the gates add a bias to the keys.
+        gate_projection_layers: the layers that have gates that read the input instead of sinks;
+            `None` gives all gated layers both, as far as the other settings ask for them.
         gate_centered: whether a closed gate leaves a constant instead of 0.
         gated_layers: indices of the layers that have a gate.
         **kwargs: the arguments of the base's config.
@@ -40,6 +42,7 @@ class GatedConfig(FAMILY.causal_lm.config_class):
         gate_sinks: str = "none",
         gate_key_bias: bool = False,
         gate_centered: bool = False,
+        gate_projection_layers: list[int] | None = None,
         gated_layers: list[int] | None = None,
         **kwargs,
     ):
@@ -48,6 +51,7 @@ class GatedConfig(FAMILY.causal_lm.config_class):
         self.gate_sinks = gate_sinks
         self.gate_key_bias = gate_key_bias
         self.gate_centered = gate_centered
+        self.gate_projection_layers = gate_projection_layers
         self.gated_layers = gated_layers or []
 
 
@@ -60,6 +64,7 @@ class Gate(nn.Module):
 
     Args:
         config: the model's config.
+        layer_idx: index of the layer.
         head_dim: width of one head.
 
     Attributes:
@@ -70,19 +75,22 @@ class Gate(nn.Module):
         center: what a closed gate leaves, `[num_key_value_heads, head_dim]`.
     """
 
-    def __init__(self, config: GatedConfig, head_dim: int):
+    def __init__(self, config: GatedConfig, layer_idx: int, head_dim: int):
         super().__init__()
         self.num_heads = heads = config.num_attention_heads
         by_kv_head = (config.num_key_value_heads, head_dim)
         self.g_proj = self.sinks = self.sinks_proj = self.key_bias = self.center = None
-        if config.gate_granularity != "none":
+        projection_layers = config.gate_projection_layers
+        may_project = projection_layers is None or layer_idx in projection_layers
+        may_sink = projection_layers is None or layer_idx not in projection_layers
+        if may_project and config.gate_granularity != "none":
             width = head_dim if config.gate_granularity == "elementwise" else 1
             self.g_proj = nn.Linear(config.hidden_size, heads * width, bias=False)
-        if config.gate_sinks != "none":
+        if may_sink and config.gate_sinks != "none":
             self.sinks = nn.Parameter(torch.zeros(heads))
-        if config.gate_sinks == "input":
+        if may_sink and config.gate_sinks == "input":
             self.sinks_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        if config.gate_key_bias:
+        if may_sink and config.gate_key_bias:
             self.key_bias = nn.Parameter(torch.zeros(by_kv_head))
         if config.gate_centered:
             self.center = nn.Parameter(torch.zeros(by_kv_head))
@@ -133,7 +141,7 @@ def _add_gates(decoder: nn.Module, config: GatedConfig) -> None:
     for index in config.gated_layers:
         attention = decoder.layers[index].self_attn
         attention.__class__ = FAMILY.gated
-        attention.attn_gate = Gate(config, attention.head_dim)
+        attention.attn_gate = Gate(config, index, attention.head_dim)
 
 
 class GatedModel(FAMILY.decoder):

@@ -12,6 +12,7 @@ from retrofit.models.fingerprint import base_weights, weights_sha256
 
 WINDOWED = {"sliding_window": 16}
 SINKS = {"granularity": "none", "sinks": "constant", "key_bias": True}
+BY_LAYER = {"sinks": "constant", "key_bias": True, "projection_layers": [0, 1]}
 MIXED = {"sinks": "input", "key_bias": True}
 
 

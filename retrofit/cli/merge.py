@@ -14,9 +14,12 @@ def main(
     run: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
     format: Annotated[
-        FormatName,
-        typer.Option(help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()) + "."),
-    ] = "native",
+        FormatName | None,
+        typer.Option(
+            help="; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+            + ". By default native, or remote-code where no stock architecture holds the gates."
+        ),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base, if it is no longer where the run found it.")
     ] = None,
@@ -59,5 +62,7 @@ def main(
         f"a log probability {figures['max_logprob_difference']:.1e}, same top token "
         f"{figures['top1_agreement']:.1%}"
     )
+    if format is None and checkpoint["format"] == "remote-code":
+        say(f"{out} loads with trust_remote_code: no stock architecture holds these gates")
     if push_to_hub:
         say(push(expanded(out), push_to_hub, private))

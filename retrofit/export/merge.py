@@ -43,7 +43,7 @@ def merge(
     run: str | Path,
     out: str | Path,
     *,
-    format: FormatName = "native",
+    format: FormatName | None = None,
     base: str | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -54,7 +54,8 @@ def merge(
     Args:
         run: a run folder, or the folder of a PEFT adapter.
         out: the folder of the checkpoint, which appears only when it is whole and verified.
-        format: the name of a format in `retrofit.export.registry.FORMATS`, which describes each.
+        format: the name of a format in `retrofit.export.registry.FORMATS`, which describes each. By
+            default it is `native` if a stock architecture holds the model, and else `remote-code`.
         base: the base model, if it is not the one that the run names.
         dtype: the dtype of the stored weights, by default that of the base; for GGUF also `q8_0`.
         max_shard_size: the largest size of a file, in bytes or as a string such as "5GB".
@@ -68,10 +69,14 @@ def merge(
         UserError: if the input is missing or damaged, or its parts do not belong together.
         MergeMismatchError: if the checkpoint does not compute what was trained.
     """
-    run, out, checkpoint_format = expanded(run), expanded(out), format_of(format)
+    run, out = expanded(run), expanded(out)
     refuse_existing(out)
-    checkpoint_format.check_installed()
+    if format is not None:
+        format_of(format).check_installed()
     source = read_source(run, base)
+    if format is None:
+        format = "remote-code" if format_of("native").refusal(source) else "native"
+    checkpoint_format = format_of(format)
     stored_dtype = checkpoint_format.dtype(source, dtype)
     max_bytes = _bytes(max_shard_size)
     if reason := checkpoint_format.refusal(source):
@@ -148,6 +153,7 @@ def _report(source: MergeSource, checkpoint: dict, rounding_kl: float) -> dict:
         "gate": {
             "granularity": source.gates.granularity,
             "sinks": source.gates.sink_form,
+            "projection_layers": source.gates.projection_layers,
             "key_bias": bool(source.gates.key_biases),
             "centered": bool(source.gates.centers),
             "layers": len(source.gates.layers),

@@ -144,9 +144,11 @@ def _gates(gate: dict) -> str:
             "scaled by the share of attention that the sink leaves"
         )
     if gate["granularity"] != "none":
+        layers = gate["projection_layers"]
+        instead = f"in layers {', '.join(map(str, layers))} instead, " if layers else ""
         clauses.append(
-            f"each attention {scope} is scaled by a sigmoid that reads the layer's input (G1 of "
-            f"{_GATES_PAPER}, {gate['granularity']})"
+            f"{instead}each attention {scope} is scaled by a sigmoid that reads the layer's input "
+            f"(G1 of {_GATES_PAPER}, {gate['granularity']})"
         )
     if gate["centered"]:
         clauses[-1] += f", {around}"

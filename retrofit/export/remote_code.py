@@ -33,16 +33,38 @@ CLASSES = {
 # The files of `retrofit.adapters` that every family imports.
 _SHARED = ("_family", "_flash_on_cpu", "_log_sum_exp", "_sink", "_sink_attention")
 
-# `_digest` of the code that was written while the gate's module was called `g1`, by the base's
-# family. It is run as it is, so the tensors of those checkpoints keep their names.
+# `_digest` of the code that earlier versions wrote, by the base's family. It is run as it is, so
+# the tensors of those checkpoints keep their names. In the first of each pair the gate's module is
+# called `g1`, and in both all layers have gates of the same kind.
 _FORMER_CODE = {
-    "gemma3_text": "28b50e4a55bd8c529704415ffdff2ba95b9d705b626d44eebab207fde3a83e17",
-    "gpt_oss": "21b96b9065addd137687851a933505eabbba7b3c0e1a10451c94372e09586ffd",
-    "llama": "01eab4e8655b39847e6510d1e5f0f2fb8d78c3605a85c8d84b48935f2ec1a934",
-    "mistral": "6c616ab62bd4769228e23e8553ab1196f54463d7b67d0840f75cc1d5a9f46fcd",
-    "qwen2": "a5083eeae4daf5493168df3fd807768b1b62335d599f0b05e4bb4bf9b2436c72",
-    "qwen3": "e6e355cfd79fe48a50bbc4a0f2d6845fcfb587dc1ca59e16c0e37412eb7ff0ac",
-    "qwen3_moe": "61286a02129860da1fe42acbf7b10dee0efa599506180dd060d7f2f57175483b",
+    "gemma3_text": (
+        "28b50e4a55bd8c529704415ffdff2ba95b9d705b626d44eebab207fde3a83e17",
+        "d594fd86d3d3698a1909937d9bcb108e050b3d47c552196b98d9449c30697f0a",
+    ),
+    "gpt_oss": (
+        "21b96b9065addd137687851a933505eabbba7b3c0e1a10451c94372e09586ffd",
+        "6724526c95e2135e9e0b5161a6a853b80347746d73bbd6d60980518eafc0db6d",
+    ),
+    "llama": (
+        "01eab4e8655b39847e6510d1e5f0f2fb8d78c3605a85c8d84b48935f2ec1a934",
+        "8cb8bdfcf5bfd3346558d696c4f3a6ac101e968e27f95c9e87bb9d72efb25e28",
+    ),
+    "mistral": (
+        "6c616ab62bd4769228e23e8553ab1196f54463d7b67d0840f75cc1d5a9f46fcd",
+        "957e3fa926e9edb76184e2e8c892a628a9c45f57257c43cda626eb3bd2b21b76",
+    ),
+    "qwen2": (
+        "a5083eeae4daf5493168df3fd807768b1b62335d599f0b05e4bb4bf9b2436c72",
+        "576d3883d392f4c292d9f4301340c7e12cbf1af006cc816c82a1c038754a18d9",
+    ),
+    "qwen3": (
+        "e6e355cfd79fe48a50bbc4a0f2d6845fcfb587dc1ca59e16c0e37412eb7ff0ac",
+        "3c1472abb7536c96641bba270e278d73676f1c2b91f132b90235fbdd05a671e5",
+    ),
+    "qwen3_moe": (
+        "61286a02129860da1fe42acbf7b10dee0efa599506180dd060d7f2f57175483b",
+        "0838215b13ff0fef4e106a8d60737d67be62a47768b6461a0e71858d0b139fd8",
+    ),
 }
 
 _SERVE_PLUGIN = """
@@ -100,6 +122,7 @@ def _config(source: MergeSource, dtype: torch.dtype) -> dict:
         "gate_granularity": "elementwise" if gates.granularity == "shared" else gates.granularity,
         "gate_sinks": gates.sink_form,
         "gate_key_bias": bool(gates.key_biases),
+        "gate_projection_layers": gates.projection_layers,
         "gate_centered": bool(gates.centers),
         "gated_layers": gates.layers,
     }
@@ -142,7 +165,7 @@ class RemoteCode(CheckpointFormat):
     def check_code(self, folder, model_type):
         """Refuses Python files, and classes named in the configs, that a merge does not write."""
         written, found = code_of(model_type), _code_in(folder)
-        if _digest(found) != _FORMER_CODE.get(model_type):
+        if _digest(found) not in _FORMER_CODE.get(model_type, ()):
             for name in sorted(written.keys() | found.keys()):
                 if written.get(name) != found.get(name):
                     raise MergeMismatchError(

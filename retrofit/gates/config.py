@@ -1,5 +1,6 @@
 """The configuration of gates, which PEFT stores in `adapter_config.json`."""
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -40,6 +41,9 @@ class GateConfig(PeftConfig):
         position: where the projection scales. `G1` is after attention, before `o_proj`; `G2` is on
             the values, `G3` on the keys and `G4` on the queries, before RoPE; `G5` is after
             `o_proj`.
+        projection_layers: indices of the layers that have the projection instead of sink logits;
+            the others then have sink logits alone. `None` gives every layer both. It needs `sinks`
+            and a `granularity`.
         input_dependent: whether the scores read the layer's input. `False` makes them constants,
             which are the same for every token.
         centered: compute `v + g * (Y - v)` instead of `g * Y`, with `v` the value of the base's
@@ -60,8 +64,9 @@ class GateConfig(PeftConfig):
     Raises:
         ValueError: if a granularity, activation, position or kind of sink logits is unknown; if
             there are neither a projection nor sink logits; if a center or sink logits are combined
-            with a position other than G1; if there is a key bias without sink logits; or if the
-            arguments that choose layers would not be read as they are given.
+            with a position other than G1; if there is a key bias without sink logits; if
+            `projection_layers` is given without both kinds of gates; or if the arguments that
+            choose layers would not be read as they are given.
     """
 
     granularity: Granularity = "headwise"
@@ -71,6 +76,7 @@ class GateConfig(PeftConfig):
     centered: bool = False
     sinks: Sinks = "none"
     key_bias: bool = False
+    projection_layers: list[int] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     target_modules: set[str] | list[str] | str | None = None
@@ -107,6 +113,18 @@ class GateConfig(PeftConfig):
                 "layers_to_transform is not read where target_modules is a pattern, which has to "
                 "say itself which layers it means"
             )
+
+    def of_layer(self, index: int) -> "GateConfig":
+        """The config of the gate of one layer, where `projection_layers` has been heeded."""
+        if self.projection_layers is None:
+            return self
+        config = copy(self)
+        config.projection_layers = None
+        if index in self.projection_layers:
+            config.sinks, config.key_bias = "none", False
+        else:
+            config.granularity = "none"
+        return config
 
     @property
     def is_mergeable(self) -> bool:

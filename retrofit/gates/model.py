@@ -78,7 +78,23 @@ class GateModel(BaseTuner):
             _insert_gate(target, family, current_key, slow)
         if peft_config.position != "G1":
             _set_class(target, ablated_attention(family.model_type))
-        target.attn_gate.update_layer(adapter_name, peft_config)
+        target.attn_gate.update_layer(adapter_name, peft_config.of_layer(target.layer_idx))
+
+    def choose_projection_layers(self, adapter_name: str, layers: list[int]) -> None:
+        """Give these layers of an adapter the projection instead of sink logits, and the others
+        sink logits alone. The gates are made anew, as untrained ones.
+
+        Args:
+            adapter_name: name of an adapter whose config has both kinds of gates.
+            layers: indices of gated layers. Without any, the adapter has only sink logits.
+        """
+        config = self.peft_config[adapter_name]
+        config.projection_layers = layers or None
+        if not layers:
+            config.granularity = "none"
+        for index, layer in gate_layers(self.model).items():
+            if adapter_name in layer.g_proj:
+                layer.update_layer(adapter_name, config.of_layer(index))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

@@ -5,12 +5,16 @@ from retrofit.recipe import Recipe
 
 
 def gate_config(recipe: Recipe) -> GateConfig:
-    """The PEFT config of a recipe's gates."""
+    """The PEFT config of a recipe's gates. Where the base is to choose the projection's layers, all
+    layers get both kinds of gates, until `GateModel.choose_projection_layers` is told its choice.
+    """
+    layers = recipe.gate.projection_layers
     return GateConfig(
         task_type="CAUSAL_LM",
         sinks=recipe.gate.sinks,
         key_bias=recipe.gate.key_bias,
         granularity=recipe.gate.granularity,
+        projection_layers=None if layers == "auto" else layers,
         activation=recipe.gate.activation,
         position=recipe.gate.position,
         input_dependent=recipe.gate.input_dependent,

@@ -206,17 +206,24 @@ def check_config(config: PreTrainedConfig, base: str) -> None:
             )
 
 
-def check_gateable(config: PreTrainedConfig, base: str, layers: list[int] | int | None) -> None:
+def check_gateable(
+    config: PreTrainedConfig,
+    base: str,
+    layers: list[int] | int | None,
+    projection_layers: list[int] | None = None,
+) -> None:
     """Checks that a base can be gated.
 
     Args:
         config: the base's config.
         base: the base as the user named it.
         layers: the layers to gate; `None` for all of them.
+        projection_layers: those of them that have a projection instead of sink logits, if chosen.
 
     Raises:
-        UserError: if the architecture is not supported, a layer does not exist, or the config has a
-            NaN or an infinity, with which no checkpoint could be written.
+        UserError: if the architecture is not supported, a layer does not exist, a projection is in
+            a layer that is not gated, or the config has a NaN or an infinity, with which no
+            checkpoint could be written.
     """
     family_of(config.model_type)
     count = config.num_hidden_layers
@@ -226,6 +233,12 @@ def check_gateable(config: PreTrainedConfig, base: str, layers: list[int] | int 
             f"gates in layer {beyond[0]} of {base}, which has {count} layers, 0 to {count - 1}; "
             "name others (in a recipe gate.layers)"
         )
+    for layer in projection_layers or ():
+        if layer >= count or (layers is not None and layer not in gated):
+            raise UserError(
+                f"a projection in layer {layer} of {base}, which is not gated; name others (in a "
+                "recipe gate.projection_layers)"
+            )
     if (key := next(_not_finite(config.to_dict()), None)) is not None:
         raise UserError(f"the config.json of {base}: {key} is NaN or infinite")
 

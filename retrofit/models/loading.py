@@ -190,7 +190,8 @@ def load_model(
     adapter_config = read_adapter_config(adapter)
     spec = _base_of(folder, adapter, trust_remote_code)
     config, facts = load_config(spec), facts_of(folder)
-    check_gateable(config, spec.base, adapter_config.get("layers_to_transform"))
+    chosen = (adapter_config.get(key) for key in ("layers_to_transform", "projection_layers"))
+    check_gateable(config, spec.base, *chosen)
     check_config(config, spec.base, folder, facts)
     check_gates(adapter_config, adapter, facts)
     if dtype != "auto":

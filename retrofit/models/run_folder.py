@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from retrofit.gate_settings import GATE_SETTINGS
 from retrofit.gates import GateConfig
 from retrofit.models.fingerprint import base_weights, config_values, weights_sha256
 from retrofit.models.safetensors_io import StoredWeights
@@ -23,11 +24,6 @@ from retrofit.utils.files import read_json
 
 STARTED = "started.json"
 _ADAPTER, _FACTS = "adapter", "run.json"
-# The settings of a gate that change what it computes. They are in run.json and in
-# adapter_config.json.
-_GATE_SETTINGS = (
-    "granularity", "activation", "position", "input_dependent", "centered", "sinks", "key_bias",
-)  # fmt: skip
 
 
 class TrainedOn(BaseModel):
@@ -167,7 +163,7 @@ def check_gates(config: dict[str, Any], adapter: Path, facts: dict[str, Any]) ->
         UserError: if a setting differs from that in `run.json`.
     """
     for key, trained in facts.get("gate", {}).items():
-        if key in _GATE_SETTINGS and config.get(key, getattr(GateConfig, key)) != trained:
+        if key in GATE_SETTINGS and config.get(key, getattr(GateConfig, key)) != trained:
             raise UserError(
                 f"{adapter / 'adapter_config.json'} says {key} {config.get(key)!r}, and {_FACTS} "
                 f"of its run that {trained!r} was trained; put it back"

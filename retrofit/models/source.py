@@ -134,7 +134,8 @@ def _base_config(folder: Path, name: str, adapter_config: dict[str, Any]) -> Pre
         UserError: if they cannot.
     """
     config = read_config(str(folder), name)
-    check_gateable(config, name, adapter_config.get("layers_to_transform"))
+    chosen = (adapter_config.get(key) for key in ("layers_to_transform", "projection_layers"))
+    check_gateable(config, name, *chosen)
     check_ungated(config, name)
     if (folder / "generation_config.json").is_file():
         with opening(name):

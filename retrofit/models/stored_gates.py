@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from retrofit.gate_settings import GATE_SETTINGS
 from retrofit.gates import GateConfig, GateProjection, new_projection
 from retrofit.models.base_config import head_dim_of
 from retrofit.models.safetensors_io import StoredWeights
@@ -33,6 +34,8 @@ class Gates:
         granularity: `headwise`, `elementwise` or `shared` for gates that read the input; `none` if
             there are only sinks.
         sink_form: `none`, `constant`, or `input` for sinks that read the input.
+        projection_layers: the layers that have gates that read the input instead of sinks; `None`
+            if the layers do not differ.
         matrices: the gate weights `W_g`, `[num_heads, hidden_size]` or `[num_heads * head_dim,
             hidden_size]`.
         centers: the outputs of closed gates, `[num_key_value_heads, head_dim]`.
@@ -45,6 +48,7 @@ class Gates:
 
     granularity: str
     sink_form: str
+    projection_layers: list[int] | None = None
     matrices: ByLayer = field(default_factory=dict)
     centers: ByLayer = field(default_factory=dict)
     sinks: ByLayer = field(default_factory=dict)
@@ -70,7 +74,11 @@ def read_gates(adapter: Path, config: PreTrainedConfig, adapter_config: dict[str
         UserError: if the gates are damaged, an ablation, or not for this base.
     """
     gate_config = _gate_config(adapter_config, adapter)
-    gates = Gates(gate_config.granularity, gate_config.sinks)
+    gates = Gates(
+        gate_config.granularity,
+        gate_config.sinks,
+        projection_layers=gate_config.projection_layers,
+    )
     for index, tensors in _by_layer(adapter).items():
         if index >= config.num_hidden_layers:
             raise UserError(
@@ -78,7 +86,7 @@ def read_gates(adapter: Path, config: PreTrainedConfig, adapter_config: dict[str
                 f"{config.num_hidden_layers} layers; name the base that it was trained on with "
                 "--base"
             )
-        gate = _gate(config, gate_config, tensors)
+        gate = _gate(config, gate_config.of_layer(index), tensors)
         expected = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
         if unknown := tensors.keys() - expected.keys():
             raise UserError(
@@ -123,13 +131,9 @@ def _gate_config(adapter_config: dict[str, Any], adapter: Path) -> GateConfig:
     Raises:
         UserError: if no checkpoint can carry such gates.
     """
-    fields = (
-        "granularity", "activation", "position", "input_dependent", "centered", "sinks", "key_bias",
-    )  # fmt: skip
+    given = {name: adapter_config[name] for name in GATE_SETTINGS if name in adapter_config}
     try:
-        config = GateConfig(
-            **{name: adapter_config[name] for name in fields if name in adapter_config}
-        )
+        config = GateConfig(**given)
     except ValueError as error:
         raise UserError(f"{adapter}/adapter_config.json: {error}") from error
     if not config.is_mergeable:

@@ -16,12 +16,14 @@ from pydantic import (
     model_validator,
 )
 
-from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict
+from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict, has_both
 from retrofit.utils.paths import expanded
 
 RESOLVED = "recipe.resolved.yaml"  # the recipe's file in a run folder
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["nf4", "fp4", "int8"]
+
+LayerIndex = Annotated[int, Field(ge=0)]
 
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})", re.ASCII)
 _REPR = reprlib.Repr()
@@ -100,12 +102,23 @@ class Gate(Section):
     sinks: Sinks = "none"  # a sink logit joins the softmax of each head
     key_bias: bool = False  # a bias on slow RoPE pairs of the keys lets sinks follow the query
     granularity: Granularity = "headwise"  # the projection's scores for each token
+    # The layers that have the projection instead of sinks, the others having sinks alone; `auto`
+    # takes those that have to prevent the sink and whose sinks could not. `null` gives every layer
+    # both. Without both there is nothing to choose.
+    projection_layers: Literal["auto"] | Annotated[list[LayerIndex], Field(min_length=1)] | None = (
+        None
+    )
     activation: Activation = "sigmoid"  # the other activations are ablations
     position: Position = "G1"  # G1 is before o_proj; the other positions are ablations
     input_dependent: bool = True  # false, an ablation, makes the scores constants
     centered: bool = False  # a closed gate leaves the first token's value in the base, not zero
     # The indices of the layers to gate; by default all layers are gated.
-    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    layers: Annotated[list[LayerIndex], Field(min_length=1)] | None = None
+
+    @property
+    def chooses_projection_layers(self) -> bool:
+        """Whether the base decides which layers have the projection."""
+        return self.projection_layers == "auto" and has_both(self)
 
     @model_validator(mode="after")
     def _settings_go_together(self):

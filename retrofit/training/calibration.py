@@ -16,6 +16,14 @@ mean: `mean sigmoid(s - LSE) = mean A`, where `LSE` is the log-sum-exp over all 
 starts from this logit, with a slot that has no weight yet. For a key bias, the mean first key and
 the mean query are read as well (`retrofit.gates.sinks`).
 
+**Projection layers** are those whose sink logits could not prevent the sink. What makes the first
+token of a text a sink is decided below the first layer that attends to it: there the first few
+layers write the massive activation. A gate can keep them from it only by closing on first tokens.
+A first token sees no key but its own, so mostly its log-sum-exp is far below that of every other
+query, and a slot takes its attention. But where biases of the keys make log-sum-exps differ by
+hundreds from query to query, as in the first three layers of Qwen2.5-Coder-0.5B, no constant tells
+first tokens apart. Such a layer gets a projection, which reads what token it is.
+
 **Input sizes** set the learning rate of each layer. Adam moves every weight by about the learning
 rate, so a step moves the logit of a gate by up to `learning_rate * sum |X|`. This sum is whatever
 the preceding norm was trained to: 13 to 130 over the layers of SmolLM2, 63 to 1,400 over those of
@@ -40,6 +48,10 @@ STEP = 0.8  # the most that a step at the highest learning rate moves a gate's l
 # spread attention would give it 0.005.
 SINK_SHARE = 0.1
 ROWS = 32  # queries that are sampled in each sequence, for shares and sink logits
+# A slot tells first tokens apart if their log-sum-exps are below those of other queries by more
+# than this, in standard deviations of the latter. Below its first sink, SmolLM2-135M is at 4.1 to
+# 5.8, and Qwen2.5-Coder-0.5B at -0.5 to 1.7 (medians over the heads of each layer).
+SEPARATION = 2.0
 LEAST_SHARE = 1e-3  # the share that the slot of a head without a sink starts from
 
 
@@ -48,7 +60,8 @@ class Calibration:
     """Statistics of a base that its gates and their learning rates start from.
 
     Each attribute is a mapping from the index of a layer. `sink_logits`, `mean_queries`,
-    `first_keys` and `first_shares` are empty if no text is long enough to read them from.
+    `first_keys`, `first_shares` and `separations` are empty if no text is long enough to read them
+    from.
 
     Attributes:
         values: the mean value state of documents' first tokens, 0 for heads that do not attend to
@@ -62,6 +75,8 @@ class Calibration:
             head_dim]` in float32.
         first_shares: the mean share of attention that each head pays first tokens, `[num_heads]`
             in float32.
+        separations: by how much the log-sum-exps of first tokens are below those of other queries,
+            in standard deviations of the latter; the median over heads.
         input_sizes: the mean of `sum |X|` over tokens, where `X`, `[hidden_size]`, is the input of
             a gate.
     """
@@ -71,6 +86,7 @@ class Calibration:
     mean_queries: dict[int, torch.Tensor]
     first_keys: dict[int, torch.Tensor]
     first_shares: dict[int, torch.Tensor]
+    separations: dict[int, float]
     input_sizes: dict[int, float]
 
     def initialize_gates(self, model: PeftModel) -> None:
@@ -107,6 +123,19 @@ class Calibration:
         )
 
     @property
+    def projection_layers(self) -> list[int]:
+        """The layers below the first sink whose slots do not tell first tokens apart."""
+        with_sink = [
+            index for index, share in self.first_shares.items() if share.mean() > SINK_SHARE
+        ]
+        first_sink = min(with_sink, default=0)
+        return [
+            index
+            for index, separation in self.separations.items()
+            if index < first_sink and separation < SEPARATION
+        ]
+
+    @property
     def learning_rates(self) -> dict[int, float]:
         """The learning rate of each layer: a step moves a gate's logit by at most `STEP`."""
         return {index: STEP / size for index, size in self.input_sizes.items()}
@@ -124,6 +153,7 @@ class _Reader:
         self.sizes: list[torch.Tensor] = []  # the mean of sum |X| in each batch
         self.shares: list[torch.Tensor] = []  # [rows, heads]
         self.log_sum_exps: list[torch.Tensor] = []  # [rows, heads], over all keys but the first
+        self.first_logits: list[torch.Tensor] = []  # [rows, heads], of first tokens with themselves
         self.queries: list[torch.Tensor] = []  # [rows, heads, head_dim]
         self.keys: list[torch.Tensor] = []  # [rows, kv_heads, head_dim], those of first tokens
         self.handle = attention.v_proj.register_forward_hook(self._read_values)
@@ -146,9 +176,12 @@ class _Reader:
         weights = attention_of_rows(self.attention, query_states, key_states, sampled)
         shares = 1 - vanilla_load(weights, sampled.starts)
         queries = _gather_rows(query_states, sampled.rows) * self.attention.scaling
+        first_queries = _gather_rows(query_states, sampled.starts) * self.attention.scaling
         groups = query_states.shape[1] // key_states.shape[1]
         keys = _gather_rows(key_states, sampled.starts)
-        logits = (queries * keys.repeat_interleave(groups, 1)).sum(-1, dtype=torch.float32)
+        keys_by_head = keys.repeat_interleave(groups, 1)
+        logits = (queries * keys_by_head).sum(-1, dtype=torch.float32)
+        first_logits = (first_queries * keys_by_head).sum(-1, dtype=torch.float32)
         # The share of the first key is `A = sigmoid(logit - LSE)`.
         log_sum_exps = logits - shares.logit(eps=1e-7)
         # A sampled row that only fills up the batch is left out: it sees only itself, and would pay
@@ -156,6 +189,7 @@ class _Reader:
         for collected, states in (
             (self.shares, shares),
             (self.log_sum_exps, log_sum_exps),
+            (self.first_logits, first_logits),
             (self.queries, queries.float()),
             (self.keys, keys.float()),
         ):
@@ -163,6 +197,11 @@ class _Reader:
 
     def sink_logits(self) -> torch.Tensor:
         return closest_logits(torch.cat(self.log_sum_exps), torch.cat(self.shares))
+
+    def separation(self) -> float:
+        log_sum_exps, first = torch.cat(self.log_sum_exps), torch.cat(self.first_logits)
+        gaps = (log_sum_exps.mean(0) - first.mean(0)) / log_sum_exps.std(0)
+        return gaps.median().item()
 
     def first_share(self) -> torch.Tensor:
         return torch.cat(self.shares).mean(0)
@@ -244,5 +283,6 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
         mean_queries={index: reader.mean_query() for index, reader in with_shares.items()},
         first_keys={index: reader.first_key() for index, reader in with_shares.items()},
         first_shares={index: reader.first_share() for index, reader in with_shares.items()},
+        separations={index: reader.separation() for index, reader in with_shares.items()},
         input_sizes={index: reader.mean_size() for index, reader in readers.items()},
     )

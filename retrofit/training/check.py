@@ -10,7 +10,7 @@ from retrofit.gates.recipe import gate_config
 from retrofit.memory.estimate import Device, NotTracedError, estimate, remedy, this_device
 from retrofit.models.gated_model import gated_model
 from retrofit.models.opening import opening
-from retrofit.recipe import Recipe
+from retrofit.recipe import Gate, Recipe
 from retrofit.training.preflight import load_tokenizer_and_data, preflight
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
@@ -99,11 +99,22 @@ def _describe_gates(
     gate = recipe.gate
     kinds = [f"{gate.sinks} sinks"] if gate.sinks != "none" else []
     kinds += ["a key bias"] if gate.key_bias else []
-    kinds += [f"{gate.granularity} projection"] if gate.granularity != "none" else []
+    kinds += [_describe_projection(gate)] if gate.granularity != "none" else []
+    at_most = "at most " if gate.chooses_projection_layers else ""
     return (
-        f"{', '.join(kinds)} on {layers} layers: {gate_weights:,} numbers, "
+        f"{', '.join(kinds)} on {layers} layers: {at_most}{gate_weights:,} numbers, "
         f"{gate_weights / base_weights:.2g} of the model"
     )
+
+
+def _describe_projection(gate: Gate) -> str:
+    projection = f"{gate.granularity} projection"
+    if gate.chooses_projection_layers:
+        return f"{projection} instead in the layers that need it"
+    if isinstance(gate.projection_layers, list):
+        layers = ", ".join(map(str, gate.projection_layers))
+        return f"{projection} instead in the layers {layers}"
+    return projection
 
 
 def _describe_memory(config: PreTrainedConfig, recipe: Recipe, device: Device) -> str:
@@ -130,11 +141,14 @@ def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:
     if not gate_config(recipe).is_mergeable:
         return "none: an ablation that no checkpoint can carry"
     gate = recipe.gate
-    reason = native.refusal(config, gate.granularity, gate.sinks, gate.centered)
-    if reason is None:
-        model_type = native.stock_architecture(config.model_type, gate.sinks).model_type(config)
-        return f"stock {model_type} checkpoint, no code of ours needed"
-    return f"with --format remote-code, which brings its code: {reason}"
+    # Where the base chooses the layers of the projection, it may choose none.
+    granularity = "none" if gate.chooses_projection_layers else gate.granularity
+    reason = native.refusal(config, granularity, gate.sinks, gate.centered)
+    if reason is not None:
+        return f"with --format remote-code, which brings its code: {reason}"
+    model_type = native.stock_architecture(config.model_type, gate.sinks).model_type(config)
+    unless = ", unless a layer needs a projection" if granularity != gate.granularity else ""
+    return f"stock {model_type} checkpoint, no code of ours needed{unless}"
 
 
 def _preview(rows, tokenizer: PreTrainedTokenizerBase, characters: int = 60) -> str:

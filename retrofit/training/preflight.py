@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from retrofit.adapters import family_of
 from retrofit.data.sources import LoadedSource, load_sources
 from retrofit.data.vocabulary import check_eos_token
+from retrofit.gates.recipe import gate_config
 from retrofit.measure.planned import check_planned_measurement
 from retrofit.models.base_config import check_gateable, check_not_quantized
 from retrofit.models.loading import check_files, load_config, load_tokenizer
@@ -55,7 +56,8 @@ def load_tokenizer_and_data(
 
 
 def _check_base(recipe: Recipe, config: PreTrainedConfig) -> None:
-    check_gateable(config, recipe.model.base, recipe.gate.layers)
+    gates = gate_config(recipe)
+    check_gateable(config, recipe.model.base, gates.layers_to_transform, gates.projection_layers)
     check_not_quantized(config, recipe.model.base)
     check_files(recipe.model, config)
     folder = Path(recipe.model.location)

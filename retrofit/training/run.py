@@ -27,6 +27,7 @@ from transformers import (
 from trl import SFTConfig
 
 from retrofit.data.sources import LoadedSource, load_sources
+from retrofit.gate_settings import GATE_SETTINGS
 from retrofit.models.fingerprint import base_weights, config_values, file_sha256, weights_sha256
 from retrofit.models.gated_model import gated_model
 from retrofit.models.loading import load_base, load_tokenizer
@@ -199,11 +200,18 @@ def gate_trainer(
 def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: bool) -> None:
     """Sets the gates' constants and the learning rates that come from calibration."""
     has_auto_rate = recipe.train.learning_rate == "auto"
+    chooses_layers = recipe.gate.chooses_projection_layers
     # A resumed run reads the constants from its checkpoint.
     needs_constants = (recipe.gate.centered or recipe.gate.sinks != "none") and not resumed
-    if not (has_auto_rate or needs_constants):
+    if not (has_auto_rate or chooses_layers or needs_constants):
         return
     calibration = trainer.calibrate()
+    if chooses_layers:
+        layers = calibration.projection_layers
+        trainer.choose_projection_layers(layers)
+        if layers:
+            named = ", ".join(map(str, layers))
+            say(f"layers with a projection instead of sink logits: {named}", console)
     if needs_constants:
         if recipe.gate.sinks != "none" and not calibration.sink_logits:
             raise UserError(
@@ -347,6 +355,8 @@ def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) ->
         before: the base's fingerprint before training.
         after: the base's fingerprint after training.
     """
+    config = trainer.model.peft_config[trainer.model.active_adapter]
+    settings = {name: getattr(config, name) for name in GATE_SETTINGS}
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     layer_losses = ("pressure", "activation", "hidden", "balance")
@@ -354,7 +364,7 @@ def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) ->
     return {
         "base": before,
         "base_weights_sha256_after": after["weights_sha256"],
-        "gate": {**recipe.gate.model_dump(), "weights": weights},
+        "gate": {**settings, "layers": recipe.gate.layers, "weights": weights},
         "learning_rate": trainer.learning_rates or trainer.args.learning_rate,
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),

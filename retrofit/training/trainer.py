@@ -29,8 +29,8 @@ from retrofit.training.trainer_state import SafetensorsCheckpoints
 from retrofit.utils.errors import UserError
 
 # The learning rate of sink logits and key biases. They are stored in tens of nats, so a step moves
-# them by up to 0.1.
-CONSTANTS_RATE = 1e-2
+# them by up to 0.2.
+CONSTANTS_RATE = 2e-2
 
 
 class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
@@ -116,6 +116,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             calibrations = [calibrate(self.model, self._first_batches(documents)).cpu()]
         (calibration,) = broadcast_object_list(calibrations)
         return calibration
+
+    def choose_projection_layers(self, layers: list[int]) -> None:
+        """Gives these layers a projection instead of sink logits, and the others sink logits."""
+        self.model.base_model.choose_projection_layers(self.model.active_adapter, layers)
 
     def _first_batches(self, documents: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the first batches of a run on one rank, until they hold `documents` documents."""

@@ -14,11 +14,12 @@ class GatedAttention(nn.Module):
     Args:
         attention: the module that vLLM has built, of any family whose attention is that of Llama,
             with or without norms on the queries and keys.
+        layer_idx: index of the layer.
         vllm_config: vLLM's config of the model and the engine.
         prefix: the module's name in the model.
     """
 
-    def __init__(self, attention: nn.Module, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, attention: nn.Module, layer_idx: int, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         self.q_size, self.kv_size = attention.q_size, attention.kv_size
         self.head_dim = attention.head_dim
@@ -26,7 +27,8 @@ class GatedAttention(nn.Module):
         self.q_norm = getattr(attention, "q_norm", None)
         self.k_norm = getattr(attention, "k_norm", None)
         self.rotary_emb = attention.rotary_emb
-        self.attn_gate = Gate(vllm_config.model_config.hf_config, attention, f"{prefix}.attn_gate")
+        config = vllm_config.model_config.hf_config
+        self.attn_gate = Gate(config, layer_idx, attention, f"{prefix}.attn_gate")
         self.attn = attention.attn
         if self.attn_gate.sinks is not None:
             self.attn = rebuild_with_sinks(

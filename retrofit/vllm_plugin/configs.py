@@ -38,6 +38,7 @@ def gated_config(base: type, name: str) -> Any:
             gate_sinks: str = "none",
             gate_key_bias: bool = False,
             gate_centered: bool = False,
+            gate_projection_layers: list[int] | None = None,
             gated_layers: list[int] | None = None,
             **kwargs,
         ):
@@ -48,6 +49,7 @@ def gated_config(base: type, name: str) -> Any:
             self.gate_sinks = gate_sinks
             self.gate_key_bias = gate_key_bias
             self.gate_centered = gate_centered
+            self.gate_projection_layers = gate_projection_layers
             self.gated_layers = gated_layers or []
             self.architectures = [self.architecture]
 

@@ -22,6 +22,7 @@ class Gate(nn.Module):
 
     Args:
         config: the model's config.
+        layer_idx: index of the layer.
         attention: vLLM's attention module, whose heads are gated.
         prefix: the gate's name in the model.
 
@@ -32,13 +33,16 @@ class Gate(nn.Module):
         center: what a closed gate leaves, `[num_kv_heads, head_dim]`.
     """
 
-    def __init__(self, config, attention: nn.Module, prefix: str):
+    def __init__(self, config, layer_idx: int, attention: nn.Module, prefix: str):
         super().__init__()
         self.num_heads = attention.num_heads
         self.groups = attention.num_heads // attention.num_kv_heads
         by_kv_head = (attention.num_kv_heads, attention.head_dim)
         self.g_proj = self.sinks = self.key_bias = self.center = None
-        if config.gate_granularity != "none":
+        projection_layers = config.gate_projection_layers
+        may_project = projection_layers is None or layer_idx in projection_layers
+        may_sink = projection_layers is None or layer_idx not in projection_layers
+        if may_project and config.gate_granularity != "none":
             width = attention.head_dim if config.gate_granularity == "elementwise" else 1
             self.g_proj = ColumnParallelLinear(
                 config.hidden_size,
@@ -46,9 +50,9 @@ class Gate(nn.Module):
                 bias=False,
                 prefix=f"{prefix}.g_proj",
             )
-        if config.gate_sinks != "none":
+        if may_sink and config.gate_sinks != "none":
             self.sinks = _parameter_by_head(attention.num_heads)
-        if config.gate_key_bias:
+        if may_sink and config.gate_key_bias:
             self.key_bias = _parameter_by_head(*by_kv_head)
         if config.gate_centered:
             self.center = _parameter_by_head(*by_kv_head)

@@ -33,7 +33,7 @@ class Gated(nn.Module):
             if index in local_layers:
                 layer = decoder.layers[index]
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{index}.self_attn"
-                layer.self_attn = GatedAttention(layer.self_attn, vllm_config, name)
+                layer.self_attn = GatedAttention(layer.self_attn, index, vllm_config, name)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Overrides vLLM's method, so that checkpoints with former names load too."""

@@ -43,7 +43,7 @@ def test_it_loads_with_its_own_code_and_is_measured(checkpoint):
 def test_it_is_verified_if_it_has_the_code_that_was_written_then(checkpoint, monkeypatch):
     folder, _ = checkpoint
     code = remote_code._code_in(folder)
-    monkeypatch.setitem(remote_code._FORMER_CODE, "llama", remote_code._digest(code))
+    monkeypatch.setitem(remote_code._FORMER_CODE, "llama", [remote_code._digest(code)])
     assert verify.verify(read_report(folder), folder)["unused_gates"] == []
     with (folder / "llama.py").open("a") as file:
         file.write("raise SystemExit('run')\n")

@@ -12,7 +12,7 @@ import stock_transformers
 import streamed
 import torch
 from huggingface_hub import ModelCard
-from made_runs import MIXED, SINKS, WINDOWED, make_run
+from made_runs import BY_LAYER, MIXED, SINKS, WINDOWED, make_run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, normalizers
@@ -248,7 +248,7 @@ def test_constant_sinks_go_native(family, dtype, tmp_path, tiny_base, in_process
         assert figures["kl"] < 3 * figures["rounding_kl"] + 1e-7
 
 
-@pytest.mark.parametrize("gates", [SINKS, MIXED], ids=["constant", "mixed"])
+@pytest.mark.parametrize("gates", [SINKS, MIXED, BY_LAYER], ids=["constant", "mixed", "by-layer"])
 def test_every_family_carries_sinks_in_code_of_its_own(
     family, gates, tmp_path, tiny_base, in_process
 ):
@@ -261,11 +261,23 @@ def test_every_family_carries_sinks_in_code_of_its_own(
     assert "--model-impl transformers" not in card
 
 
-@pytest.mark.parametrize("gates", [SINKS, MIXED], ids=["constant", "mixed"])
+@pytest.mark.parametrize("gates", [SINKS, MIXED, BY_LAYER], ids=["constant", "mixed", "by-layer"])
 def test_an_adapter_with_sinks_loads_through_transformers(gates, tmp_path, tiny_base):
     run = make_run(tmp_path / "run", tiny_base("llama"), **gates, centered=True)
     report = merge(run, tmp_path / "out", format="adapter")
     assert report["verification"]["max_logprob_difference"] < 1e-4
+
+
+def test_without_a_format_it_is_native_where_a_stock_architecture_holds_the_gates(
+    tmp_path, tiny_base, in_process
+):
+    written = {}
+    for name, gates in {"sinks": SINKS, "by-layer": BY_LAYER}.items():
+        run = make_run(tmp_path / name, tiny_base("llama"), **gates)
+        written[name] = merge(run, tmp_path / f"{name}-merged")["checkpoint"]["format"]
+    assert written == {"sinks": "native", "by-layer": "remote-code"}
+    card = (tmp_path / "by-layer-merged/README.md").read_text()
+    assert "in layers 0, 1 instead, each attention head is scaled by a sigmoid" in card
 
 
 def test_the_verification_figures(merged, windowed):
@@ -802,7 +814,7 @@ def one_token(run, base, tmp_path):
 def test_bad_input_is_named_in_one_line(run, tmp_path, tiny_base, prepare, message):
     options = prepare(run, tiny_base, tmp_path)
     with pytest.raises(UserError, match=message) as raised:
-        merge(run, tmp_path / "out", **options)
+        merge(run, tmp_path / "out", **({"format": "native"} | options))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out/config.json").exists()
     assert not list(tmp_path.glob(".out*"))

@@ -96,7 +96,7 @@ def test_no_step_moves_a_logit_further_than_it_says():
     """Adam's first step moves every weight by the rate: with signs that agree, the whole step."""
     states = torch.randn(64, generator=torch.Generator().manual_seed(0))
     sizes = {0: states.abs().sum().item()}
-    rate = Calibration({}, {}, {}, {}, {}, sizes).learning_rates[0]
+    rate = Calibration({}, {}, {}, {}, {}, {}, sizes).learning_rates[0]
     weight = torch.zeros(64, requires_grad=True)
     (weight @ states).backward()
     torch.optim.AdamW([weight], lr=rate).step()

@@ -1,0 +1,131 @@
+"""Layers whose sink logits could not prevent the sink get a projection instead, by themselves."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import tiny_model
+
+from retrofit import GateConfig
+from retrofit.export.merge import merge
+from retrofit.gates import gate_layers
+from retrofit.models.loading import load_model
+from retrofit.recipe import load_recipe
+from retrofit.training import calibration
+from retrofit.training.calibration import Calibration, calibrate
+from retrofit.training.run import train
+
+BOTH = {"sinks": "constant", "key_bias": True, "granularity": "headwise"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "separations", "expected"),
+    [
+        ([0.002, 0.001, 0.03, 0.13, 0.4], [5.8, 4.3, 4.1, 4.4, 2.4], []),  # as in SmolLM2
+        ([0.001, 0.002, 0.002, 0.27, 0.25], [-0.5, 1.7, 1.6, 0.1, 1.4], [0, 1, 2]),  # as in Qwen2.5
+        ([0.001, 0.002, 0.002, 0.27, 0.25], [-0.5, 4.0, 1.6, 0.1, 1.4], [0, 2]),
+        ([0.3, 0.4, 0.3], [0.1, 0.1, 0.1], []),  # nothing is below the first sink
+        ([0.01, 0.01, 0.01], [0.1, 0.1, 0.1], []),  # no sink
+        ([], [], []),
+    ],
+)
+def test_they_are_below_the_first_sink(shares, separations, expected):
+    by_layer = {index: torch.full((4,), share) for index, share in enumerate(shares)}
+    read = Calibration({}, {}, {}, {}, by_layer, dict(enumerate(separations)), {})
+    assert read.projection_layers == expected
+
+
+def test_the_separation_is_that_of_first_tokens_from_other_queries(monkeypatch):
+    monkeypatch.setattr(calibration, "ROWS", 2000)
+    base = tiny_model("llama")
+    model = get_peft_model(base, GateConfig(**BOTH))
+    input_ids = torch.randint(5, 250, (3, 120), generator=torch.Generator().manual_seed(0))
+    logits = []
+
+    def read(attention, _hidden_states, query, key, _sink, output):
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        logits.append(query @ key.mT * attention.scaling)
+        return output
+
+    base.model.layers[1].self_attn.observer = read
+    with torch.no_grad():
+        model(input_ids)
+    base.model.layers[1].self_attn.observer = None
+    causal = torch.ones(120, 120, dtype=torch.bool).tril()
+    causal[1:, 0] = False  # other queries are read without the first key
+    found = logits[0].masked_fill(~causal, -torch.inf).logsumexp(-1)
+    first, others = found[..., 0], found[..., 64:].transpose(0, 1).flatten(1)
+    expected = ((others.mean(1) - first.mean(0)) / others.std(1)).median().item()
+    batch = {"input_ids": input_ids, "position_ids": torch.arange(120).expand(3, -1)}
+    assert calibrate(model, [batch]).separations[1] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.fixture
+def recipe(tiny_base, tmp_path):
+    text = tmp_path / "text.jsonl"
+    words = torch.randint(0, 26, (40, 90), generator=torch.Generator().manual_seed(0))
+    rows = [" ".join(chr(97 + letter) for letter in row) for row in words.tolist()]
+    text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+    def make(name: str):
+        settings = {
+            "output_dir": str(tmp_path / name),
+            "model": {"base": str(tiny_base("llama"))},
+            "gate": {**BOTH, "projection_layers": "auto"},
+            "data": {"sources": [{"path": str(text)}], "sequence_length": 128},
+            "train": {"max_steps": 2, "report_to": [], "save_steps": 1, "learning_rate": "auto"},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps(settings))
+        return load_recipe(str(path))
+
+    return make
+
+
+def test_a_base_whose_slots_suffice_gets_no_projection_and_a_stock_checkpoint(
+    recipe, tmp_path, in_process
+):
+    run = train(recipe("run"))
+    config = json.loads((run / "adapter/adapter_config.json").read_text())
+    assert config["granularity"] == "none" and config["projection_layers"] is None
+    report = merge(run, tmp_path / "out")
+    assert report["checkpoint"]["model_type"] == "granite_swa"
+
+
+@pytest.fixture
+def sink_in_the_last_layer(monkeypatch):
+    """A base of which calibration reads a sink in the last layer and no slot that would do."""
+    read_shares = calibration._Reader.first_share
+    monkeypatch.setattr(
+        calibration._Reader,
+        "first_share",
+        lambda reader: read_shares(reader) + (reader.attention.layer_idx == 2),
+    )
+    monkeypatch.setattr(calibration, "SEPARATION", float("inf"))
+
+
+def test_a_run_keeps_resumes_and_merges_what_its_base_chose(
+    recipe, tmp_path, sink_in_the_last_layer, in_process
+):
+    run = train(recipe("run"))
+    config = json.loads((run / "adapter/adapter_config.json").read_text())
+    assert config["projection_layers"] == [0, 1] and config["granularity"] == "headwise"
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["gate"]["projection_layers"] == [0, 1]
+    model, _ = load_model(str(run))
+    assert isinstance(model, PeftModel)
+    for index, layer in gate_layers(model).items():
+        gate = layer.g_proj["default"]
+        assert (gate.weight is not None) == (gate.sink_odds is None) == (index < 2)
+    whole = (run / "adapter/adapter_model.safetensors").read_bytes()
+    for left in ("run.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        (run / left).unlink()
+    for left in (run / "checkpoints/checkpoint-2").iterdir():
+        left.unlink()
+    (run / "checkpoints/checkpoint-2").rmdir()
+    train(recipe("run"), resume=True)
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() == whole
+    report = merge(run, tmp_path / "out")
+    assert report["checkpoint"]["format"] == "remote-code"
+    assert report["verification"]["max_logprob_difference"] < 1e-4
