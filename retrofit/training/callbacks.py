@@ -4,6 +4,7 @@ import signal
 import time
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import reduce
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from retrofit.utils.errors import CheckError
+from retrofit.utils.process import return_freed_memory
 
 
 class DeadGateError(CheckError):
@@ -52,6 +54,28 @@ class GradientCheck(TrainerCallback):
                 f"no gradient reached {len(dead)} of {len(trainable)} gates after the first step: "
                 f"{names}{more}"
             )
+
+
+class HeapLimit(TrainerCallback):
+    """Keeps a process that trains on the CPU about as large as its first step made it.
+
+    glibc keeps freed memory, and the tensors of a later step do not quite fit into what earlier
+    ones left, so that the process would grow to twice that size and more.
+    """
+
+    GROWTH = 1.1  # beyond the size after the first step
+
+    def __init__(self):
+        self.first_size: int | None = None  # bytes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not args.use_cpu:
+            return
+        size = psutil.Process().memory_info().rss
+        if self.first_size is None:
+            self.first_size = size
+        elif size > self.GROWTH * self.first_size:
+            return_freed_memory()
 
 
 class Interrupt(TrainerCallback):

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from retrofit.export import native
+from retrofit.gate_settings import has_both
 from retrofit.gates.recipe import gate_config
 from retrofit.memory.estimate import Device, NotTracedError, estimate, remedy, this_device
 from retrofit.models.gated_model import gated_model
@@ -97,24 +98,23 @@ def _describe_gates(
 ) -> str:
     layers = len(recipe.gate.layers or range(config.num_hidden_layers))
     gate = recipe.gate
+    projection = f"{gate.granularity} projection"
+    varies = gate.projection_layers is not None and has_both(gate)
     kinds = [f"{gate.sinks} sinks"] if gate.sinks != "none" else []
     kinds += ["a key bias"] if gate.key_bias else []
-    kinds += [_describe_projection(gate)] if gate.granularity != "none" else []
+    kinds += [projection] if gate.granularity != "none" and not varies else []
+    exception = f", {_where_projected(gate)} a {projection} instead" if varies else ""
     at_most = "at most " if gate.chooses_projection_layers else ""
     return (
-        f"{', '.join(kinds)} on {layers} layers: {at_most}{gate_weights:,} numbers, "
+        f"{', '.join(kinds)} on {layers} layers{exception}: {at_most}{gate_weights:,} numbers, "
         f"{gate_weights / base_weights:.2g} of the model"
     )
 
 
-def _describe_projection(gate: Gate) -> str:
-    projection = f"{gate.granularity} projection"
-    if gate.chooses_projection_layers:
-        return f"{projection} instead in the layers that need it"
+def _where_projected(gate: Gate) -> str:
     if isinstance(gate.projection_layers, list):
-        layers = ", ".join(map(str, gate.projection_layers))
-        return f"{projection} instead in the layers {layers}"
-    return projection
+        return f"in layers {', '.join(map(str, gate.projection_layers))}"
+    return "where a layer needs one"
 
 
 def _describe_memory(config: PreTrainedConfig, recipe: Recipe, device: Device) -> str:

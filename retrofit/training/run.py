@@ -34,7 +34,7 @@ from retrofit.models.loading import load_base, load_tokenizer
 from retrofit.models.run_folder import STARTED, check_config, facts_of
 from retrofit.recipe import RESOLVED, Recipe, load_recipe
 from retrofit.training.arguments import training_arguments
-from retrofit.training.callbacks import GradientCheck, Interrupt, ProgressBar
+from retrofit.training.callbacks import GradientCheck, HeapLimit, Interrupt, ProgressBar
 from retrofit.training.checkpoints import last_checkpoint, set_aside
 from retrofit.training.divergence import check_gates_finite
 from retrofit.training.preflight import load_tokenizer_and_data, preflight
@@ -133,7 +133,7 @@ def _train(
     if checkpoint:
         _check_weights(run, frozen)
     interrupt, bar = Interrupt(console), ProgressBar(console)
-    callbacks = [GradientCheck(), interrupt, bar]
+    callbacks = [GradientCheck(), HeapLimit(), interrupt, bar]
     trainer = gate_trainer(recipe, args, base, tokenizer, sources, callbacks)
     trainer.remove_callback(PrinterCallback)
     _calibrate(trainer, recipe, console, resumed=checkpoint is not None)

@@ -48,6 +48,13 @@ def return_large_blocks() -> None:
         _mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
 
 
+def return_freed_memory() -> None:
+    """Makes glibc return to the system what it keeps of freed memory now."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # other C libraries lack malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def _keep_freed_memory() -> None:
     """Makes glibc keep freed memory.
 

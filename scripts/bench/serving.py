@@ -6,9 +6,10 @@
 
 The gates are those of a trained run, or headwise ones with random weights, because the cost of a
 gate does not depend on its value. `retrofit merge` writes them in every format that an engine
-reads. Each merged model takes turns with the base, both in memory: a prompt, then new tokens one by
-one. Ratios are of seconds. If transformers runs the merged architecture with another attention
-implementation than the base, the base runs with both.
+reads; a format that does not hold them is left out. Each merged model takes turns with the base,
+both in memory: a prompt, then new tokens one by one. Ratios are of seconds. If transformers runs
+the merged architecture with another attention implementation than the base, the base runs with
+both. vLLM runs remote code by our plugin.
 """
 
 import statistics
@@ -24,7 +25,7 @@ from peft import get_peft_model
 from paired import Ratio, parser, ratio, report, table
 from retrofit import GateConfig
 from retrofit.export.merge import merge
-from retrofit.export.registry import FormatName
+from retrofit.export.registry import FormatName, format_of
 from retrofit.models.loading import load_base
 from retrofit.models.source import read_source
 from retrofit.recipe import Model
@@ -64,6 +65,7 @@ VARIANTS = {
     "vllm": [
         Variant("native", "native"),
         Variant("native, centered", "native", centered=True),
+        Variant("remote-code", "remote-code"),  # on the classes of our plugin
     ],
 }
 
@@ -135,7 +137,13 @@ def measured(options: Namespace, folder: Path) -> Iterator[Ratio]:
 def chosen(engine: str, options: Namespace) -> list[Variant]:
     variants = VARIANTS[engine]
     if options.run:
-        variants = [variant for variant in variants if not variant.centered]
+        source = read_source(Path(options.run).expanduser())
+        variants = [
+            variant
+            for variant in variants
+            if not variant.centered
+            and not (variant.format and format_of(variant.format).refusal(source))
+        ]
     wanted = options.variants or [variant.name for variant in variants]
     return [variant for variant in variants if variant.name in wanted]
 

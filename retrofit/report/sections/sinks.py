@@ -133,17 +133,12 @@ def sinks_sections(models: _Models) -> list[Section]:
 
 
 def _first_positions(models: _Models) -> Section | None:
-    with_metric = _with_layers(models, "column_share")
-    if not with_metric:
+    plots = _heat_maps(
+        models, "column_share", "positions", x="key position", color="mean share (log)",
+        low=_LEAST_SHARE, high=0.1, log=True,
+    )  # fmt: skip
+    if not plots:
         return None
-    largest = max(max(row) for _, _, rows in with_metric for row in rows if row)
-    plots = [
-        heat_map(
-            f"positions-{number}", name, rows, x="key position", y="layer",
-            color="mean share (log)", limits=(_LEAST_SHARE, max(largest, 0.1)), log=True,
-        )
-        for number, name, rows in with_metric
-    ]  # fmt: skip
     return Section(
         "attention",
         "Attention to the first positions",
@@ -189,17 +184,11 @@ def _activations(models: _Models) -> Section:
 
 
 def _gates(models: _Models) -> Section | None:
-    with_metric = _with_layers(models, "gate_histogram")
-    if not with_metric:
+    plots = _heat_maps(
+        models, "gate_histogram", "gates", x="gate score", color="share of gates", extent=(0, 1)
+    )
+    if not plots:
         return None
-    largest = max(max(row) for _, _, rows in with_metric for row in rows if row)
-    plots = [
-        heat_map(
-            f"gates-{number}", name, rows, x="gate score", y="layer",
-            color="share of gates", limits=(0, largest), extent=(0, 1),
-        )
-        for number, name, rows in with_metric
-    ]  # fmt: skip
     return Section(
         "gates",
         "Gates",
@@ -210,17 +199,9 @@ def _gates(models: _Models) -> Section | None:
 
 
 def _head_loads(models: _Models) -> Section | None:
-    with_metric = _with_layers(models, "head_load")
-    if not with_metric:
+    plots = _heat_maps(models, "head_load", "loads", x="head", color="mean load")
+    if not plots:
         return None
-    largest = max(max(row) for _, _, rows in with_metric for row in rows if row)
-    plots = [
-        heat_map(
-            f"loads-{number}", name, rows, x="head", y="layer",
-            color="mean load", limits=(0, largest),
-        )
-        for number, name, rows in with_metric
-    ]  # fmt: skip
     return Section(
         "loads",
         "Head loads",
@@ -229,6 +210,28 @@ def _head_loads(models: _Models) -> Section | None:
         "its start halves a load.",
         plots=plots,
     )
+
+
+def _heat_maps(
+    models: _Models, metric: str, name: str, *, low: float = 0, high: float = 0, **axes: Any
+) -> list[Plot]:
+    """Returns a map by layer for each model with the metric, all with the same colors.
+
+    Args:
+        models: the models of the page.
+        metric: a metric whose value for a layer is a row of numbers.
+        name: the start of the plots' names.
+        low: the value of the first color.
+        high: the least value of the last color, which is the largest value of any model.
+        **axes: what `heat_map` takes.
+    """
+    with_metric = _with_layers(models, metric)
+    largest = max((max(row) for _, _, rows in with_metric for row in rows if row), default=0)
+    limits = (low, max(largest, high))
+    return [
+        heat_map(f"{name}-{number}", model, rows, y="layer", limits=limits, **axes)
+        for number, model, rows in with_metric
+    ]
 
 
 def _by_layer(models: _Models, metric: str, title: str) -> Plot | None:
