@@ -49,9 +49,10 @@ STEP = 0.8  # the most that a step at the highest learning rate moves a gate's l
 SINK_SHARE = 0.1
 ROWS = 32  # queries that are sampled in each sequence, for shares and sink logits
 # A slot tells first tokens apart if their log-sum-exps are below those of other queries by more
-# than this, in standard deviations of the latter. Below its first sink, SmolLM2-135M is at 4.1 to
-# 5.8, and Qwen2.5-Coder-0.5B at -0.5 to 1.7 (medians over the heads of each layer).
-SEPARATION = 2.0
+# than this, in standard deviations of the latter. In the layers below its first sink, SmolLM2-135M
+# is at 4.1 to 5.8, Qwen2.5-Coder-0.5B at -0.5 to 1.7, and its 1.5B at 0.3 and 2.8 (medians over the
+# heads of a layer).
+SEPARATION = 3.0
 LEAST_SHARE = 1e-3  # the share that the slot of a head without a sink starts from
 
 
