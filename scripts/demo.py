@@ -30,7 +30,8 @@ def main(overrides: list[str]) -> None:
         print(assets.ensure(name))
     for folder in (RUN, MERGED):
         shutil.rmtree(folder, ignore_errors=True)
-    retrofit("train", RECIPE, f"output_dir={RUN}", f"train.max_steps={STEPS}", *overrides)
+    settings = [f"output_dir={RUN}", f"train.max_steps={STEPS}", f"model.dtype={fastest_dtype()}"]
+    retrofit("train", RECIPE, *settings, *overrides)
     retrofit("merge", str(RUN), "--out", str(MERGED))
     step("the base and the merged checkpoint answer, without retrofit")
     for folder in (assets.ensure("smollm2"), MERGED):
@@ -38,6 +39,13 @@ def main(overrides: list[str]) -> None:
     step("what came out better, worse and the same")
     print(outcome(json.loads((RUN / "measure.json").read_text())))
     print(f"\nreport: {RUN}/report.html   figures: {RUN}/measure.json   checkpoint: {MERGED}")
+
+
+def fastest_dtype() -> str:
+    """Returns bfloat16 if the CPU has units for it."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text().split() if cpu.is_file() else []
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & {*flags} else "float32"
 
 
 def step(title: str) -> None:

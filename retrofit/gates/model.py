@@ -94,6 +94,8 @@ class GateModel(BaseTuner):
             config.granularity = "none"
         for index, layer in gate_layers(self.model).items():
             if adapter_name in layer.g_proj:
+                # The model may have moved to another device since its gates were inserted.
+                layer.device = next(layer.g_proj[adapter_name].parameters()).device
                 layer.update_layer(adapter_name, config.of_layer(index))
 
     @classmethod

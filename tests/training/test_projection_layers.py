@@ -61,6 +61,15 @@ def test_the_separation_is_that_of_first_tokens_from_other_queries(monkeypatch):
     assert calibrate(model, [batch]).separations[1] == pytest.approx(expected, rel=0.05)
 
 
+def test_new_gates_are_where_the_model_is_by_then():
+    model = get_peft_model(tiny_model("llama"), GateConfig(**BOTH))
+    for layer in gate_layers(model).values():
+        layer.device = torch.device("meta")  # where the base was when its gates were inserted
+    model.base_model.choose_projection_layers("default", [0])
+    gates = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert gates and all(gate.device.type == "cpu" for gate in gates)
+
+
 @pytest.fixture
 def recipe(tiny_base, tmp_path):
     text = tmp_path / "text.jsonl"
