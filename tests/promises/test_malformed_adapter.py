@@ -120,6 +120,11 @@ SAID = {
     "layers, some": ("layers_to_transform", [0, 99]),
     "layers, below zero": ("layers_to_transform", [-1]),
     "layers, text": ("layers_to_transform", ["0"]),
+    "projections": ("projection_layers", [0]),  # the adapter has one kind of gates
+    "projections, text": ("projection_layers", "auto"),
+    "projections, below zero": ("projection_layers", [-1]),
+    "projections, beyond": ("projection_layers", [0, 99]),
+    "projections, none": ("projection_layers", []),
     "base": ("base_model_name_or_path", {"a": 1}),
     "base type": ("base_model_type", 7),
     "modules, no pattern": ("target_modules", "["),

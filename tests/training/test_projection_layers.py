@@ -11,10 +11,11 @@ from retrofit import GateConfig
 from retrofit.export.merge import merge
 from retrofit.gates import gate_layers
 from retrofit.models.loading import load_model
-from retrofit.recipe import load_recipe
+from retrofit.recipe import Recipe, load_recipe
 from retrofit.training import calibration
 from retrofit.training.calibration import Calibration, calibrate
 from retrofit.training.run import train
+from retrofit.utils.errors import UserError
 
 BOTH = {"sinks": "constant", "key_bias": True, "granularity": "headwise"}
 
@@ -100,6 +101,14 @@ def test_a_base_whose_slots_suffice_gets_no_projection_and_a_stock_checkpoint(
     assert config["granularity"] == "none" and config["projection_layers"] is None
     report = merge(run, tmp_path / "out")
     assert report["checkpoint"]["model_type"] == "granite_swa"
+
+
+def test_a_projection_in_a_layer_that_is_not_gated_is_refused(recipe):
+    for chosen, beyond in (({"projection_layers": [3]}, 3), ({"layers": [1, 2]}, 0)):
+        settings = recipe("run").model_dump()
+        settings["gate"] |= {"projection_layers": [0]} | chosen
+        with pytest.raises(UserError, match=f"a projection in layer {beyond} of .*not gated"):
+            train(Recipe.model_validate(settings))
 
 
 @pytest.fixture
