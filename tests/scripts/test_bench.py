@@ -285,9 +285,11 @@ def test_sinks_take_turns_with_the_base_in_vllm(run_with_sinks, serve, tmp_path,
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     given = ("--run", str(run_with_sinks), "--engines", "vllm", "--vllm", sys.executable)
     rows = serve(*given, "--prompt", "16", "24")
-    assert set(rows) == {f"vllm, native, {phase}" for phase in phases(16, 24)}
+    forms = ("native", "remote-code")
+    assert set(rows) == {f"vllm, {form}, {phase}" for form in forms for phase in phases(16, 24)}
     calls = [json.loads(line) for line in (tmp_path / "site/calls").read_text().splitlines()]
-    assert [call[1:] for call in calls] == 6 * [[16, 1], [16, 3]] + 6 * [[24, 1], [24, 3]]
+    one_form = 6 * [[16, 1], [16, 3]] + 6 * [[24, 1], [24, 3]]
+    assert [call[1:] for call in calls] == 2 * one_form
     own, base = calls[0][0], str(tmp_path / "base")
     assert [call[0] for call in calls[:12:2]] == [own, base, own, base, base, own]
 
