@@ -106,6 +106,10 @@ class GateConfig(PeftConfig):
         """Refuse arguments that choose layers and that PEFT would ignore."""
         if self.layers_to_transform == []:
             raise ValueError("layers_to_transform names no layer; None gates all of them")
+        if self.projection_layers == []:
+            raise ValueError(
+                "projection_layers names no layer; for sinks alone, set granularity none"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give both")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

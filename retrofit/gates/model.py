@@ -57,6 +57,9 @@ class GateModel(BaseTuner):
             self.peft_config[adapter_name] = config = copy(config)
             config.base_model_type = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        gated = [i for i, layer in gate_layers(model).items() if adapter_name in layer.g_proj]
+        if missing := set(config.projection_layers or ()).difference(gated):
+            raise UserError(f"projection_layers names layer {min(missing)}, which is not gated")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Without PEFT's autocast, cast gates, which are created in float32, to the dtype of their

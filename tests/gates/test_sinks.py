@@ -371,6 +371,14 @@ def test_what_does_not_go_together_is_refused(settings, message):
         GateConfig(**settings)
 
 
+def test_a_projection_in_a_layer_that_is_not_gated_is_refused():
+    both = {"sinks": "constant", "granularity": "headwise"}
+    with pytest.raises(UserError, match="names layer 9, which is not gated"):
+        get_peft_model(tiny_model("llama"), config_of(both, projection_layers=[0, 9]))
+    with pytest.raises(ValueError, match="projection_layers names no layer"):
+        config_of(both, projection_layers=[])
+
+
 def test_two_adapters_with_sinks_are_refused():
     model = get_peft_model(tiny_model("llama"), config_of({"sinks": "constant"}))
     model.add_adapter("second", config_of({"sinks": "constant"}))
