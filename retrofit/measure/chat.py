@@ -36,7 +36,7 @@ class Chat:
         answers = []
         for instruction in track(INSTRUCTIONS[: self.instructions], "chat"):
             prompt = _prompt(tokenizer, instruction)["input_ids"]
-            token_ids = generate_greedily(model, tokenizer, prompt, self.new_tokens)
+            (token_ids,) = generate_greedily(model, tokenizer, prompt, self.new_tokens).tolist()
             text = tokenizer.decode(token_ids, skip_special_tokens=True)
             answers.append(Answer(instruction=instruction, token_ids=token_ids, text=text))
         return ChatFigures(answers=answers)

@@ -42,7 +42,9 @@ class Examples:
         map_tokens = input_ids[0, : self.tokens]
         generations = []
         for prompt in track(input_ids[:, : self.prompt], "examples"):
-            token_ids = generate_greedily(model, tokenizer, prompt[None], self.new_tokens)
+            (token_ids,) = generate_greedily(
+                model, tokenizer, prompt[None], self.new_tokens
+            ).tolist()
             text = tokenizer.decode(token_ids, skip_special_tokens=True)
             generations.append(Generation(prompt=tokenizer.decode(prompt), text=text))
         return ExamplesFigures(

@@ -12,9 +12,11 @@ def generate_greedily(
     tokenizer: PreTrainedTokenizerBase,
     input_ids: torch.Tensor,
     max_new_tokens: int,
+    attention_mask: torch.Tensor | None = None,
     **options: Any,
-) -> list[int]:
-    """Returns the token ids of a continuation that always takes the likeliest token.
+) -> torch.Tensor:
+    """Returns the token ids of continuations that always take the likeliest token,
+    `[batch, new tokens]`, padded after their end.
 
     Sampling and penalties in the model's generation config are ignored; its end-of-text tokens are
     not.
@@ -22,11 +24,14 @@ def generate_greedily(
     Args:
         model: a transformers model.
         tokenizer: its tokenizer.
-        input_ids: the prompt, `[1, T]`.
-        max_new_tokens: how many tokens the continuation has at most.
+        input_ids: the prompts, `[batch, T]`, padded on the left.
+        max_new_tokens: how many tokens a continuation has at most.
+        attention_mask: 0 where a prompt is padded, `[batch, T]`; `None` if none is.
         **options: further arguments of `generate`.
     """
     input_ids = input_ids.to(model.device)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -39,6 +44,9 @@ def generate_greedily(
         pad_token_id=tokenizer.pad_token_id,
     )
     output = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **options
+        input_ids,
+        attention_mask=attention_mask.to(model.device),
+        generation_config=config,
+        **options,
     )
-    return output[0, input_ids.shape[1] :].tolist()
+    return output[:, input_ids.shape[1] :]

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from retrofit.adapters._family import sliding_window_of
 from retrofit.measure.attention_hooks import attention_replaced, without_matrices
 from retrofit.measure.evaluation import Count, MeasuredModel, Track
-from retrofit.measure.long_context import has_rope_by_layer
 from retrofit.measure.predictions import predict
+from retrofit.measure.rope_scaling import has_rope_by_layer
 from retrofit.measure.sink_attention import beside_slots, slots
 from retrofit.measure.texts import cut_windows
 from retrofit.report.sections.streaming import ByCache, Curves, NllByCache, StreamingFigures

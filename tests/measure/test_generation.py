@@ -16,6 +16,6 @@ def test_the_likeliest_token_is_taken_whatever_the_model_asks_for():
     settings = {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 3.0}
     model.generation_config.update(**settings, no_repeat_ngram_size=1)
     model.generation_config.eos_token_id = None
-    found = generate_greedily(model, tokenizer, prompt, 12)
+    found = generate_greedily(model, tokenizer, prompt, 12)[0].tolist()
     assert found == expected[0, 20:].tolist()
     assert len(set(found)) < 12, "it repeats a token, which a penalty would have kept it from"

@@ -1,4 +1,4 @@
-"""Long context: RoPE is stretched and put back, and figures are those of naive computations."""
+"""Long context: figures are those of naive computations."""
 
 import json
 import math
@@ -7,39 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from native_checkpoints import as_native, trained
 from peft import get_peft_model
+from test_rope_scaling import LONG, stretched_from_the_start
 from test_ruler import DOCUMENTS
-from tiny import LLAMA3, SHAPE, tiny_model, tiny_tokenizer
-from transformers import DynamicCache
+from tiny import tiny_model, tiny_tokenizer
 
 from retrofit import GateConfig
 from retrofit.measure import cut_windows, measure
 from retrofit.measure.evaluation import MeasuredModel
-from retrofit.measure.long_context import LongContext, answer, answer_nats, rope_scaled
+from retrofit.measure.long_context import LongContext
 from retrofit.measure.registry import chosen_evaluations
-from retrofit.measure.ruler import Ruler, Sample
+from retrofit.measure.ruler import Ruler
 from retrofit.utils.errors import UserError
-
-TRAINED = SHAPE["max_position_embeddings"]
-LONG = 3 * TRAINED
-FULL = {
-    "layer_types": ["full_attention"] * 3,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 1.0,  # as merged
-    },
-}
-EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
-OWN: dict[str, dict] = {"qwen3_5_text": FULL, "qwen3_next": FULL | EXPERTS}
-STRETCHED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_next")
-INPUT_IDS = torch.randint(0, 256, (1, 600), generator=torch.Generator().manual_seed(0))
 
 
 def opened(model, documents=DOCUMENTS) -> MeasuredModel:
@@ -48,133 +27,6 @@ def opened(model, documents=DOCUMENTS) -> MeasuredModel:
 
 def untracked(sequence, doing):
     return sequence
-
-
-def scaling(family: str, kind: str) -> dict[str, Any]:
-    """What a user writes into a config to read `LONG` tokens."""
-    default = {"rope_theta": 10000.0}
-    rope = OWN.get(family, {}).get("rope_parameters", default) | {"rope_type": kind, "factor": 3.0}
-    if kind == "yarn":
-        rope["original_max_position_embeddings"] = TRAINED
-    return OWN.get(family, {}) | {"rope_parameters": rope, "max_position_embeddings": LONG}
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(INPUT_IDS).logits
-
-
-def stretched_from_the_start(family: str, kind: str):
-    return tiny_model(family, **scaling(family, kind))
-
-
-@pytest.mark.parametrize("kind", ["yarn", "linear"])
-@pytest.mark.parametrize("family", STRETCHED)
-def test_a_stretched_model_is_one_that_was_loaded_so_and_is_put_back(family, kind):
-    model = tiny_model(family, **OWN.get(family, {}))
-    rotary, config, before = model.model.rotary_emb, model.config.to_dict(), logits(model)
-    inv_freq = rotary.inv_freq.clone()
-    expected = stretched_from_the_start(family, kind)
-    with rope_scaled(model, LONG, kind):
-        inside = logits(model)
-        assert torch.equal(model.model.rotary_emb.inv_freq, expected.model.rotary_emb.inv_freq)
-        assert model.config.to_dict() == expected.config.to_dict()
-    assert torch.equal(inside, logits(expected))
-    assert not torch.allclose(inside, before, atol=1e-2), "stretching must matter"
-    assert model.model.rotary_emb is rotary and torch.equal(rotary.inv_freq, inv_freq)
-    assert model.config.to_dict() == config
-    assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize("kind", ["yarn", "linear"])
-def test_frequencies_are_those_of_the_papers(kind):
-    """Linear: all divided by the factor. YaRN: those that turn more than 32 times in the trained
-    length stay, those that turn less than once are divided, and attention is sharper."""
-    model = tiny_model("llama")
-    before = model.model.rotary_emb.inv_freq
-    with rope_scaled(model, LONG, kind):
-        rotary = model.model.rotary_emb
-    if kind == "linear":
-        torch.testing.assert_close(rotary.inv_freq, before / 3)
-        assert rotary.attention_scaling == 1
-        return
-    turns = TRAINED * before / (2 * math.pi)
-    assert (turns > 32).any() and (turns < 1).any()
-    torch.testing.assert_close(rotary.inv_freq[turns > 32], before[turns > 32])
-    torch.testing.assert_close(rotary.inv_freq[turns < 1], before[turns < 1] / 3)
-    assert rotary.attention_scaling == pytest.approx(0.1 * math.log(3) + 1)
-
-
-@pytest.mark.parametrize("kind", ["yarn", "linear"])
-def test_gates_stay_where_they_are(kind):
-    def gated(model):
-        torch.manual_seed(0)
-        return get_peft_model(model, GateConfig(init_weights=False)).eval()
-
-    model = gated(tiny_model("qwen3"))
-    before = logits(model)
-    with rope_scaled(model.get_base_model(), LONG, kind):
-        inside = logits(model)
-    assert torch.equal(inside, logits(gated(stretched_from_the_start("qwen3", kind))))
-    assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize("kind", ["yarn", "linear"])
-def test_a_merged_model_stretches_as_the_gated_one_does(family, kind, tmp_path):
-    model = trained(family, centered=True)
-    merged = as_native(model, tmp_path, torch.float32)
-    with rope_scaled(model.get_base_model(), LONG, kind), rope_scaled(merged, LONG, kind):
-        torch.testing.assert_close(
-            logits(model).log_softmax(-1), logits(merged).log_softmax(-1), rtol=0, atol=1e-3
-        )
-
-
-def test_a_length_within_the_trained_one_changes_nothing():
-    model = tiny_model("llama")
-    rotary, rope = model.model.rotary_emb, model.config.rope_parameters
-    for length in (300, TRAINED):
-        with rope_scaled(model, length, "yarn"):
-            assert model.model.rotary_emb is rotary and model.config.rope_parameters is rope
-            assert model.config.max_position_embeddings == TRAINED
-
-
-def test_an_error_inside_puts_the_model_back():
-    model = tiny_model("llama")
-    rotary, config = model.model.rotary_emb, model.config.to_dict()
-    with pytest.raises(KeyboardInterrupt), rope_scaled(model, LONG, "yarn"):
-        raise KeyboardInterrupt
-    assert model.model.rotary_emb is rotary and model.config.to_dict() == config
-
-
-@pytest.mark.parametrize(
-    ("family", "overrides", "reads", "reason"),
-    [
-        ("llama", {"rope_parameters": LLAMA3}, TRAINED, "stretched already (llama3)"),
-        ("gemma3_text", {}, TRAINED, "a RoPE each"),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "yarn",
-                    "rope_theta": 10000.0,
-                    "factor": 2.0,
-                    "original_max_position_embeddings": TRAINED,
-                }
-            },
-            2 * TRAINED,
-            "stretched already (yarn)",
-        ),
-    ],
-)
-def test_what_cannot_be_stretched_is_refused_beyond_what_it_reads(family, overrides, reads, reason):
-    model = tiny_model(family, **overrides)
-    with rope_scaled(model, reads, "yarn"):
-        pass
-    message = f"reads {reads} tokens, fewer than {reads + 1}, and .*"
-    with pytest.raises(UserError, match=message) as error, rope_scaled(model, reads + 1, "yarn"):
-        pass
-    assert reason in str(error.value) and f"up to {reads}" in str(error.value)
 
 
 def only_perplexity(model, monkeypatch, **settings) -> dict[str, Any]:
@@ -228,13 +80,17 @@ def speaking(model, monkeypatch, words):
     by_prompt = {sample.prompt: (index, sample) for index, sample in enumerate(samples)}
     seen = []
 
-    def generate(input_ids, generation_config, **_):
-        index, sample = by_prompt[tiny_tokenizer().decode(input_ids[0])]
-        seen.append(index)
-        assert generation_config.max_new_tokens == sample.max_new_tokens
-        assert len(input_ids[0]) + sample.max_new_tokens <= 3000
-        said = tiny_tokenizer()(words(index, sample))["input_ids"]
-        return torch.cat([input_ids, torch.tensor([said], dtype=input_ids.dtype)], 1)
+    def generate(input_ids, attention_mask, generation_config, **_):
+        said = []
+        for prompt in (row[kept] for row, kept in zip(input_ids, attention_mask == 1, strict=True)):
+            index, sample = by_prompt[tiny_tokenizer().decode(prompt)]
+            seen.append(index)
+            assert generation_config.max_new_tokens == sample.max_new_tokens
+            assert len(prompt) + sample.max_new_tokens <= 3000
+            said.append(words(index, sample))
+        longest = max(map(len, said))  # one token a character
+        spoken = tiny_tokenizer()([text.ljust(longest) for text in said], return_tensors="pt")
+        return torch.cat([input_ids, spoken["input_ids"]], 1)
 
     monkeypatch.setattr(model, "generate", generate)
     return seen
@@ -243,8 +99,8 @@ def speaking(model, monkeypatch, words):
 TASKS = ("niah_multiquery", "variable_tracking", "frequent_words")
 
 
-def asked_of(model, track=untracked) -> dict[str, Any]:
-    part = LongContext(lengths=(2500, 3000), samples=3, tasks=TASKS, documents=1)
+def asked_of(model, track=untracked, **settings) -> dict[str, Any]:
+    part = LongContext(lengths=(2500, 3000), samples=3, tasks=TASKS, documents=1, **settings)
     return part.measure(opened(model), track).model_dump()
 
 
@@ -280,7 +136,9 @@ def test_scores_are_the_mean_share_with_its_standard_error(monkeypatch):
         assert figures["score_by_sample"] == pytest.approx(shares)
 
 
-def test_progress_counts_every_prompt_and_every_window(monkeypatch):
+@pytest.mark.parametrize(("cached_tokens", "batches"), [(None, 18), (5999, 15), (9000, 6)])
+def test_progress_counts_every_prompt_batch_and_window(cached_tokens, batches, monkeypatch):
+    """The cache holds two samples of 2,500 tokens in 5,999, but only one of 3,000."""
     model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=4096)
     speaking(model, monkeypatch, lambda index, sample: "")
     steps = []
@@ -289,74 +147,8 @@ def test_progress_counts_every_prompt_and_every_window(monkeypatch):
         steps.append((doing.rpartition(" ")[2], len(sequence)))
         return sequence
 
-    asked_of(model, track)
-    assert steps == [("prompts", 18), ("tasks", 18), ("perplexity", 2)]
-
-
-@torch.no_grad()
-def greedy(model, tokens: list[int], count: int) -> list[int]:
-    """Without a cache, and without regard to any generation config."""
-    new: list[int] = []
-    while len(new) < count and 257 not in new:
-        new.append(int(model(torch.tensor([tokens + new])).logits[0, -1].argmax()))
-    return new
-
-
-def test_answers_are_greedy_whatever_the_model_asks_for():
-    model, tokenizer = tiny_model("qwen3"), tiny_tokenizer()
-    model.generation_config.update(
-        do_sample=True, temperature=3.0, top_k=3, top_p=0.5, repetition_penalty=5.0
-    )
-    prompt = "Where is the whale?"
-    expected = greedy(model, tokenizer(prompt)["input_ids"], 40)
-    text = tokenizer.decode(expected, skip_special_tokens=True)
-    assert answer(model, tokenizer, Sample(prompt, ("unheard",), 40, " unheard")) == text
-
-
-def test_answers_end_where_the_text_does_and_when_all_are_there():
-    model, tokenizer = tiny_model("llama", seed=2), tiny_tokenizer()
-    prompt = "Where is the whale?"
-    tokens = greedy(model, tokenizer(prompt)["input_ids"], 40)
-    assert len(tokens) == 40 and len(set(tokens[:2])) == 2 and tokens.index(tokens[5]) == 5
-    model.generation_config.eos_token_id = tokens[5]
-    found = answer(model, tokenizer, Sample(prompt, ("unheard",), 40, " unheard"))
-    assert found == tokenizer.decode(tokens[:6], skip_special_tokens=True)
-    model.generation_config.eos_token_id = 257
-    first = tokenizer.decode(tokens[:2])
-    assert answer(model, tokenizer, Sample(prompt, (first,), 40, first)) == first
-
-
-def test_a_prompt_is_read_without_full_logits():
-    model, rows = tiny_model("llama"), []
-    model.lm_head.register_forward_hook(lambda _m, args, _o: rows.append(args[0].shape[1]))
-    answer(model, tiny_tokenizer(), Sample("Where is the whale?" * 10, ("unheard",), 3, ""))
-    assert rows == [1, 1, 1]
-
-
-HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-
-
-@pytest.mark.parametrize(
-    ("family", "overrides", "read_again"),
-    [("llama", {}, False), ("gpt_oss", {}, True), ("qwen3_5_text", HYBRID, True)],
-)
-def test_nats_of_the_answers_equal_those_of_full_logits(family, overrides, read_again):
-    """After the model went on in its own way, which must leave no trace."""
-    model, tokenizer = tiny_model(family, **overrides), tiny_tokenizer()
-    sample = Sample("Where is the white whale, and who has seen it?", ("Ahab",), 30, " Ahab has")
-    ids = tokenizer(sample.prompt + sample.continuation, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        log_p = model(ids).logits.double().log_softmax(-1)[0, :-1]
-    expected = -log_p.gather(-1, ids[0, 1:, None])[-len(" Ahab has") :].mean().item()
-    cache = DynamicCache(config=model.config)
-    answer(model, tokenizer, sample, cache)
-    read = []
-    handle = model.model.layers[0].register_forward_hook(
-        lambda _module, args, _output: read.append(args[0].shape[1])
-    )
-    assert answer_nats(model, tokenizer, sample, cache) == pytest.approx(expected, rel=1e-4)
-    handle.remove()
-    assert read == [ids.shape[1] if read_again else len(" Ahab has") + 1]
+    asked_of(model, track, cached_tokens=cached_tokens)
+    assert steps == [("prompts", 18), ("tasks", batches), ("perplexity", 2)]
 
 
 def test_two_models_see_the_same_prompts_and_another_seed_others(monkeypatch):

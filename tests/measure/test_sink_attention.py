@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from retrofit.adapters._log_sum_exp import read_log_sum_exp
 from retrofit.adapters._sink import Sink
 from retrofit.measure import measure
+from retrofit.measure.answers import answer
 from retrofit.measure.attention_hooks import (
     attention_watched,
     collect_layer_statistics,
@@ -21,9 +22,10 @@ from retrofit.measure.attention_hooks import (
 from retrofit.measure.cost import Cost
 from retrofit.measure.examples import Examples, attention_maps
 from retrofit.measure.heads import Heads
-from retrofit.measure.long_context import LongContext, answer, rope_scaled
+from retrofit.measure.long_context import LongContext
 from retrofit.measure.metrics import attention_columns
 from retrofit.measure.quantization import Quantization
+from retrofit.measure.rope_scaling import rope_scaled
 from retrofit.measure.ruler import Sample
 from retrofit.measure.sink_attention import sdpa_with_sinks
 from retrofit.measure.sinks import by_layer, read_model, summarize
@@ -98,11 +100,13 @@ def test_logits_under_the_probe_are_the_models_own(model_type, padded):
 def test_generating_without_matrices_is_generating(model_type):
     """With a cache, and beyond the sliding window."""
     model, tokenizer = sinking(model_type, sliding_window=16), tiny_tokenizer()
-    sample = Sample("Where is the white whale, and who has seen it?", ("unheard",), 40, "")
-    expected = answer(model, tokenizer, sample)
+    sample = Sample("Where is the white whale, and who has seen it?", ("unheard",), 40, " I")
+    (expected,) = answer(model, tokenizer, [sample])
     with without_matrices(model):
         assert model.config._attn_implementation != "eager"
-        assert answer(model, tokenizer, sample) == expected
+        (found,) = answer(model, tokenizer, [sample])
+    assert found.text == expected.text
+    assert found.nats == pytest.approx(expected.nats, rel=1e-4)
     assert model.config._attn_implementation == "eager"
 
 
