@@ -106,3 +106,13 @@ def test_the_oracle_finds_gates_that_can_be_read_off_their_input():
     weights, explained = fit(states, target)
     assert (explained[:3] > 0.98).all() and explained[3] < 0.05
     torch.testing.assert_close(weights[:3, :24], wanted, atol=0.05, rtol=0)
+
+
+def test_the_separation_of_each_layer_is_told(recipe):
+    command = [sys.executable, str(SCRIPTS / "separation.py"), str(recipe)]
+    command += ["data.sequence_length=128", "--layers", "2"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    header, _, *rows = (line.strip("| ").split(" | ") for line in table.splitlines())
+    assert header == ["layer", "share", "separation", "projection"]
+    assert [row[0] for row in rows] == ["0", "1"]
+    assert all(0 <= float(row[1]) <= 1 for row in rows)
