@@ -55,6 +55,8 @@ class Quantization:
         - `w8a8_per_tensor` rounds weights and inputs of linear layers to symmetric int8, with one
           scale per weight matrix and one per sequence.
         - `w8a8_per_token` does so with one scale per row of the weights and one per token.
+        - `fp8` rounds weights and inputs to the 8-bit floats e4m3, with one scale per weight matrix
+          and one per sequence, as vLLM's `--quantization fp8` does with one scale per batch.
         - `w4` rounds weights to 4 bits, with a scale and a zero for each `group` input channels.
         - `kv8` and `kv4` round keys and values to 8 or 4 bits, with a scale and a zero for each
           `group` channels of a token and head, as transformers' quantized cache does.
@@ -85,6 +87,7 @@ class Quantization:
         return {
             "w8a8_per_tensor": lambda x, w: (rounded(x, (-2, -1)), rounded(w, (-2, -1))),
             "w8a8_per_token": lambda x, w: (rounded(x, (-1,)), rounded(w, (-1,))),
+            "fp8": lambda x, w: (rounded_to_fp8(x), rounded_to_fp8(w)),
             "w4": lambda x, w: (x, rounded_in_groups(w, self.group)),
         }
 
@@ -98,6 +101,14 @@ def rounded(values: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     `dims`."""
     scale = values.abs().amax(dims, keepdim=True).float().clamp(min=1e-30) / _INT8
     return ((values / scale).round_() * scale).to(values.dtype)
+
+
+def rounded_to_fp8(values: torch.Tensor) -> torch.Tensor:
+    """Rounds matrices `[..., rows, channels]` to the nearest 8-bit floats with 3 bits of mantissa
+    (e4m3, arXiv:2209.05433), with a scale for each matrix, whose largest value becomes 448."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = values.abs().amax((-2, -1), keepdim=True).float().clamp(min=1e-30) / largest
+    return ((values / scale).to(torch.float8_e4m3fn).float() * scale).to(values.dtype)
 
 
 def rounded_in_groups(values: torch.Tensor, group: int, bits: int = 4) -> torch.Tensor:

@@ -9,7 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
-from retrofit.measure.quantization import Quantization, quantized, rounded, rounded_in_groups
+from retrofit.measure.quantization import (
+    Quantization,
+    quantized,
+    rounded,
+    rounded_in_groups,
+    rounded_to_fp8,
+)
 
 
 def test_int8_is_the_nearest_of_255_steps():
@@ -23,6 +29,23 @@ def test_int8_is_the_nearest_of_255_steps():
             nearest = grid[(original[:, None] - grid).abs().argmin(-1)]
             torch.testing.assert_close(row, nearest)
     assert not rounded(torch.zeros(2, 3, 4), (-1,)).any()
+
+
+def test_fp8_is_the_nearest_float_with_three_bits_of_mantissa():
+    torch.manual_seed(0)
+    values = torch.randn(3, 5, 16)
+    found = rounded_to_fp8(values)
+    mantissas, exponents = torch.arange(8), torch.arange(-6, 9)
+    normal = (1 + mantissas / 8) * 2.0 ** exponents[:, None]
+    subnormal = mantissas / 8 * 2.0**-6
+    positive = torch.cat([subnormal, normal.flatten()])
+    positive = positive[positive <= 448]  # the last one is NaN
+    for matrix, original in zip(found, values, strict=True):
+        grid = torch.cat([-positive, positive]) * original.abs().max() / 448
+        error = (matrix - original).abs()
+        nearest = (original.flatten()[:, None] - grid).abs().amin(-1).view_as(original)
+        torch.testing.assert_close(error, nearest, rtol=1e-4, atol=1e-6)
+    assert not rounded_to_fp8(torch.zeros(2, 3, 4)).any()
 
 
 def test_four_bits_are_sixteen_even_steps_a_group():

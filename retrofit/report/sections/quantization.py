@@ -15,6 +15,7 @@ from retrofit.report.wording import change, figure
 _NAMES = {
     "w8a8_per_tensor": "8 bits, one scale for each tensor",
     "w8a8_per_token": "8 bits, one scale for each token and row",
+    "fp8": "8-bit floats, one scale for each tensor",
     "w4": "4-bit weights, to the nearest",
     "kv8": "keys and values in 8 bits",
     "kv4": "keys and values in 4 bits",
@@ -66,9 +67,9 @@ def _sections(models: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
         "quantization",
         "Quantization",
         "What rounding to few bits costs each model over itself as it is: weights in w4, "
-        "activations too in w8a8, keys and values in kv8 and kv4. One scale for a whole tensor is "
-        "what large activations spoil; one for each token forgives them. Bars have standard "
-        "errors.",
+        "activations too in w8a8 and fp8, keys and values in kv8 and kv4. One scale for a whole "
+        "tensor is what large activations spoil; one for each token, or a floating point, forgives "
+        "them. Bars have standard errors.",
         legend=[model.key for model in models],
         plots=[
             bar_chart("log-ratio", "Loss", schemes, added, y="log perplexity added (nats)"),
