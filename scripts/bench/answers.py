@@ -9,13 +9,17 @@ read one by one in both.
 
 import argparse
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from paired import Ratio, in_turns, parser, ratio, report
 from retrofit.measure import read_documents
-from retrofit.measure.answers import answer
-from retrofit.measure.ruler import Ruler
+from retrofit.measure.answers import Answer, answer
+from retrofit.measure.ruler import Ruler, Sample
 from retrofit.models.loading import load_model
 from retrofit.utils.process import prepare_process
 
@@ -37,14 +41,20 @@ def gains(options: argparse.Namespace) -> list[Ratio]:
     rows = []
     for task in TASKS:
         samples = [ruler.sample(task, options.length, index) for index in range(options.samples)]
-        arms = {
+        arms: dict[str, Callable[[], Any]] = {
             "together": partial(answer, model, tokenizer, samples),
-            "alone": lambda samples=samples: [answer(model, tokenizer, [each]) for each in samples],
+            "alone": partial(one_by_one, model, tokenizer, samples),
         }
         seconds = in_turns(arms, options.repeats)
         name = f"{task}, together / one by one"
         rows.append(ratio(name, seconds["together"], seconds["alone"], goal=1.0))
     return rows
+
+
+def one_by_one(
+    model: Any, tokenizer: PreTrainedTokenizerBase, samples: list[Sample]
+) -> list[Answer]:
+    return [found for sample in samples for found in answer(model, tokenizer, [sample])]
 
 
 if __name__ == "__main__":

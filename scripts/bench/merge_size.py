@@ -3,11 +3,15 @@
     python scripts/assets.py smollm2
     python scripts/bench/merge_size.py       # a random model of the shape of Llama 3.1 8B: 16 GB
     python scripts/bench/merge_size.py --layers 4
+    python scripts/assets.py smollm2 texts recall
+    python scripts/bench/merge_size.py --steps 2     # trains the gates instead of drawing them
 
 The script writes a base with random weights and gates, copies it, and merges it with `retrofit
 merge` in a separate process. It watches the memory of that process and of the one that verifies.
+With `--steps` the gates come from `retrofit train`, with the bundled recipe for SmolLM2 in bfloat16
+and rows of `--length` tokens, whose memory is compared with what `retrofit check` estimates.
 Memory is what the processes hold themselves (RssAnon), since the system can drop pages of mapped
-files. The disk must have room for twice the model's size.
+files; that of training includes the weights. The disk must have room for twice the model's size.
 """
 
 import argparse
@@ -29,7 +33,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from retrofit.gates import GateConfig
+from retrofit.memory.estimate import estimate, this_device
 from retrofit.models.safetensors_io import write_shards
+from retrofit.recipe import load_recipe
+from retrofit.training.preflight import preflight
 from retrofit.utils.files import copy_tokenizer
 
 LLAMA_31_8B: dict[str, Any] = {
@@ -50,28 +57,36 @@ LLAMA_31_8B: dict[str, Any] = {
     },
 }
 SHARD = 5 * 10**9
+RECIPE = "smollm2-135m-cpu"
 TOKENIZER = Path("~/.cache/retrofit/models/smollm2-135m-instruct").expanduser()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=0, help="train for so many steps")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row in training")
     parser.add_argument("--folder", type=Path, default=Path("runs/merge-size"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     shutil.rmtree(options.folder, ignore_errors=True)
-    base, adapter = options.folder / "base", options.folder / "adapter"
+    base, gates = options.folder / "base", options.folder / "gates"
     console = Console(stderr=True)
     with console.status("writing a base"):
         parameters = write_base(base, options.layers)
-        write_gates(adapter, base, options.layers)
+    training = {}
+    if options.steps:
+        training = train(base, gates, options.steps, options.length)
+    else:
+        write_gates(gates, base, options.layers)
     with console.status("copying it"):
         copied = copy(base, options.folder / "copy")
     with console.status("merging"):
-        report, memory = merge(adapter, options.folder / "merged")
+        report, memory = merge(gates, options.folder / "merged")
     seconds = report["seconds"]
     figures = {
         "parameters": parameters,
+        **training,
         "seconds": {"copy": copied} | seconds,
         "write_over_copy": seconds["write"] / copied,
         "peak_gb": memory / 1e9,
@@ -139,17 +154,38 @@ def copy(folder: Path, to: Path) -> float:
     return seconds
 
 
-def merge(adapter: Path, out: Path) -> tuple[dict, int]:
+def train(base: Path, run: Path, steps: int, length: int) -> dict[str, float]:
+    """Trains gates, and returns the estimate and the peak of the memory in GB, and the seconds."""
+    overrides = [f"model.base={base}", f"output_dir={run}", "model.dtype=bfloat16", "measure=null"]
+    overrides += [f"train.max_steps={steps}", f"data.sequence_length={length}"]
+    overrides += [f"data.first_tokens={length // 4}"]
+    recipe = load_recipe(RECIPE, overrides)
+    estimated = estimate(recipe, preflight(recipe), this_device()).total
+    start = time.perf_counter()
+    peak = retrofit("train", RECIPE, *overrides)
+    peak += sum(file.stat().st_size for file in base.glob("*.safetensors"))  # they stay mapped
+    return {
+        "training_estimate_gb": estimated / 1e9,
+        "training_peak_gb": peak / 1e9,
+        "training_seconds": time.perf_counter() - start,
+    }
+
+
+def merge(gates: Path, out: Path) -> tuple[dict, int]:
     """Returns the report, and the peak of the bytes that the process and its children held."""
+    peak = retrofit("merge", str(gates), "--out", str(out))
+    return json.loads((out / "retrofit-merge.json").read_text()), peak
+
+
+def retrofit(verb: str, *arguments: str) -> int:
+    """Runs a verb in a process, and returns the peak of the bytes that it and its children held."""
     command = "from retrofit.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, "merge", str(adapter), "--out", str(out)]
-    )
+    process = subprocess.Popen([sys.executable, "-c", command, verb, *arguments])
     peak = [0]
     threading.Thread(target=watch, args=(psutil.Process(process.pid), peak), daemon=True).start()
     if process.wait():
-        raise SystemExit("the merge failed")
-    return json.loads((out / "retrofit-merge.json").read_text()), peak[0]
+        raise SystemExit(f"retrofit {verb} failed")
+    return peak[0]
 
 
 def watch(process: psutil.Process, peak: list[int]) -> None:
