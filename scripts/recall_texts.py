@@ -36,17 +36,20 @@ _QUESTIONS = (
 )
 
 
-def recall_documents(texts: Sequence[str], seed: int, words: int = 700) -> Iterator[str]:
-    """Yields documents without end, half with passages that occur twice and half with records.
+def recall_documents(texts: Sequence[str], seed: int) -> Iterator[str]:
+    """Yields documents without end, half with passages that occur again and half with records.
+
+    They have about 350 to 2,800 words, as many of each size as of twice the size, so that what is
+    looked for is near in some and thousands of tokens away in others.
 
     Args:
         texts: the texts that passages are taken from.
         seed: the seed of all draws.
-        words: how many words a document has, approximately.
     """
     draw = random.Random(seed)
     passages = [split for text in texts if len(split := text.split()) >= 60]
     while True:
+        words = round(350 * 8 ** draw.random())
         yield (
             _repeated(draw, passages, words)
             if draw.random() < 0.5
@@ -61,13 +64,15 @@ def _passage(draw: random.Random, passages: Sequence[list[str]], words: int) -> 
 
 
 def _repeated(draw: random.Random, passages: Sequence[list[str]], words: int) -> str:
-    """Repeats a passage, other text, and the passage again, until the document is long enough."""
-    parts, length = [], 0
-    while length < words:
+    """Repeats passages from anywhere before, with other text between, until the document is long
+    enough."""
+    parts: list[str] = []
+    heard: list[str] = []
+    while sum(len(part.split()) for part in parts) < words:
         passage = _passage(draw, passages, draw.randint(40, 160))
+        heard.append(passage)
         between = _passage(draw, passages, draw.randint(0, 120))
-        parts += [passage, between, passage]
-        length += sum(len(part.split()) for part in parts[-3:])
+        parts += [passage, between, draw.choice(heard)]
     return "\n".join(parts)
 
 

@@ -47,12 +47,17 @@ STEP = 0.8  # the most that a step at the highest learning rate moves a gate's l
 # A head has a sink if it pays the first token a greater share of its attention than this. Evenly
 # spread attention would give it 0.005.
 SINK_SHARE = 0.1
-ROWS = 32  # queries that are sampled in each sequence, for shares and sink logits
-# A slot tells first tokens apart if their log-sum-exps are below those of other queries by more
-# than this, in standard deviations of the latter. In the layers below its first sink, SmolLM2-135M
-# is at 4.1 to 5.8, Qwen2.5-Coder-0.5B at -0.5 to 1.7, and its 1.5B at 0.3 and 2.8 (medians over the
-# heads of a layer).
+# One query of so many tokens is sampled, for shares and sink logits, but at least `LEAST_ROWS` of
+# each sequence.
+TOKENS_PER_ROW = 32
+LEAST_ROWS = 32
+# A slot tells first tokens apart if their log-sum-exps are far enough below those of other queries,
+# in standard deviations of the latter: the median over the heads of a layer. In the layers below
+# its sink, SmolLM2-135M is at 2.8 to 6.4 and does without projections, Qwen2.5-Coder-0.5B at -0.5
+# to 1.7, and its 1.5B at 0.3 and 2.8. So one layer with less than `BLURRED` shows that a model
+# needs projections, and then each layer with less than `SEPARATION` gets one.
 SEPARATION = 3.0
+BLURRED = 2.0
 LEAST_SHARE = 1e-3  # the share that the slot of a head without a sink starts from
 
 
@@ -130,11 +135,10 @@ class Calibration:
             index for index, share in self.first_shares.items() if share.mean() > SINK_SHARE
         ]
         first_sink = min(with_sink, default=0)
-        return [
-            index
-            for index, separation in self.separations.items()
-            if index < first_sink and separation < SEPARATION
-        ]
+        below = {index: gap for index, gap in self.separations.items() if index < first_sink}
+        if min(below.values(), default=BLURRED) >= BLURRED:
+            return []
+        return [index for index, separation in below.items() if separation < SEPARATION]
 
     @property
     def learning_rates(self) -> dict[int, float]:
@@ -269,7 +273,8 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
     try:
         for batch in batches:
             starts = (batch["position_ids"][:, :-1] == 0) & (batch["position_ids"][:, 1:] == 1)
-            sampled = sample_rows(batch["position_ids"], ROWS, generator)
+            num_rows = batch["position_ids"].shape[1] // TOKENS_PER_ROW
+            sampled = sample_rows(batch["position_ids"], max(num_rows, LEAST_ROWS), generator)
             for reader in readers.values():
                 reader.starts, reader.sampled = starts, sampled
             with gates_off(model):
