@@ -34,7 +34,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
-from retrofit.gates.rope import slow_pairs
+from retrofit.gates.config import KEY_BIAS_TURNS
+from retrofit.gates.rope import turns_in_context
 from retrofit.measure import cut_windows, read_documents
 from retrofit.measure.metrics import PredictionStatistics
 from retrofit.models.loading import load_model
@@ -126,7 +127,8 @@ class Oracle:
         """Returns `-k0` on the slow pairs, rotated by RoPE at each position,
         `[kv_heads, T, head_dim]`."""
         bias = -self.fitted["key"][index].unsqueeze(1)
-        slow, half = slow_pairs(self.model, index), bias.shape[-1] // 2
+        slow = int((turns_in_context(self.model, index) < KEY_BIAS_TURNS).sum())
+        half = bias.shape[-1] // 2
         bias = bias * (torch.arange(2 * half) % half >= half - slow)
         cos, sin = self.model.rotary_emb(bias, torch.arange(length)[None])
         return bias * cos + rotate_half(bias) * sin

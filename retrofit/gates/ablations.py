@@ -135,7 +135,7 @@ def new_projection(
         num_heads: number of query heads.
         num_key_value_heads: number of key-value heads.
         head_dim: width of one head.
-        slow_pairs: number of RoPE's channel pairs that turn less than once in the context.
+        slow_pairs: number of RoPE's channel pairs that have a bias of the keys, the last ones.
     """
     # The heads and channels of the states at each position.
     shapes = {

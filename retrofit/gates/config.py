@@ -15,6 +15,10 @@ _CHOICES: dict[str, Any] = {
     "position": Position,
     "sinks": Sinks,
 }
+KEY_BIAS_TURNS = 1 / 8
+_FORMER_TURNS = (
+    1.0  # where the setting is missing, in adapters that were saved before there was one
+)
 
 
 @dataclass
@@ -30,8 +34,12 @@ class GateConfig(PeftConfig):
         sinks: the kind of sink logits. `constant` gives each head one number, as in gpt-oss;
             `input` adds a score read from the layer's input; `none` gives no sink logits.
         key_bias: add a constant to the keys of each key-value head, on the pairs of RoPE's channels
-            that turn less than once in the context. It lets a constant sink logit follow the query,
-            as the logit of the first token does. It needs `sinks`.
+            that hardly turn in the context. It lets a constant sink logit follow the query, as the
+            logit of the first token does. It needs `sinks`.
+        key_bias_turns: how often a pair may turn in the context and still have a bias, less than
+            this. In a pair that turns further, the bias moves the logits of far keys otherwise than
+            those of near ones. `None` means an eighth of a turn; or one turn, in an adapter that
+            was saved before there was this setting.
         granularity: the granularity of the projection. `headwise` gives each head one score per
             token (`hidden_size * num_heads` weights per layer); `elementwise` gives every channel
             of every head a score (`hidden_size * num_heads * (head_dim + 1)` weights); `shared`
@@ -62,11 +70,11 @@ class GateConfig(PeftConfig):
             is refused on a base of another family.
 
     Raises:
-        ValueError: if a granularity, activation, position or kind of sink logits is unknown; if
-            there are neither a projection nor sink logits; if a center or sink logits are combined
-            with a position other than G1; if there is a key bias without sink logits; if
-            `projection_layers` is given without both kinds of gates; or if the arguments that
-            choose layers would not be read as they are given.
+        ValueError: if a granularity, activation, position or kind of sink logits is unknown, or
+            `key_bias_turns` not above 0; if there are neither a projection nor sink logits; if a
+            center or sink logits are combined with a position other than G1; if there is a key bias
+            without sink logits; if `projection_layers` is given without both kinds of gates; or if
+            the arguments that choose layers would not be read as they are given.
     """
 
     granularity: Granularity = "headwise"
@@ -76,6 +84,7 @@ class GateConfig(PeftConfig):
     centered: bool = False
     sinks: Sinks = "none"
     key_bias: bool = False
+    key_bias_turns: float | None = None
     projection_layers: list[int] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -88,12 +97,17 @@ class GateConfig(PeftConfig):
     family_is_found = False
 
     def __post_init__(self):
+        if self.key_bias_turns is None:
+            is_saved = self.peft_version is not None
+            self.key_bias_turns = _FORMER_TURNS if is_saved else KEY_BIAS_TURNS
         super().__post_init__()
         self.peft_type = G1_GATE
         for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal):
                 choices = ", ".join(get_args(literal))
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        if not isinstance(self.key_bias_turns, int | float) or not self.key_bias_turns > 0:
+            raise ValueError(f"key_bias_turns must be above 0, not {self.key_bias_turns!r}")
         if (problem := conflict(self)) is not None:
             raise ValueError(problem)
         self._check_layers()

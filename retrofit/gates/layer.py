@@ -24,7 +24,7 @@ class GateLayer(nn.Module, BaseTunerLayer):
         num_heads: number of query heads.
         num_key_value_heads: number of key-value heads.
         head_dim: width of one head.
-        slow_pairs: number of RoPE's channel pairs that turn less than once in the context.
+        turns: how often each pair of RoPE's channels turns within the context, `[pairs]`.
         device: where the attention module's base weights are.
 
     Attributes:
@@ -40,7 +40,7 @@ class GateLayer(nn.Module, BaseTunerLayer):
         num_heads: int,
         num_key_value_heads: int,
         head_dim: int,
-        slow_pairs: int,
+        turns: torch.Tensor,
         device: torch.device,
     ):
         super().__init__()
@@ -48,7 +48,7 @@ class GateLayer(nn.Module, BaseTunerLayer):
         self.num_heads = num_heads
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
-        self.slow_pairs = slow_pairs
+        self.turns = turns
         self.device = device
         self.g_proj = nn.ModuleDict()
         self.merged_adapters: list[str] = []
@@ -60,10 +60,11 @@ class GateLayer(nn.Module, BaseTunerLayer):
             UserError: if the config asks for a key bias and no pair of channels turns slowly
                 enough.
         """
-        if config.key_bias and not self.slow_pairs:
+        slow_pairs = int((self.turns < config.key_bias_turns).sum())
+        if config.key_bias and not slow_pairs:
             raise UserError(
-                "key_bias: every pair of RoPE's channels turns within the context of this base; "
-                "set it to false"
+                f"key_bias: every pair of RoPE's channels makes {config.key_bias_turns:g} turns or "
+                "more within the context of this base; set it to false"
             )
         projection = new_projection(
             config,
@@ -71,7 +72,7 @@ class GateLayer(nn.Module, BaseTunerLayer):
             self.num_heads,
             self.num_key_value_heads,
             self.head_dim,
-            self.slow_pairs,
+            slow_pairs,
         )
         # PEFT may build an adapter on the meta device, where it then has to stay.
         on_meta = next(projection.parameters()).is_meta

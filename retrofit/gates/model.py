@@ -14,7 +14,7 @@ from retrofit.adapters import family_of, supported_model_types
 from retrofit.gates.ablations import ablated_attention
 from retrofit.gates.config import GateConfig
 from retrofit.gates.layer import GateLayer
-from retrofit.gates.rope import slow_pairs
+from retrofit.gates.rope import turns_in_context
 from retrofit.stored_names import by_current_name
 from retrofit.utils.errors import UserError
 
@@ -77,8 +77,8 @@ class GateModel(BaseTuner):
     ) -> None:
         family = family_of(peft_config.base_model_type)
         if not isinstance(target, family.gated):
-            slow = slow_pairs(self.model.get_decoder(), target.layer_idx)
-            _insert_gate(target, family, current_key, slow)
+            turns = turns_in_context(self.model.get_decoder(), target.layer_idx)
+            _insert_gate(target, family, current_key, turns)
         if peft_config.position != "G1":
             _set_class(target, ablated_attention(family.model_type))
         target.attn_gate.update_layer(adapter_name, peft_config.of_layer(target.layer_idx))
@@ -126,7 +126,7 @@ class GateModel(BaseTuner):
         )
 
 
-def _insert_gate(attention: nn.Module, family, name: str, slow_pairs: int) -> None:
+def _insert_gate(attention: nn.Module, family, name: str, turns: torch.Tensor) -> None:
     """Make an attention module of a family a gated one.
 
     Raises:
@@ -149,7 +149,7 @@ def _insert_gate(attention: nn.Module, family, name: str, slow_pairs: int) -> No
         num_heads=attention.o_proj.in_features // head_dim,
         num_key_value_heads=attention.k_proj.out_features // head_dim,
         head_dim=head_dim,
-        slow_pairs=slow_pairs,
+        turns=turns,
         device=device,
     )
 

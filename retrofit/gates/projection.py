@@ -28,7 +28,7 @@ class GateProjection(SinkLogits):
         num_centers: number of key-value heads, each of which has a center if the config asks for
             centers.
         config: config of the adapter.
-        slow_pairs: number of RoPE's channel pairs that turn less than once in the context.
+        slow_pairs: number of RoPE's channel pairs that have a bias of the keys, the last ones.
 
     Attributes:
         position: where the gate scales, which is `G1` except in ablations.

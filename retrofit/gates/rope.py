@@ -1,4 +1,4 @@
-"""Finds RoPE's slow channel pairs, in which a constant added to the keys stays nearly constant."""
+"""How far RoPE turns each pair of channels, and by which factor it scales them."""
 
 import math
 
@@ -6,12 +6,12 @@ import torch
 from transformers import PreTrainedModel
 
 
-def slow_pairs(decoder: PreTrainedModel, layer: int) -> int:
-    """The number of channel pairs of a layer that turn less than once in the context of a query.
+def turns_in_context(decoder: PreTrainedModel, layer: int) -> torch.Tensor:
+    """How often each pair of a layer's channels turns within the context of a query, `[pairs]`.
 
-    They are the last pairs: channel `i` turns with channel `i + head_dim / 2`, and the higher `i`,
-    the slower. In these pairs the angle between a query and a key hardly depends on the distance of
-    the two. So a constant added to all keys adds nearly the same to all logits of a query.
+    Channel `i` turns with channel `i + head_dim / 2`, and the higher `i`, the slower. In a pair
+    that turns by little, the angle between a query and a key hardly depends on their distance. So a
+    constant added to the keys there adds nearly the same to all logits of a query.
 
     Args:
         decoder: a model without its language-model head.
@@ -27,7 +27,7 @@ def slow_pairs(decoder: PreTrainedModel, layer: int) -> int:
     # Some models have frequencies for each type of layer. They are radians per token, [pairs].
     by_type = getattr(rotary, f"{layer_type}_inv_freq", None)
     frequencies = rotary.inv_freq if by_type is None else by_type
-    return int((2 * math.pi / frequencies > context).sum())
+    return frequencies * context / (2 * math.pi)
 
 
 def attention_scaling(decoder: PreTrainedModel, layer: int) -> float:

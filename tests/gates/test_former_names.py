@@ -1,5 +1,7 @@
 """An adapter whose gates have their former name gives the same numbers through every door."""
 
+import json
+
 import pytest
 import torch
 from former_names import rename_gates
@@ -17,9 +19,12 @@ INPUT_IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_se
 KINDS = {
     "headwise": {},
     "centered, elementwise": {"granularity": "elementwise", "centered": True},
-    "sinks": {"granularity": "none", "sinks": "constant", "key_bias": True},
+    "sinks": {
+        **{"granularity": "none", "sinks": "constant", "key_bias": True},
+        "key_bias_turns": 1.0,  # what was always so before it could be set
+    },
 }
-FILE = "adapter_model.safetensors"
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def logits(model):
@@ -36,6 +41,9 @@ def former(request, tiny_base, tmp_path):
     for name in ("former", "today"):
         model.save_pretrained(tmp_path / name)
     rename_gates(tmp_path / "former" / FILE)
+    settings = json.loads((tmp_path / "former" / CONFIG).read_text())
+    del settings["key_bias_turns"]
+    (tmp_path / "former" / CONFIG).write_text(json.dumps(settings))
     return tmp_path / "former", tmp_path / "today", logits(model)
 
 

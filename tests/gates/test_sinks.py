@@ -15,7 +15,7 @@ from retrofit.adapters._sink import _LEAST_ODDS, Sink
 from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS
 from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.projection import GateProjection
-from retrofit.gates.rope import slow_pairs
+from retrofit.gates.rope import turns_in_context
 from retrofit.gates.sinks import UNIT
 from retrofit.measure.attention_hooks import collect_layer_statistics
 from retrofit.models.document_attention import NAME as BY_DOCUMENT
@@ -198,6 +198,7 @@ def test_sinks_start_as_the_base_bit_for_bit(family, kind, dtype, attention, pad
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_token_by_token_is_the_same_as_at_once(family, kind, cache):
     model = get_peft_model(tiny_model(family), config_of(kind, init_weights=False)).eval()
+    model.generation_config.eos_token_id = None  # no row ends before the others
     input_ids = batch(padded=False)["input_ids"]
     with torch.no_grad():
         expected = model(input_ids).logits.argmax(-1)[:, -1:]
@@ -330,7 +331,7 @@ def test_a_key_bias_is_that_of_the_slow_channels_and_the_sink_goes_along(family)
     )
     layer = gate_layers(model)[0]
     gate = layer.g_proj["default"]
-    slow = slow_pairs(model.get_base_model().model, 0)
+    slow = int((turns_in_context(model.get_base_model().model, 0) < 1 / 8).sum())
     assert 0 < slow < 8
     keys = torch.zeros(1, 3, 2, 16)
     moved = layer.bias_keys(keys)[0, 0].unflatten(-1, (2, 8))
@@ -342,17 +343,25 @@ def test_a_key_bias_is_that_of_the_slow_channels_and_the_sink_goes_along(family)
     torch.testing.assert_close(shift, by_query)
 
 
-def test_slow_pairs_turn_less_than_once():
+def test_pairs_turn_as_often_as_the_context_has_wavelengths():
     model = tiny_model("llama", max_position_embeddings=512)
     wavelengths = 2 * torch.pi / model.model.rotary_emb.inv_freq
-    assert slow_pairs(model.model, 0) == int((wavelengths > 512).sum()) == 4
-    sliding = tiny_model("gemma3_text", max_position_embeddings=100_000)
-    assert slow_pairs(sliding.model, 0) > slow_pairs(sliding.model, 2)
+    torch.testing.assert_close(turns_in_context(model.model, 0), 512 / wavelengths)
+    sliding = tiny_model("gemma3_text", max_position_embeddings=100_000).model
+    assert turns_in_context(sliding, 0).max() < turns_in_context(sliding, 2).max()
+
+
+@pytest.mark.parametrize(("settings", "pairs"), [({}, 2), ({"key_bias_turns": 1.0}, 4)])
+def test_a_key_bias_is_on_pairs_that_turn_by_less_than_they_may(settings, pairs):
+    base = tiny_model("llama", max_position_embeddings=512)
+    config = config_of({"sinks": "constant", "key_bias": True, **settings})
+    gate = gate_layers(get_peft_model(base, config))[0].g_proj["default"]
+    assert gate.key_bias.shape[-1] == pairs
 
 
 def test_a_key_bias_without_slow_pairs_is_refused():
     model = tiny_model("llama", max_position_embeddings=10**9)
-    with pytest.raises(UserError, match="turns within the context"):
+    with pytest.raises(UserError, match="0.125 turns or more within the context"):
         get_peft_model(model, config_of({"sinks": "constant", "key_bias": True}))
 
 
@@ -454,7 +463,8 @@ def test_calibration_reads_the_mean_share_of_first_tokens(family):
     layer = gate_layers(model)[1]
     gate = layer.g_proj["default"]
     assert gate.sink_logits.std() > 0
-    assert gate.mean_query.shape == (4, 2, layer.slow_pairs) and gate.mean_query.std() > 0
+    slow = gate.key_bias.shape[-1]
+    assert gate.mean_query.shape == (4, 2, slow) and gate.mean_query.std() > 0
     keys = []
     handle = base.model.layers[1].self_attn.k_proj.register_forward_hook(
         lambda _module, _args, output: keys.append(output[:, 0])
@@ -463,7 +473,7 @@ def test_calibration_reads_the_mean_share_of_first_tokens(family):
         model(SEEN)
     handle.remove()
     if not hasattr(base.model.layers[1].self_attn, "k_norm"):
-        first = torch.cat(keys).mean(0).view(2, 2, 8)[..., 8 - layer.slow_pairs :]
+        first = torch.cat(keys).mean(0).view(2, 2, 8)[..., 8 - slow :]
         torch.testing.assert_close(gate.first_key, first)
 
 
