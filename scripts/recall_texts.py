@@ -3,7 +3,7 @@
     python scripts/assets.py recall
 
 Speeches and web pages seldom repeat themselves, so the work of heads for copying and lookup hardly
-shows in the loss on them. These documents consist of such work: passages that occur twice, and
+shows in the loss on them. These documents consist of such work: passages that occur again, and
 lists of records of which some are asked for later. They are drawn from a seed and from the web
 pages that recipes train on, and share their wording with no benchmark. The run `no-recall` of
 scripts/ablations/sinks.yaml trains without them.
