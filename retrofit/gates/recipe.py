@@ -13,6 +13,7 @@ def gate_config(recipe: Recipe) -> GateConfig:
         task_type="CAUSAL_LM",
         sinks=recipe.gate.sinks,
         key_bias=recipe.gate.key_bias,
+        key_bias_turns=recipe.gate.key_bias_turns,
         granularity=recipe.gate.granularity,
         projection_layers=None if layers == "auto" else layers,
         activation=recipe.gate.activation,

@@ -101,6 +101,8 @@ class Model(Section):
 class Gate(Section):
     sinks: Sinks = "none"  # a sink logit joins the softmax of each head
     key_bias: bool = False  # a bias on slow RoPE pairs of the keys lets sinks follow the query
+    # How often a pair may turn in the context and have a bias; an eighth of a turn by default.
+    key_bias_turns: Annotated[float, Field(gt=0)] | None = None
     granularity: Granularity = "headwise"  # the projection's scores for each token
     # The layers that have the projection instead of sinks, the others having sinks alone; `auto`
     # takes those that have to prevent the sink and whose sinks could not. `null` gives every layer
