@@ -34,6 +34,7 @@ class _AdapterFields(BaseModel):
     task_type: str | None = None
     layers_to_transform: Annotated[list[_Index], Field(min_length=1)] | _Index | None = None
     projection_layers: Annotated[list[_Index], Field(min_length=1)] | None = None
+    key_bias_turns: Annotated[float, Field(gt=0)] | None = None
     layers_pattern: list[str] | str | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
