@@ -83,8 +83,8 @@ def run(smollm2, texts, tmp_path_factory) -> Path:
 def test_training_moves_the_gates_and_nothing_else(run, smollm2, texts):
     summary = json.loads((run / "run.json").read_text())
     assert summary["base"]["weights_sha256"] == summary["base_weights_sha256_after"]
-    # By layer 9 odds, a key bias on 24 channels of 3 heads, and how much of 3 first keys goes.
-    assert summary["gate"]["weights"] == 30 * (9 + 3 * 24 + 3)
+    # By layer 9 odds, a key bias on 12 channels of 3 heads, and how much of 3 first keys goes.
+    assert summary["gate"]["weights"] == 30 * (9 + 3 * 12 + 3)
     result = measure([str(smollm2), str(run)], texts / "wiki.jsonl", windows=2, progress=False)
     base, gated = (model["metrics"] for model in result["models"])
     assert 0.001 < gated["sink_share"] < 0.9
