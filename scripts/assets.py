@@ -325,7 +325,7 @@ ASSETS = {
     "texts": Asset(
         "texts", build_texts, "13 MB download, 15 MB kept", "public domain, ODC-BY, CC BY-SA"
     ),
-    "recall": Asset("recall", build_recall, "3 MB kept, made of texts", "ODC-BY"),
+    "recall": Asset("recall-far", build_recall, "3 MB kept, made of texts", "ODC-BY"),
     "tuning": Asset(
         "tuning", build_tuning, "90 MB download, 1 MB kept", "CC BY 4.0, CDLA-Sharing 1.0"
     ),

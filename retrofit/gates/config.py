@@ -16,9 +16,7 @@ _CHOICES: dict[str, Any] = {
     "sinks": Sinks,
 }
 KEY_BIAS_TURNS = 1 / 8
-_FORMER_TURNS = (
-    1.0  # where the setting is missing, in adapters that were saved before there was one
-)
+_FORMER_TURNS = 1.0  # of adapters that were saved before there was `key_bias_turns`
 
 
 @dataclass

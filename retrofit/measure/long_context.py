@@ -40,7 +40,8 @@ class LongContext:
         scaling: how RoPE is stretched beyond the trained length.
         seed: the seed of the tasks.
         cached_tokens: how many tokens the cache may hold, and so how many samples are answered at a
-            time; the longest length if `None`.
+            time; the longest length if `None`. While the prompts' caches are put together, there is
+            twice as much.
     """
 
     lengths: Annotated[tuple[Count, ...], Field(min_length=1)] = (4096, 8192, 16384)

@@ -130,7 +130,8 @@ class Calibration:
 
     @property
     def projection_layers(self) -> list[int]:
-        """The layers below the first sink whose slots do not tell first tokens apart."""
+        """The layers below the first sink whose slots do not tell first tokens apart; none if they
+        are only a little blurred."""
         with_sink = [
             index for index, share in self.first_shares.items() if share.mean() > SINK_SHARE
         ]
