@@ -20,6 +20,7 @@ from retrofit.export.verify.passage import PASSAGE
 from retrofit.export.verify.reference import REFERENCE_FILE
 from retrofit.export.verify.report import REPORT_FILE
 from retrofit.export.verify.verify import verify, write_reference
+from retrofit.models.base_config import number_of_experts
 from retrofit.models.source import MergeSource, read_source
 from retrofit.recipe import RESOLVED, load_recipe
 from retrofit.utils.errors import UserError
@@ -178,5 +179,6 @@ def _describe_base(source: MergeSource) -> dict:
         "model_type": source.config.model_type,
         "parameters": sum(math.prod(shape) for shape in source.shapes.values()),
         "biases": sorted(biases),
+        "experts": number_of_experts(source.config),
         "quantization": trained_on.get("quantization"),
     }

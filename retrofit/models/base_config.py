@@ -265,6 +265,12 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def number_of_experts(config: PreTrainedConfig) -> int:
+    """Returns the number of experts in a layer of a model, 0 if it has none."""
+    names = ("num_experts", "num_local_experts")
+    return next((found for name in names if (found := getattr(config, name, None))), 0)
+
+
 def _check(schema: type[_ConfigPart], settings: Any, base: str) -> None:
     """Checks a part of a base's config.
 

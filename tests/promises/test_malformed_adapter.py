@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from retrofit import cli
 from retrofit.export.merge import merge
 from retrofit.export.verify import verify
-from retrofit.export.verify.reference import REFERENCE_FILE
+from retrofit.export.verify.reference import REFERENCE_FILE, summarize
 from retrofit.models.fingerprint import config_values
 from retrofit.models.loading import load_model
 from retrofit.models.source import read_source
@@ -525,7 +525,7 @@ def merged(tmp_path_factory):
     tiny_model("llama").save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     make_run(folder / "run", folder / "base")
-    figures = {"positions": 1, "kl": 0.0, "max_logprob_difference": 0.0, "top1_agreement": 1.0}
+    figures = summarize([{"kl": 0.0, "max_logprob_difference": 0.0, "top1_agreement": 1.0}])
     with pytest.MonkeyPatch.context() as patch:
         held = figures | {"same_tokens": True, "greedy_until": None}
         patch.setattr(verify, "_run", lambda *args, **kwargs: held)
@@ -544,6 +544,7 @@ REPORTS = {
     "a difference of NaN": (put("verification", "rounding_kl", NAN), "NaN"),
     "a difference below zero": (put("verification", "rounding_kl", -1.0), "rounding_kl"),
     "no base": (put("base", None), "base"),
+    "a number of experts in words": (put("base", "experts", "4"), "experts"),
     "a list": (lambda told: [], "damaged"),
 }
 

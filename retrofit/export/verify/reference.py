@@ -130,13 +130,14 @@ def compare(
 
 
 def summarize(positions: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the figures over many positions: their means, and the largest difference."""
+    """Returns the figures over many positions: means, the median KL, and the largest difference."""
     columns = {
         name: torch.tensor([position[name] for position in positions]) for name in positions[0]
     }
     return {
         "positions": len(positions),
         "kl": columns["kl"].double().mean().item(),
+        "median_kl": columns["kl"].double().median().item(),
         # Python's max() may drop a NaN; that of torch does not.
         "max_logprob_difference": columns["max_logprob_difference"].max().item(),
         "top1_agreement": columns["top1_agreement"].mean().item(),

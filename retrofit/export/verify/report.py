@@ -27,6 +27,7 @@ class _Checkpoint(_Part):
 
 class _Base(_Part):
     model_type: str
+    experts: Annotated[int, Field(ge=0)] = 0  # reports of former versions do not tell
 
 
 class _Verification(_Part):
