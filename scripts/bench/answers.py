@@ -8,7 +8,6 @@ read one by one in both.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from paired import Ratio, in_turns, parser, ratio, report
+from paired import CACHE, Ratio, in_turns, parser, ratio, report
 from retrofit.measure import read_documents
 from retrofit.measure.answers import Answer, answer
 from retrofit.measure.ruler import Ruler, Sample
@@ -36,8 +35,7 @@ def main() -> None:
 
 def gains(options: argparse.Namespace) -> list[Ratio]:
     model, tokenizer = load_model(options.base, options.dtype)
-    cache = Path(os.environ.get("RETROFIT_CACHE") or "~/.cache/retrofit").expanduser()
-    ruler = Ruler(tokenizer, read_documents(cache / "texts" / "moby-dick.jsonl"))
+    ruler = Ruler(tokenizer, read_documents(Path(CACHE).expanduser() / "texts/moby-dick.jsonl"))
     rows = []
     for task in TASKS:
         samples = [ruler.sample(task, options.length, index) for index in range(options.samples)]

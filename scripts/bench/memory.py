@@ -12,11 +12,11 @@ import json
 import tempfile
 from pathlib import Path
 
-from paired import Ratio, forget_peak, fresh, held_gb, parser, report
+from paired import CACHE, Ratio, forget_peak, fresh, held_gb, parser, report
 from retrofit.recipe import load_recipe
 from retrofit.utils.process import prepare_process
 
-QWEN = "~/.cache/retrofit/models/qwen2.5-coder-0.5b-instruct"
+QWEN = f"{CACHE}/models/qwen2.5-coder-0.5b-instruct"
 RECIPE = Path(__file__).parent.parent / "ablations" / "recipes" / "elementwise.yaml"
 RECIPES = {
     "SmolLM2-135M, elementwise, all losses, float32, 2 x 512": (),

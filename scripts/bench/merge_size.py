@@ -32,6 +32,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from paired import SMOLLM2
 from retrofit.gates import GateConfig
 from retrofit.memory.estimate import estimate, this_device
 from retrofit.models.safetensors_io import write_shards
@@ -58,7 +59,7 @@ LLAMA_31_8B: dict[str, Any] = {
 }
 SHARD = 5 * 10**9
 RECIPE = "smollm2-135m-cpu"
-TOKENIZER = Path("~/.cache/retrofit/models/smollm2-135m-instruct").expanduser()
+TOKENIZER = Path(SMOLLM2).expanduser()
 
 
 def main() -> int:

@@ -17,7 +17,6 @@ The chats are questions and right answers of ARC-Easy and PIQA, 60 to 70 tokens 
 """
 
 import json
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from paired import Ratio, collected, parser, quartiles, report
+from paired import CACHE, Ratio, collected, parser, quartiles, report
 from retrofit.recipe import Recipe
 from retrofit.training.run import gate_trainer
 from retrofit.training.trainer import GateTrainer
@@ -90,8 +89,8 @@ def main() -> None:
 
 def write_chats(path: Path, each: int = 1500) -> Path:
     """Write one question and its answer per line, from each task in turn."""
-    cache = Path(os.environ.get("RETROFIT_CACHE") or "~/.cache/retrofit").expanduser()
-    files = [(cache / "tasks" / f"{task}.jsonl").read_text().splitlines() for task in TASKS]
+    tasks = Path(CACHE).expanduser() / "tasks"
+    files = [(tasks / f"{task}.jsonl").read_text().splitlines() for task in TASKS]
     rows = [json.loads(line) for pair in zip(*files, strict=False) for line in pair]
     lines = (json.dumps({"messages": messages(row)}) for row in rows[: 2 * each])
     path.write_text("\n".join(lines))

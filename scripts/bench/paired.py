@@ -24,7 +24,9 @@ from retrofit.utils.files import write_json
 
 T = TypeVar("T")
 
-SMOLLM2 = "~/.cache/retrofit/models/smollm2-135m-instruct"
+# Where scripts/assets.py keeps models, texts and tasks.
+CACHE = os.environ.get("RETROFIT_CACHE") or "~/.cache/retrofit"
+SMOLLM2 = f"{CACHE}/models/smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)

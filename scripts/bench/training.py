@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from paired import Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report
+from paired import CACHE, Ratio, forget_peak, fresh, held_gb, in_turns, parser, ratio, report
 from retrofit.data.sources import load_sources
 from retrofit.losses.distillation import add_objectives
 from retrofit.models.document_attention import attend_by_document
@@ -39,7 +39,7 @@ from retrofit.recipe import Objective, Recipe
 from retrofit.training.run import gate_trainer
 from retrofit.utils.process import prepare_process
 
-TEXT = "~/.cache/retrofit/texts/c4-train.jsonl"
+TEXT = f"{CACHE}/texts/c4-train.jsonl"
 OBJECTIVES = {
     "gates": {},
     "all": {"kl": 1.0, "pressure": 60.0, "balance": 0.01},
