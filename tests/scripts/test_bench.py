@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tiny import DENSE, tiny_model, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import gguf_quantization
 import levers
 import packing
 import paired
@@ -330,3 +331,24 @@ def test_llama_cpp_tells_the_times_of_prompt_and_new_tokens(tmp_path):
     for _ in range(2):  # the prompt is read again each time
         prefill, decoding = serving_engines.llama_cpp_seconds(server, list(range(60, 92)), 4)
         assert prefill > 0 and decoding > 0
+
+
+def test_what_llama_perplexity_says_is_read():
+    said = """
+Mean PPL(Q)                   :  75.000000 ±   1.500000
+Mean PPL(base)                :  71.905098 ±   1.400000
+Mean ln(PPL(Q)/PPL(base))     :   0.059976 ±   0.015792
+Mean PPL(Q)/PPL(base)         :   1.061810 ±   0.016768
+Maximum KLD:   2.100000
+Mean    KLD:   0.063928 ±   0.004429
+"""
+    row = gguf_quantization.parsed("base", "Q4_K_M", 105.4, said)
+    assert row == gguf_quantization.Row(
+        "base", "Q4_K_M", 105.4, 71.905098, 1.06181, 0.016768, 0.063928, 0.004429
+    )
+    own = replace(row, model="retrofit", ratio=1.05)
+    assert "| Q4_K_M | 105 MB | +6.2% ± 1.7% | +5.0% ± 1.7% |" in gguf_quantization.table(
+        [row, own]
+    )
+    with pytest.raises(SystemExit, match="says no"):
+        gguf_quantization.parsed("base", "Q4_K_M", 105.4, "error: no such file")
