@@ -192,7 +192,7 @@ def step_costs(options: argparse.Namespace) -> dict:
 
 
 def build(lever: Lever, on: bool, options: argparse.Namespace, folder: Path, batch: Path) -> Step:
-    settings = recipe_of(options, folder, LOSSES).model_dump()
+    settings = recipe_of(options, folder, objective=LOSSES).model_dump()
     for section, keys in lever.recipe.items():
         settings[section] |= keys
     recipe = Recipe.model_validate(settings)

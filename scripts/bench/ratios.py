@@ -4,7 +4,8 @@
     python scripts/bench/ratios.py --json docs/ratios-cpu.json --only serving
     python scripts/bench/ratios.py --table docs/ratios-cpu.json     # prints, runs nothing
 
-Each benchmark runs in a process of its own. Those whose results are in the file are not run again;
+Each benchmark runs in a process of its own. That of serving sink logits reads the run of the recipe
+smollm2-135m-cpu, and `make engines` makes the environment that it finds vLLM in. Those whose results are in the file are not run again;
 remove the file, or name a benchmark with `--only`, to measure it anew.
 """
 
@@ -31,7 +32,11 @@ RUNS = {
     "starting": ["startup.py"],
     "packing, 8 short chats a step": ["packing.py", "--batch-size=8", "--dtype=bfloat16"],
     "levers, one at a time": ["levers.py", "--dtype=bfloat16"],
-    "serving": ["serving.py", "--repeats=9"],
+    "serving, sink logits": [
+        *("serving.py", "--run=runs/smollm2-135m-cpu", "--vllm=.venv/vllm/bin/python"),
+        *("--prompt", "512", "2048", "--new-tokens=64", "--gguf", "float32", "q8_0"),
+    ],
+    "serving, projections": ["serving.py", "--repeats=9"],
     "memory": ["memory.py"],
 }
 

@@ -99,7 +99,7 @@ def batch(training_options, tmp_path) -> Path:
 
 
 def test_all_arms_take_the_same_loss_of_the_same_batch(training_options, batch, tmp_path):
-    arms = ("gates", *training.TRL, "LoRA, ours", "floor")
+    arms = (*training.GATES, *training.TRL, "LoRA, ours", "floor")
     losses = {
         arm: float(training.build(arm, training_options, tmp_path / arm, batch)()) for arm in arms
     }
