@@ -4,9 +4,9 @@
     python scripts/bench/ratios.py --json docs/ratios-cpu.json --only serving
     python scripts/bench/ratios.py --table docs/ratios-cpu.json     # prints, runs nothing
 
-Each benchmark runs in a process of its own. That of serving sink logits reads the run of the recipe
-smollm2-135m-cpu, and `make engines` makes the environment that it finds vLLM in. Those whose results are in the file are not run again;
-remove the file, or name a benchmark with `--only`, to measure it anew.
+Each benchmark runs in a process of its own. Those whose results are in the file are not run again;
+remove the file, or name a benchmark with `--only`, to measure it anew. Serving sink logits takes a
+finished run of the recipe smollm2-135m-cpu, and vLLM from the environment that `make engines` makes.
 """
 
 import argparse
