@@ -6,7 +6,7 @@
 
 Each benchmark runs in a process of its own. Those whose results are in the file are not run again;
 remove the file, or name a benchmark with `--only`, to measure it anew. Serving sink logits takes a
-finished run of the recipe smollm2-135m-cpu, and vLLM from the environment that `make engines` makes.
+finished run of the recipe smollm2-135m-cpu, and vLLM from the environment of `make engines`.
 """
 
 import argparse

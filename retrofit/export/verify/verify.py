@@ -69,8 +69,8 @@ _TOLERANCE = {
         "q8_0": (1e-2, math.inf),
     },
 }
-# An engine that adds up numbers in another order may break a tie between two experts in another way,
-# and then it predicts something else after that token. So for float32 weights with experts, the limit
+# An engine that adds up in another order may break a tie between two experts in another way, and
+# then it predicts something else after that token. So for float32 weights with experts, the limit
 # on the KL holds for the median position, and the mean has this one.
 _MEAN_KL_WITH_EXPERTS = 1e-2
 _IN_WORDS = {
