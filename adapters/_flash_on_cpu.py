@@ -16,7 +16,7 @@ from ._sink import Sink, backward_of_increase, pull_towards_center
 try:
     from transformers.integrations.sdpa_attention import pack_gqa
 except ImportError:
-    pack_gqa = None  # An older transformers, such as vLLM's, repeats keys for a single query too.
+    pack_gqa = None  # An older transformers, such as vLLM's, does not fold them.
 
 
 def attend_on_cpu(
@@ -47,9 +47,17 @@ def attend_on_cpu(
         hidden = ~attention_mask
         attention_mask = torch.zeros_like(hidden, dtype=query.dtype)
         attention_mask.masked_fill_(hidden, -torch.inf)
-    return _FlashOnCpu.apply(
+    attend = _FlashOnCpu.apply if torch.is_grad_enabled() else _attend
+    return attend(
         query, key, value, sink.logits, sink.odds, sink.center, scaling, is_causal, attention_mask
     )
+
+
+def _attend(query, key, value, logits, odds, center, scaling, is_causal, attention_mask):
+    """What `_FlashOnCpu` computes, without keeping anything for a backward: one token takes so
+    little time to decode that keeping it would show."""
+    output, log_sum_exp = _flash_attention(query, key, value, scaling, is_causal, attention_mask)
+    return pull_towards_center(output, Sink(logits, odds).key_share(log_sum_exp), center)
 
 
 class _FlashOnCpu(torch.autograd.Function):
@@ -116,13 +124,12 @@ def _flash_attention(query, key, value, scaling, is_causal, attention_mask):
     it, and the log-sum-exp `[batch, num_heads, T]`."""
     heads, length = query.shape[1:3]
     groups = heads // key.shape[1]
-    # transformers' SDPA folds the query heads of a group into one head's queries while it decodes
-    # one token, and repeats keys and values otherwise.
-    if groups > 1:
-        if pack_gqa and length == 1 and not use_gqa_in_sdpa(attention_mask, key, value):
-            query, attention_mask = pack_gqa(query, groups), pack_gqa(attention_mask, groups)
-        else:
-            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    # The kernel itself shares a key-value head among the query heads of its group, so no cache is
+    # copied. transformers' SDPA folds them into one head's queries while it decodes one token with
+    # a mask.
+    packs = pack_gqa and not use_gqa_in_sdpa(attention_mask, key, value)
+    if groups > 1 and length == 1 and packs:
+        query, attention_mask = pack_gqa(query, groups), pack_gqa(attention_mask, groups)
     output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=attention_mask, scale=scaling
     )

@@ -69,7 +69,9 @@ class Sink:
     def key_share(self, log_sum_exp: torch.Tensor) -> torch.Tensor:
         """`g = sigmoid(LSE - s)`: the share of the softmax that the slot leaves to the keys,
         `[batch, num_heads, T]` like `log_sum_exp`."""
-        return self.log_sum_exp_increase(log_sum_exp).neg().exp()
+        if torch.is_grad_enabled():
+            return self.log_sum_exp_increase(log_sum_exp).neg().exp()
+        return (1 + self.odds[:, None] * _ratio(self.logits, log_sum_exp)).reciprocal()
 
 
 class _LogSumExpIncrease(torch.autograd.Function):

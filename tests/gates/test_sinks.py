@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from retrofit import GateConfig
@@ -102,6 +103,11 @@ def test_values_and_gradients_are_those_of_one_more_column(by_query, centered, m
     )
     expected = full_softmax(*inputs, visible, sink)
     torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        served, _ = SINK_ATTENTION_FUNCTIONS["sdpa"](
+            Attention(), *inputs, given, sink=sink, scaling=SCALING, **extra
+        )
+    torch.testing.assert_close(served, output)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     grads = torch.autograd.grad((output * direction).sum(), trained)
     references = torch.autograd.grad((expected * direction).sum(), trained)
@@ -152,6 +158,30 @@ def test_a_slot_without_weight_changes_no_bit(dtype, length, keys, masked):
         Attention(), *inputs, mask, sink=sink, scaling=SCALING
     )
     assert torch.equal(output, expected)
+
+
+class LargestResult(TorchDispatchMode):
+    """How many numbers the largest result of any operation holds."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else [result]:
+            self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_token_is_decoded_without_a_copy_of_the_cache(masked):
+    query, key, value = states(1, 999)
+    mask = allowed(None, 1, 999) if masked else None
+    sink = slots(1, by_query=False, centered=True)
+    with torch.no_grad(), LargestResult() as largest:
+        SINK_ATTENTION_FUNCTIONS["sdpa"](
+            Attention(), query, key, value, mask, sink=sink, scaling=SCALING
+        )
+    assert largest.numbers < key.numel()
 
 
 def test_a_query_that_sees_nothing_has_no_slot_either():
