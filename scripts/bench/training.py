@@ -233,7 +233,8 @@ def read_all(options: argparse.Namespace, folder: Path) -> None:
     """Reads, with a minimal model, the files that some arms read and others do not."""
     recipe = recipe_of(options, folder)
     config = load_config(recipe.model)
-    config.num_hidden_layers, config.vocab_size = 1, 64
+    config.num_hidden_layers = config.num_attention_heads = config.num_key_value_heads = 1
+    config.hidden_size = config.head_dim = 64
     trainer = gate_trainer(recipe, base=AutoModelForCausalLM.from_config(config))
     next(iter(trainer.get_train_dataloader()))
 

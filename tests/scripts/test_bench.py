@@ -106,6 +106,11 @@ def test_all_arms_take_the_same_loss_of_the_same_batch(training_options, batch, 
     assert losses == {arm: pytest.approx(losses["floor"], rel=1e-4) for arm in arms}
 
 
+def test_memory_is_what_a_step_adds(training_options, batch, tmp_path):
+    training_options.peak = ("gates", str(batch))
+    assert abs(training.added_memory(training_options, tmp_path)) < 1  # GB
+
+
 @pytest.mark.parametrize("lever", [name for name in levers.LEVERS if "compiled" not in name])
 def test_a_lever_changes_no_loss(lever, training_options, batch, tmp_path, monkeypatch):
     chosen = levers.LEVERS[lever]
