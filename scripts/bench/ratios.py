@@ -23,6 +23,9 @@ from retrofit.utils.files import read_json, write_json
 
 HERE = Path(__file__).parent
 LOSSES = ["--arms", "gates", "all", "recipe"]
+SINKS = ("serving.py", "--run=runs/smollm2-135m-cpu", "--new-tokens=64")
+VLLM = ("--variants=native", "--vllm=.venv/vllm/bin/python")
+PROMPTS = ("--prompt", "512", "2048")
 RUNS = {
     "training, bfloat16, T=1024": ["training.py", "--dtype=bfloat16"],
     "losses, bfloat16, T=512": ["training.py", "--dtype=bfloat16", "--length=512", *LOSSES],
@@ -32,10 +35,15 @@ RUNS = {
     "starting": ["startup.py"],
     "packing, 8 short chats a step": ["packing.py", "--batch-size=8", "--dtype=bfloat16"],
     "levers, one at a time": ["levers.py", "--dtype=bfloat16"],
-    "serving, sink logits": [
-        *("serving.py", "--run=runs/smollm2-135m-cpu", "--vllm=.venv/vllm/bin/python"),
-        *("--prompt", "512", "2048", "--new-tokens=64", "--gguf", "float32", "q8_0"),
+    "serving in vLLM, sink logits": [*SINKS, "--engines=vllm", *VLLM, *PROMPTS],
+    "serving in llama.cpp, sink logits": [
+        *SINKS,
+        "--engines=llama.cpp",
+        "--gguf",
+        "float32",
+        "q8_0",
     ],
+    "serving in transformers, sink logits": [*SINKS, "--engines=transformers", *PROMPTS],
     "serving, projections": ["serving.py", "--repeats=9"],
     "memory": ["memory.py"],
 }
