@@ -283,7 +283,9 @@ def test_every_family_carries_sinks_in_code_of_its_own(
 ):
     run = make_run(tmp_path / "run", tiny_base(family), **gates, centered=True)
     report = merge(run, tmp_path / "out", format="remote-code")
-    assert report["verification"]["median_kl"] < 1e-9
+    figures, experts = report["verification"], report["base"]["experts"]
+    assert figures["median_kl"] < 1e-9
+    assert figures["max_logprob_difference"] < 1e-4 or experts
     card = (tmp_path / "out/README.md").read_text()
     served = gates["sinks"] == "constant" and family != "gpt_oss"
     assert ("--no-deps gate-retrofit" in card and "vllm serve" in card) == served
@@ -399,7 +401,9 @@ def test_every_family_merges_with_its_own_code(
     centered = granularity == "elementwise"
     run = make_run(tmp_path / "run", tiny_base(family), granularity, centered)
     report = merge(run, tmp_path / "out", format="remote-code")
-    assert report["verification"]["median_kl"] < 1e-9
+    figures, experts = report["verification"], report["base"]["experts"]
+    assert figures["median_kl"] < 1e-9
+    assert figures["max_logprob_difference"] < 1e-4 or experts
     width = 64 if granularity == "elementwise" else 4
     gate = load_file(tmp_path / "out/model.safetensors")[
         "model.layers.1.self_attn.attn_gate.g_proj.weight"
