@@ -54,6 +54,12 @@ def test_built_wheel(tmp_path):
     assert Path(found["adapters"]) == site / "retrofit" / "adapters" / "__init__.py"
     assert found["recipes"] == facts(tmp_path)["recipes"]
     assert found["family"] == "GatedQwen3Attention"
+    # setuptools leaves out the files of a package that pyproject.toml does not name.
+    installed = {path.relative_to(site).as_posix() for path in (site / "retrofit").rglob("*.*")}
+    for folder, place in {"retrofit": "", "adapters": "retrofit/", "recipes": "retrofit/"}.items():
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".py", ".yaml", ".jinja"):
+                assert place + path.relative_to(ROOT).as_posix() in installed
 
 
 def python(code: str) -> str:
