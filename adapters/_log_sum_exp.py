@@ -10,6 +10,7 @@ package is missing.
 import torch
 
 _BLOCK = 128  # number of queries whose logits are held at a time
+_HIDDEN = torch.finfo(torch.float32).min  # the logit of a key that a query does not see
 
 
 def read_log_sum_exp(
@@ -28,7 +29,8 @@ def read_log_sum_exp(
             mask, in which the last query sees all keys.
 
     Returns:
-        `[batch, num_heads, T]` in float32.
+        `[batch, num_heads, T]` in float32, of logits in the dtype of the queries. A query that sees
+        no key has a number near the smallest one of float32.
     """
     return _LogSumExp.apply(query, key, scaling, attention_mask)
 
@@ -70,13 +72,14 @@ def _logits_by_block(query, key, scaling, attention_mask):
         # Groups are folded into the rows, so that keys are not repeated for every query head.
         queries = query[:, :, rows].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         logits = (queries @ key.mT).view(*query[:, :, rows].shape[:3], keys).float() * scaling
-        # A causal or bool mask fills; an additive one is added.
+        # A causal or bool mask fills; an additive one is added. Neither makes a logit infinite,
+        # since the softmax of a query that sees no key would be NaN in the backward.
         if attention_mask is None:
             visible = torch.ones(rows.stop - start, keys, dtype=torch.bool, device=key.device)
             hidden = visible.triu(keys - length + start + 1)
         elif attention_mask.dtype == torch.bool:
             hidden = ~attention_mask[..., rows, :]
         else:
-            yield rows, logits + attention_mask[..., rows, :]
+            yield rows, logits + attention_mask[..., rows, :].float().clamp(min=_HIDDEN)
             continue
-        yield rows, logits.masked_fill(hidden, -torch.inf)
+        yield rows, logits.masked_fill(hidden, _HIDDEN)

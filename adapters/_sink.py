@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-# The exponential of a larger number overflows float32, and 0 times infinity is NaN. A sink so far
-# above all keys takes all attention either way.
-_MAX_EXPONENT = 80.0
+# The exponential of a larger number, times large odds, overflows float32, and 0 times infinity is
+# NaN. A sink so far above all keys takes all attention either way.
+_MAX_EXPONENT = 60.0
 _LEAST_ODDS = 0.1  # smaller odds have the gradient of these
 _NO_KEYS = -1e30  # a query with a smaller log-sum-exp sees no key
 
@@ -79,7 +79,7 @@ class _LogSumExpIncrease(torch.autograd.Function):
 
     Its gradients are `da / dlogits = m r / (1 + m r)` and `da / dm = r / (1 + m r)`. The latter is
     unbounded where `m` is 0: a query that finds far less than others would have a gradient of `r`,
-    which may be e**80, and would outweigh all others. So odds below `_LEAST_ODDS` have the gradient
+    which may be e**60, and would outweigh all others. So odds below `_LEAST_ODDS` have the gradient
     of `_LEAST_ODDS`, which hardly differs unless `r` is large.
     """
 

@@ -156,6 +156,10 @@ def _attend_in_two_passes(
     output, weights = attention_interface(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
+    # Several queries without a mask are the first of their text. A static cache, which is being
+    # filled then, also holds room for keys to come.
+    if attention_mask is None and query.shape[2] > 1:
+        key = key[:, :, : query.shape[2]]
     log_sum_exp = read_log_sum_exp(query, key, scaling, attention_mask)
     # The softmax of a model that has sinks of its own, such as gpt-oss, also sums over these.
     if (base_sinks := kwargs.get("s_aux")) is not None:

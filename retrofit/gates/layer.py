@@ -16,8 +16,7 @@ class GateLayer(nn.Module, BaseTunerLayer):
 
     By default a gate scales the attention output `Y` by `2 * sigmoid(X W_g)` (arXiv:2505.06708
     eq. 5, times 2); `GateConfig` has the other choices. With `W_g = 0` the gate is exactly 1, and
-    the model equals its base bit for bit. A merged checkpoint moves the factor 2 into `o_proj`,
-    which is exact, and keeps the paper's sigmoid.
+    the model equals its base bit for bit.
 
     Args:
         hidden_size: width of `X`, the input of the attention module.

@@ -5,6 +5,8 @@ import math
 import torch
 from transformers import PreTrainedModel
 
+from retrofit.adapters._family import sliding_window_of
+
 
 def turns_in_context(decoder: PreTrainedModel, layer: int) -> torch.Tensor:
     """How often each pair of a layer's channels turns within the context of a query, `[pairs]`.
@@ -19,8 +21,9 @@ def turns_in_context(decoder: PreTrainedModel, layer: int) -> torch.Tensor:
     """
     config, layer_type = decoder.config, _layer_type(decoder, layer)
     context = config.max_position_embeddings
-    if layer_type == "sliding_attention":
-        context = min(context, config.sliding_window)
+    # Without `layer_types`, as in Mistral, a window is that of all layers.
+    if layer_type == "sliding_attention" or not getattr(config, "layer_types", None):
+        context = min(context, sliding_window_of(config) or context)
     # The model's own frequencies may be on the meta device, and no checkpoint stores them.
     with torch.device("cpu"):
         rotary = type(decoder.rotary_emb)(config)

@@ -1,6 +1,7 @@
 """Sink logits: exact against a full softmax with one more column, and the base where they start."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from retrofit import GateConfig
 from retrofit.adapters._log_sum_exp import read_log_sum_exp
 from retrofit.adapters._sink import _LEAST_ODDS, Sink
-from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS
+from retrofit.adapters._sink_attention import SINK_ATTENTION_FUNCTIONS, _attend_in_two_passes
 from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.projection import GateProjection
 from retrofit.gates.rope import turns_in_context
@@ -224,9 +225,17 @@ def test_sinks_start_as_the_base_bit_for_bit(family, kind, dtype, attention, pad
         assert first.grad.abs().amax(-1).min() > 0
 
 
+@pytest.fixture(params=["of-cpus", "two-passes"])
+def kernel(request, monkeypatch):
+    """SDPA with sinks as on a CPU, and as on devices whose kernel returns no log-sum-exp."""
+    if request.param == "two-passes":
+        two_passes = partial(_attend_in_two_passes, sdpa_attention_forward)
+        monkeypatch.setitem(SINK_ATTENTION_FUNCTIONS, "sdpa", two_passes)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_token_by_token_is_the_same_as_at_once(family, kind, cache):
+def test_token_by_token_is_the_same_as_at_once(family, kind, cache, kernel):
     model = get_peft_model(tiny_model(family), config_of(kind, init_weights=False)).eval()
     model.generation_config.eos_token_id = None  # no row ends before the others
     input_ids = batch(padded=False)["input_ids"]
@@ -241,14 +250,20 @@ def test_token_by_token_is_the_same_as_at_once(family, kind, cache):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
-def test_left_padding_changes_nothing(family, kind):
+def test_left_padding_changes_nothing(family, kind, kernel):
     model = get_peft_model(tiny_model(family), config_of(kind, init_weights=False)).eval()
     inputs = batch(padded=True)
     position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        padded = model(**inputs, position_ids=position_ids).logits[0, 7:]
-        alone = model(inputs["input_ids"][:1, 7:]).logits[0]
+    trained = [weight for gate in gate_layers(model).values() for weight in gate.parameters()]
+    padded = model(**inputs, position_ids=position_ids).logits[0, 7:]
+    alone = model(inputs["input_ids"][:1, 7:]).logits[0]
     torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-3)
+    direction = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
+    grads, references = (
+        torch.autograd.grad((logits * direction).sum(), trained) for logits in (padded, alone)
+    )
+    for grad, reference in zip(grads, references, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
@@ -379,6 +394,9 @@ def test_pairs_turn_as_often_as_the_context_has_wavelengths():
     torch.testing.assert_close(turns_in_context(model.model, 0), 512 / wavelengths)
     sliding = tiny_model("gemma3_text", max_position_embeddings=100_000).model
     assert turns_in_context(sliding, 0).max() < turns_in_context(sliding, 2).max()
+    # Mistral's window is that of all layers, and its config has no `layer_types`.
+    mistral = tiny_model("mistral", max_position_embeddings=32_768, sliding_window=512)
+    torch.testing.assert_close(turns_in_context(mistral.model, 0), 512 / wavelengths)
 
 
 @pytest.mark.parametrize(("settings", "pairs"), [({}, 2), ({"key_bias_turns": 1.0}, 4)])
