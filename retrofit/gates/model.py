@@ -1,6 +1,6 @@
 """The tuner, which gives each attention module its family's gated class and adds a gate to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from types import MethodType
@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from retrofit.adapters import family_of, supported_model_types
@@ -57,9 +58,7 @@ class GateModel(BaseTuner):
             self.peft_config[adapter_name] = config = copy(config)
             config.base_model_type = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        gated = [i for i, layer in gate_layers(model).items() if adapter_name in layer.g_proj]
-        if missing := set(config.projection_layers or ()).difference(gated):
-            raise UserError(f"projection_layers names layer {min(missing)}, which is not gated")
+        _check_gated(model, adapter_name, config.projection_layers or ())
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Without PEFT's autocast, cast gates, which are created in float32, to the dtype of their
@@ -79,6 +78,8 @@ class GateModel(BaseTuner):
         if not isinstance(target, family.gated):
             turns = turns_in_context(self.model.get_decoder(), target.layer_idx)
             _insert_gate(target, family, current_key, turns)
+        # The model may have moved to another device since its first gates were inserted.
+        target.attn_gate.device = _device_of(target.o_proj)
         if peft_config.position != "G1":
             _set_class(target, ablated_attention(family.model_type))
         target.attn_gate.update_layer(adapter_name, peft_config.of_layer(target.layer_idx))
@@ -90,14 +91,18 @@ class GateModel(BaseTuner):
         Args:
             adapter_name: name of an adapter whose config has both kinds of gates.
             layers: indices of gated layers. Without any, the adapter has only sink logits.
+
+        Raises:
+            UserError: if one of these layers has no gate of the adapter.
         """
+        _check_gated(self.model, adapter_name, layers)
         config = self.peft_config[adapter_name]
         config.projection_layers = layers or None
         if not layers:
             config.granularity = "none"
         for index, layer in gate_layers(self.model).items():
             if adapter_name in layer.g_proj:
-                # The model may have moved to another device since its gates were inserted.
+                # The gates may have moved to another device since they were inserted.
                 layer.device = next(layer.g_proj[adapter_name].parameters()).device
                 layer.update_layer(adapter_name, config.of_layer(index))
 
@@ -194,6 +199,17 @@ def gate_layers(model: nn.Module) -> dict[int, GateLayer]:
     return {module.layer_idx: module.attn_gate for module in model.modules() if _has_gate(module)}
 
 
+def _check_gated(model: nn.Module, adapter_name: str, layers: Iterable[int]) -> None:
+    """Check that an adapter has a gate in each of these layers, which get a projection.
+
+    Raises:
+        UserError: if it has none in one of them.
+    """
+    gated = [i for i, layer in gate_layers(model).items() if adapter_name in layer.g_proj]
+    if missing := set(layers).difference(gated):
+        raise UserError(f"projection_layers names layer {min(missing)}, which is not gated")
+
+
 def _has_gate(module: nn.Module) -> bool:
     return isinstance(getattr(module, "attn_gate", None), GateLayer)
 
@@ -208,7 +224,8 @@ def gates_off(model: nn.Module) -> Iterator[None]:
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, BaseTunerLayer) and not module.disable_adapters
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        and not module.disable_adapters
     ]
     for layer in layers:
         layer._disable_adapters = True

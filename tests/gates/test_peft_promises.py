@@ -10,7 +10,7 @@ from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from retrofit import GateConfig
-from retrofit.gates import gate_layers
+from retrofit.gates import gate_layers, gates_off
 from retrofit.utils.errors import UserError
 
 INPUT_IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -38,6 +38,26 @@ def test_unload_gives_the_base_back_beside_modules_to_save(module):
     assert unloaded is base and [type(each) for each in base.modules()] == kinds
     assert list(base.state_dict()) == keys
     assert torch.equal(logits(base), expected)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "norm"])
+def test_without_gates_the_model_is_the_base_beside_modules_to_save(module):
+    base = tiny_model("llama")
+    expected = logits(base)
+    model = get_peft_model(base, GateConfig(init_weights=False, modules_to_save=[module]))
+    with_gates = logits(model)
+    with gates_off(model):
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), with_gates)
+
+
+def test_a_second_adapter_is_where_the_model_has_moved_to(tmp_path):
+    model = get_peft_model(tiny_model("llama"), GateConfig())
+    model.save_pretrained(tmp_path)
+    for layer in gate_layers(model).values():
+        layer.device = torch.device("meta")  # where the base was when its gates were inserted
+    model.load_adapter(tmp_path, "second")
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
 def test_a_classifier_is_gated_and_unloaded(tiny_base):

@@ -73,6 +73,13 @@ def test_new_gates_are_where_the_model_is_by_then():
     assert gates and all(gate.device.type == "cpu" for gate in gates)
 
 
+def test_a_choice_of_layers_that_are_not_gated_is_refused():
+    model = get_peft_model(tiny_model("llama"), GateConfig(**BOTH))
+    with pytest.raises(UserError, match="projection_layers names layer 99, which is not gated"):
+        model.base_model.choose_projection_layers("default", [0, 99])
+    assert model.peft_config["default"].projection_layers is None
+
+
 @pytest.fixture
 def recipe(tiny_base, tmp_path):
     text = tmp_path / "text.jsonl"
