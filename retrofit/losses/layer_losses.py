@@ -75,7 +75,7 @@ class LayerLosses:
         compared_tokens: by layer, the tokens that `hidden` compares with the base, bool `[batch,
             T]`.
         values: by name and layer, the losses of this batch, unweighted.
-        gates: the gates that the layer which runs has computed so far.
+        has_sinks: whether the gates of a layer that has run have sinks.
         key_shares: by layer, the share of the attention that its sinks leave to the keys.
     """
 
@@ -88,7 +88,7 @@ class LayerLosses:
         self.base_inputs: dict[int, torch.Tensor] = {}
         self.compared_tokens: dict[int, torch.Tensor] = {}
         self.values: dict[str, dict[int, torch.Tensor]] = {}
-        self.gates: list[torch.Tensor] = []
+        self.has_sinks = False
         self.key_shares: dict[int, torch.Tensor] = {}
 
     def prepare(self, position_ids: torch.Tensor, progress: float, scale: float = 1.0) -> None:
@@ -110,11 +110,15 @@ class LayerLosses:
         self.weights = {name: weight * scale for name, weight in weights.items() if weight}
         self.values = {name: {} for name in self.weights}
         # The last batch's tensors are freed before this batch's take as much memory again.
-        self.base_inputs, self.compared_tokens = {}, {}
+        self.base_inputs, self.compared_tokens, self.key_shares = {}, {}, {}
         self.position_ids = position_ids
         self.sampled = None
-        if "pressure" in self.weights or "balance" in self.weights:
+        if self.reads_attention():
             self.sampled = sample_rows(position_ids, objective.sampled_rows)
+
+    def reads_attention(self) -> bool:
+        """Whether a loss of this batch samples query rows and reads their attention."""
+        return "pressure" in self.weights or "balance" in self.weights
 
     @torch.compiler.disable  # the dictionaries by layer would make each layer a graph of its own
     def __call__(
@@ -139,7 +143,6 @@ class LayerLosses:
         Returns:
             `attn_output`, whose backward also starts the gradients of the losses.
         """
-        gates, self.gates = self.gates, []
         index = attention.layer_idx
         if attention.attn_gate.disable_adapters:  # the base's pass
             if "hidden" in self.weights:
@@ -148,7 +151,8 @@ class LayerLosses:
         # The first pass of a reentrant checkpoint runs without gradients.
         if not self.weights or not torch.is_grad_enabled():
             return attn_output
-        losses = self._attention_losses(attention, query_states, key_states, sink, gates)
+        self.has_sinks |= sink is not None
+        losses = self._attention_losses(attention, hidden_states, query_states, key_states, sink)
         if "hidden" in self.weights:
             losses["hidden"] = relative_distance(
                 hidden_states, self.base_inputs[index], self.compared_tokens[index]
@@ -173,11 +177,6 @@ class LayerLosses:
         first of each document and those with massive activations."""
         return (self.position_ids > 0) & ~is_massive(hidden_states, self.position_ids)
 
-    def collect_gate(self, _projection: nn.Module, _args: tuple, gate: torch.Tensor) -> None:
-        """Forward hook of a gate, which lets `balance` read the gate that its layer has
-        computed."""
-        self.gates.append(gate)
-
     def _inject(self, tensor: torch.Tensor, index: int, losses: dict) -> torch.Tensor:
         """Note a layer's losses by name, and let the backward of `tensor` start their
         gradients."""
@@ -187,7 +186,7 @@ class LayerLosses:
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         return _InjectGradient.apply(tensor, total / self.num_layers) if losses else tensor
 
-    def _attention_losses(self, attention, query_states, key_states, sink, gates) -> dict:
+    def _attention_losses(self, attention, hidden_states, query_states, key_states, sink) -> dict:
         """The losses of one layer that read its attention, by name."""
         losses: dict[str, torch.Tensor] = {}
         if (sampled := self.sampled) is None:
@@ -199,12 +198,12 @@ class LayerLosses:
         if "pressure" in self.weights:
             losses["pressure"] = collision_probability(weights, sampled)
         if "balance" in self.weights:
-            load = self._load(attention, weights, sampled, sink, gates)
+            load = self._load(attention, hidden_states, weights, sampled, sink)
             shared_heads = self.objective.balance_shared_heads
             losses["balance"] = balance_loss(load, sampled.valid, shared_heads)
         return losses
 
-    def _load(self, attention, weights, sampled, sink, gates) -> torch.Tensor:
+    def _load(self, attention, hidden_states, weights, sampled, sink) -> torch.Tensor:
         """The load of each head that the recipe asks for, `[batch, heads, num_rows]`."""
         kind = self.objective.balance_load
         base_has_sinks = "s_aux" in attention.attention_kwargs()
@@ -212,27 +211,31 @@ class LayerLosses:
         load = sink_load(weights)
         if not base_has_sinks and kind != "gated":
             load = vanilla_load(weights, sampled.starts, load if sink is not None else 1.0)
-        if kind == "vanilla" or not gates:
+        gates = attention.attn_gate.active_gates()
+        projections = [gate for gate in gates if gate.weight is not None]
+        if kind == "vanilla" or not projections:
             return load
-        # The gates of all active adapters multiply, [batch, T, heads, channels]; those of the
-        # sampled rows are the scores, [batch, num_rows, heads, channels].
-        gate = math.prod(gates)
-        index = sampled.rows[:, :, None, None].expand(-1, -1, *gate.shape[2:])
-        scores = gate.gather(1, index)
+        # The gates of the sampled rows, [batch, num_rows, heads, channels], which multiply if there
+        # are several adapters.
+        rows = sampled.rows.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+        inputs = hidden_states.gather(1, rows)
+        scores = math.prod(gate(inputs) for gate in projections)
         if kind == "gated" and sink is None:
             return gated_load(scores)
         return effective_load(load, scores)
 
     def means(self) -> dict[str, torch.Tensor]:
         """The losses of the last batch by name, unweighted and averaged over layers; 0 for a loss
-        that applies to no row. If the gates have sinks, `sink_share` is the share of the attention
-        that these take."""
+        that applies to no row. If the gates have sinks and a loss reads attention, `sink_share` is
+        the share of the attention that these take, and 0 if no row has been sampled. So all devices
+        have the same names."""
         means = {
             name: torch.stack(list(by_layer.values())).mean() if by_layer else torch.tensor(0.0)
             for name, by_layer in self.values.items()
         }
-        if self.key_shares:
-            means["sink_share"] = 1 - torch.stack(list(self.key_shares.values())).mean()
+        if self.has_sinks and self.reads_attention():
+            shares = list(self.key_shares.values())
+            means["sink_share"] = 1 - torch.stack(shares).mean() if shares else torch.tensor(0.0)
         return means
 
 
@@ -247,9 +250,6 @@ def add_layer_losses(model: nn.Module, objective: Objective) -> LayerLosses:
     for layer in layers:
         layer.self_attn.observer = layer_losses
         layer.register_forward_pre_hook(layer_losses.before_layer)
-        if objective.balance:
-            for projection in layer.self_attn.attn_gate.g_proj.values():
-                projection.register_forward_hook(layer_losses.collect_gate)
     return layer_losses
 
 

@@ -1,5 +1,7 @@
 """Losses inside the layers: their gradients against losses added outside, and their schedule."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -120,6 +122,39 @@ def test_micro_batches_each_give_their_part():
 
     assert gradient(1.0, 1).abs().max() > 0
     torch.testing.assert_close(gradient(0.5, 2), gradient(1.0, 1))
+
+
+def test_projections_that_are_chosen_later_are_balanced_too():
+    """Calibration chooses the layers with projections when the losses are there already."""
+
+    def loss(chosen_first: bool):
+        config = GateConfig(granularity="headwise", sinks="constant")
+        model = get_peft_model(tiny_model("llama"), config).train()
+        choose = partial(model.base_model.choose_projection_layers, "default", [0, 1, 2])
+        if chosen_first:
+            choose()
+        layer_losses = press(model, objective=Objective(balance=1.0, sampled_rows=T))
+        if not chosen_first:
+            choose()
+        for layer in gate_layers(model).values():
+            weight = layer.g_proj["default"].weight
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+        model(INPUT_IDS)
+        return layer_losses.means()["balance"]
+
+    assert loss(chosen_first=False) == loss(chosen_first=True)
+
+
+def test_a_batch_without_far_keys_has_the_same_names_as_any_other():
+    model = get_peft_model(tiny_model("llama"), GateConfig(granularity="none", sinks="constant"))
+    layer_losses = press(model.train(), objective=Objective(pressure=1.0))
+    model(INPUT_IDS)
+    whole = layer_losses.means()
+    layer_losses.prepare(POSITION_IDS[:, :20], 0.0)
+    model(INPUT_IDS[:, :20])
+    short = layer_losses.means()
+    assert short.keys() == whole.keys() == {"pressure", "sink_share"}
+    assert not any(short.values())
 
 
 def test_the_base_pass_has_no_losses():
