@@ -111,6 +111,13 @@ class _ModelConfig(_ConfigPart):
             raise ValueError(f"{value} holds no weights")
         return value
 
+    @field_validator("final_logit_softcapping")
+    @classmethod
+    def _caps_no_logits(cls, value: float | None) -> float | None:
+        if value is not None:
+            raise ValueError("no loss heeds a cap of the logits; take a base without one")
+        return value
+
     @model_validator(mode="after")
     def _heads_share(self):
         heads, groups = self.num_attention_heads, self.num_key_value_heads

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 
 from retrofit.models.foreign_code import HINT
@@ -100,11 +100,14 @@ def opening_error(base: str, error: Exception) -> UserError:
     """Returns the `UserError` for an exception that a library raised."""
     if "trust_remote_code" in str(error):
         return UserError(f"{base} brings code of its own; {HINT}")
+    reason = one_line(error) or type(error).__name__
     if _is_folder(base):
-        reason = one_line(error) or type(error).__name__
         return UserError(f"{base} is not a model folder, or a damaged one: {reason}")
+    problem = f"no model at {base!r}: neither a folder nor a hub id within reach"
+    if not isinstance(error.__cause__, HFValidationError):  # the name may be a hub id
+        return UserError(f"{problem} ({reason})")
     hint = "; `make assets` fetches the models and texts of the CPU recipes" if "~" in base else ""
-    return UserError(f"no model at {base!r}: neither a folder nor a hub id within reach{hint}")
+    return UserError(problem + hint)
 
 
 def _is_folder(base: str) -> bool:

@@ -205,6 +205,11 @@ OF_OTHER_TYPES = {
     "more experts beside sinks": ("gpt_oss", {"num_experts_per_tok": 9}, "not from 1 to 4"),
     "no experts beside sinks": ("gpt_oss", {"num_experts_per_tok": 0}, "not from 1 to 4"),
     "a scale below zero": ("gemma3_text", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
+    "a cap of the logits": (
+        "gemma3_text",
+        {"final_logit_softcapping": 30.0},
+        "no loss heeds a cap",
+    ),
     "a cap of 0": ("gemma3_text", {"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
     "all of it dropped": ("llama", {"attention_dropout": 2.0}, "attention_dropout: .*less than 1"),
     "dropped below zero": ("llama", {"attention_dropout": -1.0}, "attention_dropout: .*greater"),
