@@ -1,4 +1,5 @@
-"""Checks that a model has an embedding for every token that its tokenizer makes."""
+"""Checks that a model has an embedding for every token that its tokenizer makes, and tells which of
+them the tokenizer puts first."""
 
 from collections.abc import Iterable
 
@@ -7,6 +8,12 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from retrofit.utils.errors import UserError
+
+
+def prepended_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns the BOS token if the tokenizer prepends it by default, else `None`."""
+    prepends = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token if prepends else None
 
 
 def embedded_tokens(config: PreTrainedConfig) -> int:

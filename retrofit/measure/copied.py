@@ -7,9 +7,9 @@ but can no longer find anything in a long one, so this is measured beside perple
 
 import torch
 
+from retrofit.data.vocabulary import prepended_token
 from retrofit.measure.evaluation import MeasuredModel, Track
 from retrofit.measure.predictions import predict
-from retrofit.measure.texts import prepended_token
 
 WINDOWS = 8
 

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 from rich.progress import Progress
 
-from retrofit.data.vocabulary import check_texts, embedded_tokens
+from retrofit.data.vocabulary import check_texts, embedded_tokens, prepended_token
 from retrofit.measure.evaluation import Evaluation, MeasuredModel, Track
 from retrofit.measure.metrics import NEAR, TAIL, PredictionStatistics
 from retrofit.measure.sinks import measure_sinks
-from retrofit.measure.texts import cut_windows, prepended_token, read_documents
+from retrofit.measure.texts import cut_windows, read_documents
 from retrofit.models.loading import load_model
 from retrofit.utils.console import PlainConsole
 from retrofit.utils.errors import UserError, validation_problem

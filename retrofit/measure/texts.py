@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from retrofit.data.rows import RowCheck
+from retrofit.data.vocabulary import prepended_token
 from retrofit.utils.errors import UserError
 from retrofit.utils.text_files import kind_of, read_json_lines, read_text
 
@@ -45,12 +46,6 @@ def _check_name(path: Path) -> None:
         path.name.encode()
     except UnicodeEncodeError:
         raise UserError(f"the name of {str(path)!r} is not UTF-8; rename the file") from None
-
-
-def prepended_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Returns the BOS token if the tokenizer prepends it by default, else `None`."""
-    prepends = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return tokenizer.bos_token if prepends else None
 
 
 def cut_windows(

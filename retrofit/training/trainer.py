@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -16,8 +17,9 @@ from trl import SFTConfig, SFTTrainer
 from retrofit.data.chats import naming_source
 from retrofit.data.collator import PackedRows
 from retrofit.data.mixture import check_any_left, mix
+from retrofit.data.pieces import split_rows
 from retrofit.data.sources import LoadedSource
-from retrofit.data.vocabulary import check_rows_of_tokens, embedded_tokens
+from retrofit.data.vocabulary import check_rows_of_tokens, embedded_tokens, prepended_token
 from retrofit.gates import GateLayer, gate_layers
 from retrofit.losses.distillation import add_objectives
 from retrofit.losses.layer_losses import add_layer_losses
@@ -174,14 +176,24 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         for source in self.sources:
             self.completion_only_loss = source.completion_only
             with naming_source(source.path):
-                rows = super()._prepare_dataset(
-                    source.rows, processing_class, args, packing, formatting_func, name
-                )
+                rows = self._split_and_packed(source.rows, processing_class, args, packing, name)
             check_any_left(rows, source.path)
             prepared.append(check_rows_of_tokens(rows, processing_class, self._embedded))
         mixed = mix(prepared, [source.weight for source in self.sources], args.seed)
         self._check_length(mixed, args, packing)
         return mixed
+
+    def _split_and_packed(self, rows, processing_class, args: SFTConfig, packing: bool, name: str):
+        """Tokenizes and packs a source by TRL's rules, but for what is longer than a row."""
+        prepare = super()._prepare_dataset
+        begins_with_bos = prepended_token(processing_class) is not None
+        if begins_with_bos or not packing:
+            whole = copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            rows = prepare(rows, processing_class, whole, False, None, name)
+            bos_token_id = processing_class.bos_token_id if begins_with_bos else None
+            rows = split_rows(rows, args.max_length, bos_token_id)
+        return prepare(rows, processing_class, args, packing, None, name)
 
     def _check_length(self, rows, args: SFTConfig, packing: bool) -> None:
         if not hasattr(rows, "__len__"):  # a stream

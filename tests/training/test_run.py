@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from retrofit.adapters import family_of
@@ -403,6 +405,47 @@ def test_chat_data_goes_through_the_chat_template(make_recipe, tmp_path):
     trainer = gate_trainer(recipe)
     text = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
     assert text == "<s>user\nhi</s>\n<s>assistant\nyo</s>\n"
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("prepends", [True, False])
+def test_a_long_text_loses_no_token(make_recipe, tmp_path, packing, prepends, streaming):
+    """Where a tokenizer puts a BOS token first, every piece of a text begins with it, as do the
+    windows that are measured."""
+    text = string.printable[:94] * 5
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": text}) + "\n")
+    data = {"packing": packing, "streaming": streaming}
+    recipe = make_recipe(sources=[{"path": str(path)}], data=data, train={"max_steps": 1})
+    tokenizer = tiny_tokenizer()
+    bos = tokenizer.bos_token_id
+    if prepends:
+        template = TemplateProcessing("<s> $0", "<s> $A $B", [("<s>", bos)])
+        tokenizer.backend_tokenizer.post_processor = template
+    expected = tokenizer(text)["input_ids"]
+    trainer = gate_trainer(recipe, tokenizer=tokenizer)
+    rows = list(islice(iter(trainer.train_dataset), 20))
+    assert all(len(row["input_ids"]) <= 64 for row in rows)
+    assert all((row["input_ids"][0] == bos) == prepends for row in rows)
+    rest = [token for row in rows for token in row["input_ids"] if token != bos]
+    assert sorted(rest) == sorted([*expected[prepends:], tokenizer.eos_token_id])
+
+
+def test_pairs_and_chats_mix_unpacked(make_recipe, tmp_path):
+    pair = {"prompt": "hi", "completion": " yo"}
+    chat = {
+        name: [{"role": role, "content": content}]
+        for name, role, content in (("prompt", "user", "hi"), ("completion", "assistant", "yo"))
+    }
+    sources = []
+    for name, row in {"pairs": pair, "chats": chat}.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text((json.dumps(row) + "\n") * 10)
+        sources.append({"path": str(path)})
+    trainer = gate_trainer(make_recipe(sources=sources, data={"packing": False}))
+    assert set(trainer.train_dataset.column_names) == {"input_ids", "labels"}
+    assert len(trainer.train_dataset) == 20
 
 
 @pytest.mark.parametrize("packing", [True, False])
