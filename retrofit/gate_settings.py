@@ -19,6 +19,8 @@ class GateSettings(Protocol):
     """Settings of gates that depend on each other; see `retrofit.gates.GateConfig`."""
 
     granularity: Granularity
+    activation: Activation
+    input_dependent: bool
     position: Position
     sinks: Sinks
     key_bias: bool
@@ -41,6 +43,10 @@ def conflict(gates: GateSettings) -> str | None:
         return "key_bias moves the keys for a sink logit: set sinks to constant"
     if isinstance(gates.projection_layers, list) and not has_both(gates):
         return "projection_layers chooses between sinks and a granularity: give both, or neither"
+    if gates.granularity == "none" and not (
+        gates.activation == "sigmoid" and gates.input_dependent
+    ):
+        return "activation and input_dependent are of a projection: choose a granularity"
     if gates.position != "G1" and gates.centered:
         return f"centered gates are at G1, not {gates.position}"
     if gates.position != "G1" and gates.sinks != "none":

@@ -27,9 +27,11 @@ import transformers
 
 import assets
 from retrofit.measure import names
+from retrofit.models.run_folder import quantization_of
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import write_json
+from retrofit.utils.output_path import check_output_files
 from retrofit.utils.process import prepare_process
 
 TASKS = ("hellaswag", "arc_easy", "piqa", "lambada")
@@ -80,10 +82,9 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--skip must be at least 0")
     if options.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
-    if options.out and not options.out.absolute().parent.is_dir():
-        raise UserError(f"no folder to write {options.out} in")
+    check_output_files([options.out], [])
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError('these need lm-evaluation-harness: pip install "gate-retrofit[tasks]"')
+        raise UserError("these need lm-evaluation-harness: pip install lm-eval")
 
 
 def compare(
@@ -110,9 +111,10 @@ def compare(
     for task, numbers in samples.items():
         if len(numbers) < 2:
             raise UserError(f"--skip {skip} leaves fewer than two documents of {task}")
+    quantization = quantization_of(sources)
     for name, source in zip(names(sources), sources, strict=True):
         print(name, file=sys.stderr)
-        lm = RetrofitLM(source, dtype, batch_size=batch_size)
+        lm = RetrofitLM(source, dtype, quantization=quantization, batch_size=batch_size)
         dtype = dtype_name(lm.model.dtype)  # all models use the base's
         outcomes = answer(lm, documents, samples)
         if not all(math.isfinite(sum(outcome["nats"])) for outcome in outcomes.values()):

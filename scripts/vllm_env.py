@@ -54,6 +54,8 @@ def main() -> int:
 
 
 def install_vllm(folder: Path, pip: list[str]) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
+        sys.exit(f"error: {folder} holds something else than an environment; name a new folder")
     venv.create(folder, with_pip=True, clear=True)
     subprocess.run([*pip, "install", *PACKAGES], check=True)
     # These are for audio, and their wheels need libraries that may be missing.

@@ -1,4 +1,4 @@
-"""`retrofit recipes` lists, shows and copies the bundled recipes."""
+"""`retrofit recipes` lists, shows and copies the bundled recipes, and lists the keys of any."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,11 @@ import typer
 from retrofit.utils.files import refuse_existing, write_text, writing
 from retrofit.utils.text_files import read_text
 
-app = typer.Typer(help="List, show or copy the bundled recipes.", invoke_without_command=True)
+app = typer.Typer(
+    help="List, show or copy the bundled recipes, or list the keys of a recipe.",
+    invoke_without_command=True,
+)
+Name = Annotated[str, typer.Argument(help="A bundled recipe's name, or a YAML file.")]
 
 
 @app.callback()
@@ -28,7 +32,7 @@ def ls() -> None:
 
 
 @app.command()
-def show(name: str) -> None:
+def show(name: Name) -> None:
     """Print a recipe."""
     from retrofit.recipe import recipe_file
 
@@ -36,7 +40,7 @@ def show(name: str) -> None:
 
 
 @app.command()
-def copy(name: str, to: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+def copy(name: Name, to: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
     """Copy a recipe to change it."""
     from retrofit.recipe import recipe_file
 
@@ -44,3 +48,13 @@ def copy(name: str, to: Annotated[Path, typer.Argument(help="File to write.")]) 
     with writing(to):
         write_text(to, read_text(recipe_file(name)))
     typer.echo(str(to))
+
+
+@app.command()
+def keys() -> None:
+    """List every key of a recipe with its default, its values and its meaning."""
+    from retrofit.recipe import recipe_keys
+
+    for key in recipe_keys():
+        default = "" if key.default is None else f" = {key.default}"
+        typer.echo(f"{key.name}{default}\n    ({key.values}) {key.meaning}")

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +14,10 @@ def main(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a bundled recipe's name.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.max_steps=40."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Such as train.max_steps=40; `retrofit recipes keys` lists all.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
@@ -24,16 +26,18 @@ def main(
 
     resolved = load_recipe(recipe, overrides or ())
     prepare_process(keep_freed_memory=True)
-    from retrofit.training.run import Interrupted, train
+    from retrofit.training.run import FinishedError, Interrupted, train
     from retrofit.utils.console import PlainConsole, say
 
     is_main = os.environ.get("RANK", "0") == "0"  # a launcher starts several ranks
     console = PlainConsole(quiet=not is_main)
     run = expanded(resolved.output_dir)
     try:
+        run = train(resolved, resume=resume, console=console)
+    except FinishedError:
         # A run that was interrupted while it was measured has nothing left to train.
-        if not (resume and resolved.measure and _trained_but_not_measured(run)):
-            run = train(resolved, resume=resume, console=console)
+        if not resolved.measure or (run / "measure.json").is_file():
+            raise
     except Interrupted as stop:
         again = shlex.join(["retrofit", "train", recipe, *(overrides or ()), "--resume"])
         if is_main:
@@ -46,9 +50,3 @@ def main(
     say(f"run: {run}", console)
     merging = shlex.join(["retrofit", "merge", str(run), "--out", f"{run}-merged"])
     say(f"next: {merging}", console)
-
-
-def _trained_but_not_measured(run: Path) -> bool:
-    """Tells whether a run is trained but its measurement is missing, of which `measure.json` is
-    written last."""
-    return (run / "run.json").is_file() and not (run / "measure.json").is_file()

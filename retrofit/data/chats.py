@@ -121,7 +121,7 @@ def template_problem(tokenizer: PreTrainedTokenizerBase, template: str, form: Ch
 
     def problem(row: Any) -> str | None:
         try:
-            text = _render(tokenizer, replace(form, stored=False)(row), template)
+            text = render(tokenizer, replace(form, stored=False)(row), template)
         except _TEMPLATE_ERRORS as error:
             reason = one_line(error) or type(error).__name__
             return f"the chat template of the base's tokenizer fails: {reason}"
@@ -130,13 +130,22 @@ def template_problem(tokenizer: PreTrainedTokenizerBase, template: str, form: Ch
     return problem
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, row: dict, template: str) -> str:
-    """Renders a chat as TRL does."""
+def render(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: str | None = None
+) -> str:
+    """Renders a chat, as a `ChatForm` makes it, as TRL does.
+
+    Args:
+        tokenizer: the tokenizer.
+        row: the chat.
+        template: the chat template; `None` for the tokenizer's own.
+    """
+    tools = row["tools"]
     text = tokenizer.apply_chat_template(
         row["messages"] if "messages" in row else row["prompt"] + row["completion"],
         tokenize=False,
         chat_template=template,
-        tools=row["tools"],
-        **row["chat_template_kwargs"],
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        **(row["chat_template_kwargs"] or {}),
     )
     return str(text)

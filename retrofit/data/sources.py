@@ -94,6 +94,11 @@ def load_sources(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[LoadedS
 
 def _load(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> LoadedSource:
     path = _local_file(source)
+    if path and (source.name or source.split != "train"):
+        raise UserError(
+            f"data: {source.path} is a file, and name and split are of datasets on the hub; take "
+            "them out"
+        )
     rows: Any = None if path else _from_hub(source, data.streaming)
     first = _first(enumerate(rows, 1) if path is None else read_rows(path), source.path, path)
     form = _form(source, first, data)
@@ -259,7 +264,7 @@ def _columns(source: Source, first: dict) -> dict[str, str]:
     Raises:
         UserError: if there are no such columns.
     """
-    if (field := source.text_field) != "text":
+    if (field := source.text_field) is not None:
         if field not in first:
             raise UserError(
                 f"data: {source.path} has no column {field!r}; it has {', '.join(sorted(first))}"

@@ -24,7 +24,7 @@ class Gguf(CheckpointFormat):
         if not all(find_spec(name) for name in ("gguf", "xllamacpp")):
             raise UserError(
                 "a GGUF file is written by gguf, and compared with the trained model in llama.cpp "
-                "before it appears: pip install 'gate-retrofit[gguf]'"
+                "before it appears: pip install gguf xllamacpp"
             )
 
     def refusal(self, source):

@@ -1,6 +1,6 @@
-"""Identifies a base by a hash of its weights and by the values of its config.
+"""Identifies a base by a hash of its weights, a hash of its tokenizer and the values of its config.
 
-Both are written before and after training, and checked when gates are put on a base.
+They are written before and after training, and checked when gates are put on a base.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from retrofit.utils.fsdp import full_tensor
 
@@ -34,6 +34,20 @@ def file_sha256(path: Path) -> str:
     """Returns the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns one sha256 over how a tokenizer cuts text, its special tokens and its chat
+    template."""
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # These are the format's version, and what the last call set.
+        rules = {name: rules[name] for name in rules.keys() - {"version", "truncation", "padding"}}
+    else:
+        rules = tokenizer.get_vocab()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    whole = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:

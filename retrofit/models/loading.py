@@ -306,7 +306,7 @@ def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:
             "unquantized original"
         )
     if not is_bitsandbytes_available():
-        raise UserError('quantization needs bitsandbytes: pip install "gate-retrofit[bnb]"')
+        raise UserError("quantization needs bitsandbytes: pip install bitsandbytes")
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     compute_dtype = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)

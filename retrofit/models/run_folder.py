@@ -6,6 +6,8 @@ have neither the values of their base's config nor a `started.json`, and these a
 """
 
 import os
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +23,7 @@ from retrofit.recipe import Quantization
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError, one_line, validation_problem
 from retrofit.utils.files import read_json
+from retrofit.utils.paths import expanded
 
 STARTED = "started.json"
 _ADAPTER, _FACTS = "adapter", "run.json"
@@ -56,6 +59,7 @@ class _Facts(BaseModel):
     base: TrainedOn
     gate: dict[str, Any] = {}
     files: dict[str, str] = {}
+    tokenizer_sha256: str | None = None
     rows_per_step: int | None = None
     steps: int | None = None
     tokens: int | None = None
@@ -104,6 +108,30 @@ def _adapter_in(folder: Path) -> Path:
             f"--resume, or name {adapter} to take it without what it was trained on"
         )
     return folder
+
+
+def quantization_of(sources: Sequence[str]) -> Quantization | None:
+    """Returns the form of the base weights that models are compared in: that in which the runs
+    among them were trained.
+
+    Args:
+        sources: what `load_model` opens.
+
+    Raises:
+        UserError: if two runs were trained in different forms.
+    """
+    forms: dict[Quantization | None, str] = {}
+    for source in sources:
+        folder, adapter = run_and_adapter(expanded(source))
+        if (adapter / "adapter_config.json").is_file() and (facts := facts_of(folder)):
+            forms.setdefault(facts["base"].get("quantization"), source)
+    if len(forms) > 1:
+        (first, one), (second, other) = islice(forms.items(), 2)
+        raise UserError(
+            f"{one} was trained on base weights in {first or 'full'} and {other} in "
+            f"{second or 'full'}; compare them apart, each with its base"
+        )
+    return next(iter(forms), None)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Recipes: each is one YAML file with all settings of a run, in which unknown keys are errors."""
 
+from retrofit.recipe.keys import Key, recipe_keys
 from retrofit.recipe.reading import bundled_recipes, load_recipe, recipe_file
 from retrofit.recipe.schema import (
     RESOLVED,
@@ -19,6 +20,7 @@ __all__ = [
     "Data",
     "Dtype",
     "Gate",
+    "Key",
     "Measure",
     "Model",
     "Objective",
@@ -28,4 +30,5 @@ __all__ = [
     "bundled_recipes",
     "load_recipe",
     "recipe_file",
+    "recipe_keys",
 ]

@@ -1,4 +1,4 @@
-"""Every key of a recipe, with its documentation; `retrofit recipes show NAME` prints examples."""
+"""Every key of a recipe, with its documentation, which `retrofit recipes keys` prints."""
 
 import os
 import re
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -18,6 +17,7 @@ from pydantic import (
 
 from retrofit.gate_settings import Activation, Granularity, Position, Sinks, conflict, has_both
 from retrofit.utils.paths import expanded
+from retrofit.utils.strict_yaml import dump
 
 RESOLVED = "recipe.resolved.yaml"  # the recipe's file in a run folder
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -76,16 +76,28 @@ class Section(BaseModel):
     """A section of a recipe, in which every key is known and has the right type."""
 
     # Strict mode takes neither a boolean nor a text for a number.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class Model(Section):
-    base: Location  # a folder or a hub id
-    revision: Text | None = None  # a branch, tag or commit of the hub id
-    dtype: Dtype = "auto"  # auto is the dtype that the weights are stored in
-    quantization: Quantization | None = None  # by bitsandbytes; a merge uses the original weights
-    attn_implementation: Text | None = None  # by default sdpa, where the model has it
-    trust_remote_code: bool = False  # whether to run the code that the base brings
+    base: Location
+    """The base: a folder or a hub id."""
+    revision: Text | None = None
+    """A branch, tag or commit of a base on the hub."""
+    dtype: Dtype = "auto"
+    """The dtype of the base weights; `auto` is the one that they are stored in."""
+    quantization: Quantization | None = None
+    """The form to which bitsandbytes quantizes the base; a merge uses the original weights."""
+    attn_implementation: Text | None = None
+    """The attention implementation of transformers; by default `sdpa`, where the model has it."""
+    trust_remote_code: bool = False
+    """Whether to run the code that the base brings."""
 
     @property
     def location(self) -> str:
@@ -99,23 +111,31 @@ class Model(Section):
 
 
 class Gate(Section):
-    sinks: Sinks = "none"  # a sink logit joins the softmax of each head
-    key_bias: bool = False  # a bias on slow RoPE pairs of the keys lets sinks follow the query
-    # How often a pair may turn in the context and have a bias; an eighth of a turn by default.
+    sinks: Sinks = "none"
+    """Whether a sink logit joins the softmax of each head: a number, or one read from the input."""
+    key_bias: bool = False
+    """Whether a bias on slow RoPE pairs of the keys lets sinks follow the query."""
     key_bias_turns: Annotated[float, Field(gt=0)] | None = None
-    granularity: Granularity = "headwise"  # the projection's scores for each token
-    # The layers that have the projection instead of sinks, the others having sinks alone; `auto`
-    # takes those that have to prevent the sink and whose sinks could not. `null` gives every layer
-    # both. Without both there is nothing to choose.
+    """How many turns a RoPE pair may make in the context and have a bias; by default an eighth."""
+    granularity: Granularity = "headwise"
+    """What a score of the projection `2 * sigmoid(X W)` scales, a head or a channel; `none` for
+    sinks alone."""
     projection_layers: Literal["auto"] | Annotated[list[LayerIndex], Field(min_length=1)] | None = (
         None
     )
-    activation: Activation = "sigmoid"  # the other activations are ablations
-    position: Position = "G1"  # G1 is before o_proj; the other positions are ablations
-    input_dependent: bool = True  # false, an ablation, makes the scores constants
-    centered: bool = False  # a closed gate leaves the first token's value in the base, not zero
-    # The indices of the layers to gate; by default all layers are gated.
+    """The layers that have the projection instead of sinks, the others having sinks alone; `auto`
+    takes those that have to prevent the sink and whose sinks could not. `null` gives every layer
+    both. Without both there is nothing to choose."""
+    activation: Activation = "sigmoid"
+    """The activation of the projection; all but `sigmoid` are ablations."""
+    position: Position = "G1"
+    """Where the projection scales; all but `G1`, which is before `o_proj`, are ablations."""
+    input_dependent: bool = True
+    """Whether the scores of the projection read the input; `false` is an ablation."""
+    centered: bool = False
+    """Whether a closed gate leaves the first token's value in the base, instead of zero."""
     layers: Annotated[list[LayerIndex], Field(min_length=1)] | None = None
+    """The indices of the layers to gate; by default all layers are gated."""
 
     @property
     def chooses_projection_layers(self) -> bool:
@@ -126,26 +146,38 @@ class Gate(Section):
     def _settings_go_together(self):
         if (problem := conflict(self)) is not None:
             raise ValueError(problem)
+        if self.key_bias_turns is not None and not self.key_bias:
+            raise ValueError("key_bias_turns has no effect without key_bias: set it to true")
         return self
 
 
 class Source(Section):
-    path: Location  # a .jsonl, .json, .parquet or .txt file, or a hub id
-    name: Text | None = None  # the configuration of a dataset on the hub
+    path: Location
+    """A .jsonl, .json, .parquet or .txt file, or a hub id."""
+    name: Text | None = None
+    """The configuration of a dataset on the hub."""
     split: Text = "train"
-    text_field: Text = "text"  # the column that holds plain text
-    # The share of the training tokens, relative to the weights of the other sources.
+    """The split of a dataset on the hub."""
+    text_field: Text | None = None
+    """The column that holds plain text; by default `messages`, `conversations`, `prompt` with
+    `completion`, or `text`, the first of these that is there."""
     weight: Annotated[float, Field(gt=0)] | None = None
+    """The share of the training tokens, relative to the weights of the other sources."""
 
 
 class Data(Section):
     sources: Annotated[list[Source], Field(min_length=1)]
+    """What is trained on."""
     sequence_length: Annotated[int, Field(ge=16)] = 1024
-    packing: bool = True  # puts several documents in a row, none of which sees another
-    # The number of tokens at the end of each row that become documents of one or two tokens.
+    """The tokens of a row; longer texts are split."""
+    packing: bool = True
+    """Whether a row holds several documents, none of which sees another."""
     first_tokens: Annotated[int, Field(ge=0)] = 0
-    streaming: bool = False  # reads the data while training; needs train.max_steps
-    assistant_only_loss: bool = False  # for chat data: trains only on the assistant's turns
+    """The number of tokens at the end of each row that become documents of one or two tokens."""
+    streaming: bool = False
+    """Whether the data is read while training, which needs `train.max_steps`."""
+    assistant_only_loss: bool = False
+    """Whether only the assistant's turns of chats are trained on."""
 
     @model_validator(mode="after")
     def _weights_all_or_none(self):
@@ -170,21 +202,29 @@ class Data(Section):
 
 
 class Objective(Section):
-    lm: Weight = 1.0  # next-token cross-entropy
-    kl: Weight = 0.0  # KL(base || gated) of the next-token distribution
-    pressure: Weight = 0.0  # penalizes two random queries of a head that attend to the same key
-    # The last part of the steps, over which the weight of `pressure` falls to 0.
+    lm: Weight = 1.0
+    """The weight of the next-token cross-entropy."""
+    kl: Weight = 0.0
+    """The weight of KL(base || gated) of the next-token distribution."""
+    pressure: Weight = 0.0
+    """The weight of the probability that two random queries of a head attend to the same key."""
     pressure_release: Annotated[float, Field(ge=0, le=1)] = 0.0
-    hidden: Weight = 0.0  # penalizes the distance of each layer's input from that of the base
-    # The last part of the steps, over which the weight of `hidden` falls to 0.
+    """The last part of the steps, over which the weight of `pressure` falls to 0."""
+    hidden: Weight = 0.0
+    """The weight of the distance of each layer's input from that of the base."""
     hidden_release: Annotated[float, Field(ge=0, le=1)] = 0.0
-    activation: Weight = 0.0  # penalizes tokens whose activations dwarf those of the others
-    balance: Weight = 0.0  # penalizes unequal loads of the heads of one layer
-    # A head's load: (1 - A_sink) * g for effective, 1 - A_sink for vanilla, g for gated.
+    """The last part of the steps, over which the weight of `hidden` falls to 0."""
+    activation: Weight = 0.0
+    """The weight of the penalty on tokens whose activations dwarf those of the others."""
+    balance: Weight = 0.0
+    """The weight of the penalty on unequal loads of the heads of one layer."""
     balance_load: Literal["effective", "vanilla", "gated"] = "effective"
-    balance_shared_heads: Annotated[int, Field(ge=0)] = 0  # the busiest heads, which it leaves out
-    # The number of queries of a sequence that `pressure` and `balance` sample.
+    """A head's load: `(1 - A_sink) * g` for `effective`, `1 - A_sink` for `vanilla`, `g` for
+    `gated`."""
+    balance_shared_heads: Annotated[int, Field(ge=0)] = 0
+    """How many of the busiest heads `balance` leaves out."""
     sampled_rows: Annotated[int, Field(ge=2, le=2**16)] = 64
+    """The number of queries of a sequence that `pressure` and `balance` sample."""
 
     @model_validator(mode="before")
     @classmethod
@@ -234,39 +274,63 @@ def _decay(progress: float, last_part: float) -> float:
 
 
 class Train(Section):
-    max_steps: Count | None = None  # takes precedence over `epochs`
+    max_steps: Count | None = None
+    """The number of steps, which takes precedence over `epochs`."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    batch_size: Count = 1  # the rows of one forward pass on each device
+    """How often the data is seen."""
+    batch_size: Count = 1
+    """The rows of one forward pass on each device."""
     gradient_accumulation_steps: Count = 1
-    # auto takes a learning rate of its own for each layer, see training/calibration.py.
+    """The forward passes of one step on each device."""
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """The rate of projections; `auto` finds one for each layer. Sink logits have their own."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[float, Field(ge=0)] = 0.05  # below 1 it is a share of all steps
+    """The weight decay of AdamW."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.05
+    """The steps over which the rate rises; below 1, their share of all steps."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """How the rate falls after that."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    # auto takes the first of none, selective (which keeps attention) and full that fits in memory.
+    """The norm to which the gradient is clipped."""
     gradient_checkpointing: Literal["auto", "none", "selective", "full", "reentrant"] = "auto"
+    """`auto` takes the first of `none`, `selective` (which keeps attention) and `full` that fits in
+    memory."""
     torch_compile: bool = False
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # the seeds that numpy takes
+    """Whether each layer is compiled."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The seed of the data's order and of all draws."""
     logging_steps: Count = 1
+    """A line is logged after every so many steps."""
     save_steps: Count = 100
+    """A checkpoint is written after every so many steps."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    """Where the logged figures go."""
 
 
 class Measure(Section):
-    text: Location  # a .txt or .jsonl file that no source contains
-    length: Annotated[int, Field(ge=192, lt=2**31)] = 512  # the tokens of a window
+    text: Location
+    """A .txt or .jsonl file that is not trained on."""
+    length: Annotated[int, Field(ge=192, lt=2**31)] = 512
+    """The tokens of a window."""
     windows: Count = 16
+    """How many windows at most."""
 
 
 class Recipe(Section):
-    output_dir: Location  # the run folder, which must not exist
+    output_dir: Location
+    """The run folder, which must not exist."""
     model: Model
+    """The base."""
     gate: Gate = Gate()
+    """The gates that are put into it."""
     data: Data
+    """What they are trained on."""
     objective: Objective = Objective()
+    """The losses."""
     train: Train = Train()
-    measure: Measure | None = None  # compares the base and the gated model when training ends
+    """How training goes."""
+    measure: Measure | None = None
+    """How the base and the gated model are compared when training ends; `null` for not at all."""
 
     @model_validator(mode="after")
     def _streams_have_no_length(self):
@@ -317,7 +381,7 @@ class Recipe(Section):
         return Recipe.model_validate(settings)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump(self.model_dump(mode="json"))
 
 
 def _absolute(path: str) -> str:

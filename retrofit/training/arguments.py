@@ -1,6 +1,5 @@
 """Translates a recipe into the settings of TRL's trainer."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -27,7 +26,6 @@ def training_arguments(recipe: Recipe, run: Path, checkpoint: Path | None = None
     if checkpoint:
         ranks = PartialState().num_processes
         accumulation = accumulation_steps(checkpoint, train.batch_size, ranks)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard"))
     return SFTConfig(
         output_dir=str(run / "checkpoints"),
         max_steps=train.max_steps or -1,

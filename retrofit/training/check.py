@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from retrofit.data.chats import render
 from retrofit.export import native
 from retrofit.gate_settings import has_both
 from retrofit.gates.recipe import gate_config
@@ -15,7 +16,7 @@ from retrofit.recipe import Gate, Recipe
 from retrofit.training.preflight import load_tokenizer_and_data, preflight
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
-from retrofit.utils.output_path import refuse_unwritable
+from retrofit.utils.output_path import check_new
 from retrofit.utils.paths import expanded
 
 _BYTES = {  # of one weight in each format
@@ -45,21 +46,23 @@ class Check:
 def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
     """Opens the config, the tokenizer and the data of a recipe, and traces a step without weights.
 
+    The data is not tokenized, so that it may still prove too short.
+
     Args:
         recipe: what would be trained.
         gpu_gigabytes: the memory of a GPU to plan for, in GB; `None` plans for this machine.
 
     Raises:
-        UserError: for anything that would stop `retrofit train` before its first step, or if that
-            step takes more memory than the device has.
+        UserError: for anything else that would stop `retrofit train` before its first step, or if
+            that step takes more memory than the device has.
     """
-    refuse_unwritable(expanded(recipe.output_dir))
+    check_new(expanded(recipe.output_dir))
     config = preflight(recipe)
-    base_weights, gate_weights = _count_weights(config, recipe)
+    base_weights, gate_weights, projections = _count_weights(config, recipe)
     tokenizer, sources = load_tokenizer_and_data(recipe, config)
     return [
         Check("base", _describe_base(config, recipe, base_weights)),
-        Check("gates", _describe_gates(config, recipe, gate_weights, base_weights)),
+        Check("gates", _describe_gates(config, recipe, gate_weights, projections, base_weights)),
         *(
             Check("data", f"{source.path}: {_preview(loaded.rows, tokenizer)}")
             for source, loaded in zip(recipe.data.sources, sources, strict=True)
@@ -70,14 +73,16 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
     ]
 
 
-def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
-    """Returns the number of weights of the base, and of its gates."""
+def _count_weights(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int, int]:
+    """Returns the number of weights of the base, of its gates, and of the projections in these."""
     with opening(recipe.model.base), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     with torch.device("meta"):
         base_weights = model.num_parameters()
         gated = gated_model(model, recipe)
-    return base_weights, sum(p.numel() for p in gated.parameters() if p.requires_grad)
+    gates = {name: p.numel() for name, p in gated.named_parameters() if p.requires_grad}
+    projections = [n for name, n in gates.items() if name.endswith((".weight", ".channel_weight"))]
+    return base_weights, sum(gates.values()), sum(projections)
 
 
 def _dtype(config: PreTrainedConfig, recipe: Recipe) -> str:
@@ -94,7 +99,7 @@ def _describe_base(config: PreTrainedConfig, recipe: Recipe, weights: int) -> st
 
 
 def _describe_gates(
-    config: PreTrainedConfig, recipe: Recipe, gate_weights: int, base_weights: int
+    config: PreTrainedConfig, recipe: Recipe, gate_weights: int, projections: int, base_weights: int
 ) -> str:
     layers = len(recipe.gate.layers or range(config.num_hidden_layers))
     gate = recipe.gate
@@ -104,11 +109,11 @@ def _describe_gates(
     kinds += ["a key bias"] if gate.key_bias else []
     kinds += [projection] if gate.granularity != "none" and not varies else []
     exception = f", {_where_projected(gate)} a {projection} instead" if varies else ""
-    at_most = "at most " if gate.chooses_projection_layers else ""
-    return (
-        f"{', '.join(kinds)} on {layers} layers{exception}: {at_most}{gate_weights:,} numbers, "
-        f"{gate_weights / base_weights:.2g} of the model"
-    )
+    numbers = f"{gate_weights:,} numbers, {gate_weights / base_weights:.2g} of the model"
+    if gate.chooses_projection_layers:
+        fewest = f"{gate_weights - projections:,}"
+        numbers = f"{fewest} numbers if none does, and fewer than {gate_weights:,} in any case"
+    return f"{', '.join(kinds)} on {layers} layers{exception}: {numbers}"
 
 
 def _where_projected(gate: Gate) -> str:
@@ -153,12 +158,12 @@ def _describe_merge(config: PreTrainedConfig, recipe: Recipe) -> str:
 
 def _preview(rows, tokenizer: PreTrainedTokenizerBase, characters: int = 60) -> str:
     row = next(iter(rows))
-    if "messages" in row:
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    if "chat_template_kwargs" in row:
+        text = render(tokenizer, row)
     elif "completion" in row:
         text = f"{row['prompt']} -> {row['completion']}"
     else:
-        text = row.get("text") or str(row)
+        text = row["text"]
     length = f"{len(rows):,} documents" if hasattr(rows, "__len__") else "a stream"
     return f"{length}; {' '.join(str(text).split())[:characters]!r}..."
 

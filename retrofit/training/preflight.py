@@ -21,9 +21,15 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
     """Checks all that can be checked without weights and data, and returns the base's config.
 
     Raises:
-        UserError: for a base that cannot be gated or is damaged, layers that it does not have, rows
-            longer than the base can read, or a tracker that is not installed.
+        UserError: for a base that cannot be gated or is damaged, a revision of a folder, layers
+            that the base does not have, rows longer than it can read, or a tracker that is not
+            installed.
     """
+    if recipe.model.revision and Path(recipe.model.location).is_dir():
+        raise UserError(
+            f"model.revision: {recipe.model.base} is a folder, and only models on the hub have "
+            "revisions; take it out"
+        )
     config = load_config(recipe.model)
     _check_base(recipe, config)
     _check_attention(recipe, config)

@@ -28,7 +28,13 @@ from trl import SFTConfig
 
 from retrofit.data.sources import LoadedSource, load_sources
 from retrofit.gate_settings import GATE_SETTINGS
-from retrofit.models.fingerprint import base_weights, config_values, file_sha256, weights_sha256
+from retrofit.models.fingerprint import (
+    base_weights,
+    config_values,
+    file_sha256,
+    tokenizer_sha256,
+    weights_sha256,
+)
 from retrofit.models.gated_model import gated_model
 from retrofit.models.loading import load_base, load_tokenizer
 from retrofit.models.run_folder import STARTED, check_config, facts_of
@@ -52,15 +58,17 @@ from retrofit.utils.files import (
     write_text,
     writing,
 )
-from retrofit.utils.output_path import refuse_unwritable
+from retrofit.utils.output_path import check_new, refuse_unwritable
 from retrofit.utils.paths import expanded
 from retrofit.utils.process import return_large_blocks
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class BaseChangedError(CheckError):
     """A weight of the frozen base differs after training."""
+
+
+class FinishedError(UserError):
+    """There is nothing to resume, because the run is trained."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -80,6 +88,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 
     Raises:
         UserError: for bad input, before anything is written.
+        FinishedError: if the run that is to be resumed is trained already, with this recipe.
         Interrupted: after Ctrl-C, once the checkpoint is written.
         DivergedError: if the loss, its gradient or a gate is not finite.
         DeadGateError: if a gate got no gradient at the first step.
@@ -90,8 +99,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console(quiet=not ranks.is_main_process)
     recipe = recipe.with_absolute_paths()
     run = expanded(recipe.output_dir)
-    checkpoint = _check_folder(run, recipe, resume, console)
     config = preflight(recipe)
+    checkpoint = _check_folder(run, recipe, resume, console)
     ranks.wait_for_everyone()  # the main rank writes only after all have checked the folder
     is_new = ranks.is_main_process and not run.exists()
     with _removed_on_failure(run) if is_new else nullcontext():
@@ -125,9 +134,9 @@ def _train(
     if args.gradient_checkpointing:
         return_large_blocks()
     tokenizer, sources = load_tokenizer_and_data(recipe, config)  # first, as weights take longer
-    files = _file_hashes(recipe)
+    files, cut = _file_hashes(recipe), tokenizer_sha256(tokenizer)
     if checkpoint:
-        _check_unchanged(run, recipe, config, files)
+        _check_unchanged(run, recipe, config, files, cut)
     base = load_base(recipe.model)
     frozen = _fingerprint(base, recipe)
     if checkpoint:
@@ -141,8 +150,8 @@ def _train(
         with writing(run):
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / RESOLVED, recipe.to_yaml())
-            started = {"base": frozen, "files": files, "rows_per_step": rows_per_step(args)}
-            write_json(run / STARTED, started)
+            started = {"base": frozen, "files": files, "tokenizer_sha256": cut}
+            write_json(run / STARTED, started | {"rows_per_step": rows_per_step(args)})
             for damaged in last_checkpoint(run / "checkpoints")[1]:
                 set_aside(damaged)
     ranks.wait_for_everyone()
@@ -186,15 +195,31 @@ def gate_trainer(
         callbacks: callbacks beside the Trainer's own.
     """
     tokenizer = tokenizer or load_tokenizer(recipe.model)
-    return GateTrainer(
-        model=gated_model(base or load_base(recipe.model), recipe),
-        args=args or training_arguments(recipe, Path(recipe.output_dir)),
-        sources=sources or load_sources(recipe.data, tokenizer),
-        processing_class=tokenizer,
-        objective=recipe.objective,
-        callbacks=callbacks,
-        first_tokens=recipe.data.first_tokens,
-    )
+    with _tensorboard_in(expanded(recipe.output_dir) / "tensorboard"):
+        return GateTrainer(
+            model=gated_model(base or load_base(recipe.model), recipe),
+            args=args or training_arguments(recipe, Path(recipe.output_dir)),
+            sources=sources or load_sources(recipe.data, tokenizer),
+            processing_class=tokenizer,
+            objective=recipe.objective,
+            callbacks=callbacks,
+            first_tokens=recipe.data.first_tokens,
+        )
+
+
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Lets the trainer that is made in this context log below `folder`, unless the user's
+    environment names another one. The Trainer has no argument for it."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: bool) -> None:
@@ -234,11 +259,10 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> 
     Raises:
         UserError: if the folder exists and `resume` is not set, or holds no run that can be
             resumed with this recipe.
+        FinishedError: if the run is trained already.
     """
     if not resume:
-        refuse_unwritable(run)
-        if os.path.lexists(run):
-            raise UserError(f"{run} exists; choose another output_dir, or add --resume")
+        check_new(run)
         return None
     resolved = run / RESOLVED
     if _has_no_files(run):
@@ -261,7 +285,7 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> 
             f"{resolved}"
         )
     if (run / "run.json").is_file():
-        raise UserError(f"{run} is finished; there is nothing to resume")
+        raise FinishedError(f"{run} is finished; there is nothing to resume")
     refuse_unwritable(resolved)
     checkpoint, damaged = last_checkpoint(run / "checkpoints")
     for path, problem in damaged.items():
@@ -272,27 +296,30 @@ def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> 
 
 
 def _file_hashes(recipe: Recipe) -> dict[str, str]:
-    """Returns the sha256 of each local file of the data and of the tokenizer, by its path."""
-    base = Path(recipe.model.location)
-    tokenizer = (base / name for name in _TOKENIZER_FILES)
-    data = (expanded(source.path) for source in recipe.data.sources)
-    return {str(path): file_sha256(path) for path in (*data, *tokenizer) if path.is_file()}
+    """Returns the sha256 of each local file of the data, by its path."""
+    paths = (expanded(source.path) for source in recipe.data.sources)
+    return {str(path): file_sha256(path) for path in paths if path.is_file()}
 
 
 def _check_unchanged(
-    run: Path, recipe: Recipe, config: PreTrainedConfig, files: dict[str, str]
+    run: Path, recipe: Recipe, config: PreTrainedConfig, files: dict[str, str], cut: str
 ) -> None:
-    """Checks that a resumed run finds the files and the config that it was started with.
+    """Checks that a resumed run finds the files, the tokenizer and the config that it was started
+    with.
 
-    Runs of early versions have no `started.json`, and their files are not checked.
+    What the `started.json` of an early version does not have is not checked.
 
     Raises:
-        UserError: if a file or the base's config has changed.
+        UserError: if a file, the tokenizer or the base's config has changed.
     """
     facts = facts_of(run)
-    if changed := facts.get("files", files).items() ^ files.items():
+    started = facts.get("files", {})
+    changed = [path for path, sha256 in files.items() if started.get(path, sha256) != sha256]
+    if facts.get("tokenizer_sha256", cut) != cut:
+        changed.append(f"the tokenizer of {recipe.model.base}")
+    if changed:
         raise UserError(
-            f"{min(changed)[0]} is not what {run} was started with (its sha256 differs); put the "
+            f"{changed[0]} is not what {run} was started with (its sha256 differs); put the "
             "original back, or start another run"
         )
     check_config(config, recipe.model.base, run, facts)
@@ -368,7 +395,7 @@ def _summary(trainer: GateTrainer, recipe: Recipe, before: dict, after: dict) ->
         "learning_rate": trainer.learning_rates or trainer.args.learning_rate,
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
-        "seconds": round(trainer.state.log_history[-1].get("train_runtime", 0.0), 1),
+        "seconds": round(trainer.seconds, 1),
         "first": {key: logged[0][key] for key in keys if key in logged[0]},
         "last": {key: logged[-1][key] for key in keys if key in logged[-1]},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),

@@ -7,6 +7,7 @@ the random generators of Python, numpy and torch.
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,21 @@ class SafetensorsCheckpoints(Trainer):
 
     FSDP and DeepSpeed keep their own sharded formats.
     """
+
+    _seconds_before = 0.0  # what earlier processes took for the steps up to the checkpoint
+    _started = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long training has taken, in all processes that a resumed run has had."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if resume_from_checkpoint:
+            step = Path(resume_from_checkpoint) / STEP
+            self._seconds_before = read_json(step).get("seconds", 0.0) if step.is_file() else 0.0
+        self._started = time.monotonic()
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -75,7 +91,11 @@ class SafetensorsCheckpoints(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.args.should_save:
-            step = {"rows": rows_per_step(self.args), "ranks": self.args.world_size}
+            step = {
+                "rows": rows_per_step(self.args),
+                "ranks": self.args.world_size,
+                "seconds": round(self.seconds, 1),
+            }
             (Path(output_dir) / STEP).write_text(json.dumps(step))
         if self._sharded():
             return super()._save_optimizer_and_scheduler(output_dir)

@@ -48,6 +48,19 @@ def refuse_unwritable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: no permission to write in {parent}")
 
 
+def check_new(run: Path) -> None:
+    """Refuses a run folder that exists or cannot be created.
+
+    Raises:
+        UserError: if it exists or cannot be created.
+    """
+    refuse_unwritable(run)
+    if os.path.lexists(run):
+        raise UserError(
+            f"{run} exists; choose another output_dir, or go on with retrofit train --resume"
+        )
+
+
 def _exists(path: Path) -> bool:
     """Tells whether something, if only a broken link, has this path.
 
@@ -73,13 +86,13 @@ def check_output_files(written: Sequence[Path | None], read: Sequence[Path]) -> 
     Raises:
         UserError: if a file cannot be written, is named twice, or is also read.
     """
-    taken = {expanded(path).absolute() for path in read}
+    taken = {expanded(path).resolve() for path in read}
     for path in filter(None, written):
         refuse_unwritable(path)
         if path.is_dir():
             raise UserError(f"{path} is a folder; name a file to write")
         if not path.absolute().parent.is_dir():
             raise UserError(f"no folder to write {path} in")
-        if path.absolute() in taken:
+        if path.resolve() in taken:
             raise UserError(f"{path} is named twice, or read as well; name another file to write")
-        taken.add(path.absolute())
+        taken.add(path.resolve())

@@ -1,6 +1,6 @@
-"""A YAML parser that drops nothing silently.
+"""YAML of which nothing is lost silently.
 
-It refuses a key that is there twice, and a comment after the value of an override.
+The parser refuses a key that is there twice, and a comment after the value of an override.
 """
 
 import re
@@ -23,11 +23,21 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """A safe dumper that quotes whatever text the loader would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def dump(value: Any) -> str:
+    """Returns a YAML text of a value, from which `parse` reads the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def parse(text: str) -> Any:

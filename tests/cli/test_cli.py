@@ -105,6 +105,13 @@ def test_train_measure_merge_by_hand(recipe_file, tmp_path, tiny_base):
     assert (tmp_path / "run" / "measure.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "report.html").read_text().startswith("<!doctype html>")
     (tmp_path / "run" / "measure.json").unlink()
+    # What is only measured is held to its recipe, and to a text that it was not trained on.
+    for override, told in {
+        "train.seed=1": "was started with another recipe",
+        f"measure.text={tmp_path / 'text.jsonl'}": "is trained on",
+    }.items():
+        other = run("train", str(recipe_file), "train.max_steps=3", override, "--resume")
+        assert other.returncode == 2 and told in other.stderr
     again = run("train", str(recipe_file), "train.max_steps=3", "--resume")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "measure.json").is_file()
@@ -122,6 +129,27 @@ def test_train_measure_merge_by_hand(recipe_file, tmp_path, tiny_base):
         assert checkpoint["metrics"][metric] == pytest.approx(
             adapter["metrics"][metric], rel=1e-3, abs=1e-6
         )
+
+
+@pytest.mark.slow
+def test_a_base_in_four_bits_is_compared_with_itself(recipe_file, tmp_path, tiny_base):
+    """A run that has learned nothing is its base, which is not the unquantized one."""
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "again.json"
+    trained = run(
+        *("train", str(recipe_file), "model.quantization=nf4", "model.dtype=float32"),
+        *("train.learning_rate=1e-12", "train.max_steps=1"),
+    )
+    assert trained.returncode == 0, trained.stderr
+    measured = run(
+        *("measure", str(tiny_base("llama")), str(tmp_path / "run"), "--json", str(out)),
+        *("--text", str(tmp_path / "unseen.jsonl"), "--length", "192", "--dtype", "float32"),
+    )
+    assert measured.returncode == 0, measured.stderr
+    for path in (tmp_path / "run" / "measure.json", out):
+        base, gated = json.loads(path.read_text())["models"]
+        assert gated["metrics"]["kl_to_base"] == pytest.approx(0, abs=1e-6)
+        assert gated["metrics"]["perplexity"] == pytest.approx(base["metrics"]["perplexity"])
 
 
 def test_all_is_measured_reported_and_compared(tmp_path, tiny_base, capsys, monkeypatch):
@@ -199,6 +227,12 @@ def test_an_interrupted_measurement_says_how_to_go_on(tmp_path, tiny_base, capsy
             "balance_shared_heads: 3 of 4 heads leave fewer than two to balance; lower it to 2",
         ),
         (["check", "{recipe}", "data.sources=[{{path: gone.jsonl}}]"], "no file gone.jsonl"),
+        (["check", "{recipe}", "output_dir={tmp}"], "exists; choose another output_dir"),
+        (["check", "{recipe}", "model.revision=main"], "and only models on the hub have revisions"),
+        (
+            ["check", "{recipe}", "data.sources=[{{path: '{tmp}/text.jsonl', split: test}}]"],
+            "is a file, and name and split are of datasets on the hub",
+        ),
         (["merge", "{tmp}/gone", "--out", "{tmp}/merged"], "{tmp}/gone"),
         (["measure", "{tmp}/a\nb", "--text", "{tmp}/text.jsonl"], "{tmp}/a\\nb"),
         (["measure", "$NOT_SET/base", "--text", "{tmp}/text.jsonl"], "names no model: base: "),

@@ -25,6 +25,7 @@ from retrofit.data.sources import load_sources
 from retrofit.measure import cut_windows, prepended_token, read_documents
 from retrofit.models.loading import load_tokenizer
 from retrofit.recipe import Data, Model, load_recipe
+from retrofit.training.check import _preview
 from retrofit.utils.errors import UserError
 
 SENTENCE = "the sink token draws all attention to the first token of the text"
@@ -580,6 +581,25 @@ def test_what_only_some_rows_set_for_the_chat_template_is_accepted(folder):
     settings = source.rows["chat_template_kwargs"]
     assert settings[0] == settings[31] == {} and settings[30] == {"much": None}
     folder.trains(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_what_is_shown_of_a_chat_is_what_the_template_makes_of_it(folder, streaming):
+    own_template(folder, "{{ mode.upper() }} {{ tools[0].name }} {{ messages[0].content }}")
+    row = {"messages": TURNS, "tools": [{"name": "f"}], "chat_template_kwargs": {"mode": "fast"}}
+    path = folder.file("chats.jsonl", lines(*[row] * 30))
+    tokenizer = load_tokenizer(Model(base=str(folder.base)))
+    (source,) = load_sources(sources_of(path, streaming=streaming), tokenizer)
+    assert _preview(source.rows, tokenizer).endswith("'FAST f hi'...")
+
+
+def test_a_column_of_text_is_read_beside_chats_if_it_is_named(tmp_path):
+    path = tmp_path / "both.jsonl"
+    path.write_bytes(lines(*[{"messages": TURNS, "text": "plain"}] * 3))
+    for field, name in ((None, "messages"), ("text", "text")):
+        data = Data.model_validate({"sources": [{"path": str(path), "text_field": field}]})
+        (source,) = load_sources(data, tiny_tokenizer())
+        assert name in source.rows.column_names
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])

@@ -553,9 +553,11 @@ def other_data(folder: Path) -> str:
 
 
 def other_tokenizer(folder: Path) -> str:
-    path = folder / "base" / "tokenizer_config.json"
-    path.write_text(path.read_text() + " ")
-    return f"{path} is not what"
+    path = folder / "base" / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    rules["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(rules))
+    return f"the tokenizer of {folder / 'base'} is not what"
 
 
 def damaged_start(folder: Path) -> str:
@@ -716,15 +718,49 @@ def test_a_recipe_is_not_copied_into_a_folder_that_is_not_there(tmp_path):
         ("compare", ["--json", "{x}", "--report", "{x}"]),
         ("compare", ["--json", "{text}"]),
         ("compare", ["--report", "{text}"]),
+        ("measure", ["--json", "{x}", "--report", "{same_x}"]),
+        ("measure", ["--json", "{same_text}"]),
+        ("compare", ["--json", "{same_text}"]),
     ],
 )
 def test_no_file_takes_the_place_of_another(home, tmp_path, verb, options):
     text = tmp_path / "text.jsonl"
     shutil.copy(home / "text.jsonl", text)
-    named = [option.format(x=tmp_path / "x", text=text) for option in options]
+    (tmp_path / "a").mkdir()
+    paths = {"x": tmp_path / "x", "text": text}
+    paths |= {f"same_{name}": tmp_path / "a/.." / path.name for name, path in paths.items()}
+    named = [option.format_map(paths) for option in options]
     given = [home / "base", "--text", text] if verb == "measure" else [text]
     message = refusal(verb, *given, *named, leaves_alone=tmp_path)
     assert "is named twice, or read as well" in message
+
+
+LONG_NAME = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "{long}.yaml"],
+        ["check", "{home}/recipe.yaml", "data.sources=[{{path: {long}.jsonl}}]"],
+        ["check", "{home}/recipe.yaml", "measure={{text: {long}.jsonl}}"],
+        ["check", "{home}/recipe.yaml", "model.base=./{long}"],
+        ["train", "{home}/recipe.yaml", "output_dir={long}", "--resume"],
+        ["recipes", "show", "{long}.yaml"],
+        ["measure", "./{long}", "--text", "{home}/text.jsonl"],
+        ["measure", "{home}/base", "--text", "{long}.jsonl"],
+        ["compare", "{long}.json"],
+        ["merge", "./{long}", "--out", "out"],
+        ["verify", "{long}"],
+        ["unpack", "./{long}", "--out", "out"],
+    ],
+    ids=lambda arguments: " ".join(arguments).replace("/", " "),
+)
+def test_a_name_that_the_system_does_not_take_is_refused(home, tmp_path, monkeypatch, arguments):
+    """So is a folder that is not the user's to look into, of which the system says as little."""
+    monkeypatch.chdir(home)
+    filled = [argument.format(long=LONG_NAME, home=home) for argument in arguments]
+    assert "File name too long" in refusal(*filled, leaves_alone=tmp_path)
 
 
 def without_permission(monkeypatch, folder: Path):

@@ -41,6 +41,16 @@ def test_a_bundled_recipe_is_found_by_its_last_part():
     assert load_recipe("smollm2-135m-cpu") == load_recipe("llama/smollm2-135m-cpu")
 
 
+@pytest.mark.parametrize("revision", ["1234e56", "1e5", "12", "true", "null", "2026-11-27"])
+def test_a_revision_that_looks_like_something_else_is_read_as_it_was_written(
+    recipe_path, tmp_path, revision
+):
+    recipe = load_recipe(recipe_path, [f"model.revision='{revision}'"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.to_yaml())
+    assert load_recipe(str(resolved)).model.revision == revision
+
+
 def test_overrides_are_yaml_values(recipe_path):
     recipe = load_recipe(
         recipe_path, ["train.max_steps=40", "gate.layers=[1, 2]", "measure={text: t.txt}"]
@@ -53,6 +63,11 @@ def test_overrides_are_yaml_values(recipe_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("gate.key_bias_turns=0.5", "key_bias_turns has no effect without key_bias"),
+        (
+            "gate={granularity: none, sinks: constant, activation: silu}",
+            "activation and input_dependent are of a projection",
+        ),
         ("train.max_step=4", "unknown key 'train.max_step'; did you mean 'max_steps'?"),
         ("modle={}", "unknown key 'modle'; did you mean 'model'?"),
         (

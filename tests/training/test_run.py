@@ -154,6 +154,26 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(make_recipe, monke
     assert json.loads((run / "run.json").read_text())["steps"] == 6
 
 
+def test_what_a_run_says_of_itself_is_of_all_its_parts(make_recipe, monkeypatch):
+    from retrofit.training import run as module
+
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    settings = {"train": {"max_steps": 4, "save_steps": 1, "report_to": ["tensorboard"]}}
+    recipe = make_recipe(name="first", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "GradientCheck", lambda: StopAt(1))
+        with pytest.raises(module.Interrupted):
+            train(recipe)
+    run = Path(recipe.output_dir)
+    step = run / "checkpoints" / "checkpoint-2" / "step.json"
+    step.write_text(json.dumps(json.loads(step.read_text()) | {"seconds": 1000.0}))
+    train(recipe, resume=True)
+    assert 1000 < json.loads((run / "run.json").read_text())["seconds"] < 1100
+    second = train(make_recipe(name="second", **settings))
+    assert list((run / "tensorboard").rglob("events*"))
+    assert list((second / "tensorboard").rglob("events*"))
+
+
 def test_a_run_whose_checkpoint_has_the_former_names_of_gates_goes_on_bitwise(make_recipe):
     recipe = make_recipe()
     run = train(recipe)
@@ -597,7 +617,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(make_recipe, tmp_path, monk
 
 def test_an_existing_output_folder_is_not_touched(make_recipe, tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(UserError, match="exists; choose another output_dir, or add --resume"):
+    with pytest.raises(UserError, match="exists; choose another output_dir, or go on with"):
         train(make_recipe())
     assert not list((tmp_path / "run").iterdir())
 

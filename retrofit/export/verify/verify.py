@@ -42,7 +42,7 @@ _ENGINES = {
 # The module that each engine needs, and how to install it.
 _REQUIRED_MODULES = {
     "transformers": ("transformers", "pip install gate-retrofit"),
-    "llama.cpp": ("xllamacpp", "pip install 'gate-retrofit[gguf]'"),
+    "llama.cpp": ("xllamacpp", "pip install gguf xllamacpp"),
     "vllm": ("vllm", "name a Python that has it with --python"),
 }
 # The tolerances by engine and kind of weights: the mean KL(trained || merged) in nats beyond twice
