@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from made_runs import SINKS, make_run
 from safetensors.torch import save_file
-from tiny import DENSE, tiny_model, write_tiny
+from tiny import DENSE, tiny_model, tiny_tokenizer, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gguf_quantization
 import levers
+import llm_compressor
 import packing
 import paired
 import serving
@@ -357,3 +358,33 @@ Mean    KLD:   0.063928 ±   0.004429
     )
     with pytest.raises(SystemExit, match="says no"):
         gguf_quantization.parsed("base", "Q4_K_M", 105.4, "error: no such file")
+
+
+def test_a_quantized_model_is_compared_with_itself_window_by_window():
+    """llm-compressor has an environment of its own; what stands around it runs here as well."""
+    before, after = tiny_model("llama"), tiny_model("llama")
+    windows = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
+    same = llm_compressor.compared("base", "none", before, after, windows)
+    assert (same.log_ratio, same.kl) == pytest.approx((0, 0), abs=1e-6)
+    losses = torch.stack([before(w[None], labels=w[None]).loss for w in windows])
+    assert same.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+    with torch.no_grad():
+        after.lm_head.weight.mul_(1.5)
+    other = llm_compressor.compared("retrofit", "none", before, after, windows)
+    changed = torch.stack([after(w[None], labels=w[None]).loss for w in windows]) - losses
+    assert other.log_ratio == pytest.approx(changed.mean().item(), abs=1e-5)
+    assert other.log_ratio_error == pytest.approx(changed.std().item() / 3**0.5, abs=1e-5)
+    assert other.kl > 0
+    rise = f"{changed.mean().expm1().item():+.1%}"
+    assert f"| none | +0.0% ± 0.0% | {rise} ± " in llm_compressor.table([same, other])
+
+
+def test_windows_to_quantize_with_are_the_first_of_a_file(tiny_base, tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "one two"}\n{"text": "three"}\n')
+    tokens = [ord(c) for c in "one twothree"]
+    windows = llm_compressor.read_windows(str(tiny_base("llama")), str(file), 4, 3)
+    decoded = tiny_tokenizer().decode(windows.flatten())
+    assert (windows.shape, decoded) == ((3, 4), bytes(tokens).decode())
+    with pytest.raises(SystemExit, match="fewer than 4 windows of 4 tokens"):
+        llm_compressor.read_windows(str(tiny_base("llama")), str(file), 4, 4)
