@@ -173,7 +173,8 @@ def remedy(recipe: Recipe, config: PreTrainedConfig, device: Device) -> str | No
     """
     together: dict[str, str] = {}
     for change in _changes(recipe):
-        for changes in (change, together | change) if together.keys() - change else (change,):
+        attempts = [change, together | change] if together.keys() - change else [change]
+        for changes in attempts:
             with contextlib.suppress(ValidationError):  # rows too short for a loss or first_tokens
                 if _leanest(_changed(recipe, changes), config, device).fits(device):
                     return " ".join(f"{key}={value}" for key, value in changes.items())

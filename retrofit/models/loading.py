@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors import safe_open
@@ -34,7 +33,7 @@ from retrofit.models.run_folder import (
     run_and_adapter,
 )
 from retrofit.models.safetensors_io import StoredWeights, read_index, weights_file
-from retrofit.models.source import check_ungated, has_published_gates
+from retrofit.models.source import check_ungated, has_published_gates, local_copy
 from retrofit.models.tokenizer_file import check_tokenizer
 from retrofit.recipe import Dtype, Model, Quantization, load_recipe
 from retrofit.stored_names import current_name
@@ -255,17 +254,8 @@ def _load_published(spec: Model) -> tuple[PeftModel, PreTrainedTokenizerBase]:
 
 def _local_folder(spec: Model) -> Path:
     """Returns the local folder of a checkpoint, which is downloaded if it is a hub id."""
-    folder = Path(spec.location)
-    if folder.is_dir():
-        return folder
     with opening(spec.base):
-        snapshot = snapshot_download(
-            spec.base,
-            revision=spec.revision,
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"],
-            ignore_patterns=["*/*"],  # other models of the same repository
-        )
-    return Path(snapshot)
+        return local_copy(spec.base, spec.revision)
 
 
 def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:

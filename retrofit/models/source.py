@@ -99,22 +99,33 @@ def _adapter_config(adapter: Path, run: Path) -> dict[str, Any]:
     return read_adapter_config(adapter)
 
 
-def _base_folder(name: str, revision: str | None) -> Path:
+def local_copy(name: str, revision: str | None) -> Path:
     """Returns the local folder of a base. Of a hub id, safetensors and small files are downloaded.
 
     Raises:
-        UserError: if there is no such folder or hub id.
+        HFValidationError: if there is no such folder, and the name cannot be a hub id.
+        OSError: if there is no such hub id within reach.
     """
     if (local := expanded(name)).is_dir():
         return local
     small_files = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+    folder = snapshot_download(
+        name,
+        revision=revision,
+        allow_patterns=["*.safetensors", *small_files],
+        ignore_patterns=["*/*", "consolidated*"],  # the same weights in a vendor's format
+    )
+    return Path(folder)
+
+
+def _base_folder(name: str, revision: str | None) -> Path:
+    """Returns the local folder of the base that a merge reads.
+
+    Raises:
+        UserError: if there is no such folder or hub id.
+    """
     try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=["*.safetensors", *small_files],
-            ignore_patterns=["*/*", "consolidated*"],  # the same weights in a vendor's format
-        )
+        return local_copy(name, revision)
     except HFValidationError:  # it cannot be a hub id, so a folder was meant
         raise UserError(
             f"no base model at {name!r}; name its folder or hub id with --base"
@@ -124,7 +135,6 @@ def _base_folder(name: str, revision: str | None) -> Path:
         raise UserError(
             f"base model {name!r} not found; name its folder or hub id with --base ({reason})"
         ) from error
-    return Path(folder)
 
 
 def _base_config(folder: Path, name: str, adapter_config: dict[str, Any]) -> PreTrainedConfig:
