@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from retrofit.utils.errors import UserError
 from retrofit.utils.output_path import check_output_files
 from retrofit.utils.paths import expanded
 from retrofit.utils.process import prepare_process
@@ -94,9 +95,13 @@ def main(
     output = json or report
     resume_folder = output and output.with_name(f".{output.name}.parts")
     # Models that are compared have the form of base weights that the runs were trained on.
-    load = partial(
-        load_model, trust_remote_code=trust_remote_code, quantization=quantization_of(models)
-    )
+    form = quantization_of(models)
+    if form and any(part.name == "quantization" for part in evaluations):
+        raise UserError(
+            f"quantization: the runs were trained on base weights in {form}, which cannot be "
+            "quantized again; leave this part out"
+        )
+    load = partial(load_model, trust_remote_code=trust_remote_code, quantization=form)
     try:
         result = measure(
             models,

@@ -13,7 +13,7 @@ from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
-from retrofit.utils.errors import UserError
+from retrofit.utils.errors import UserError, one_line
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -31,13 +31,20 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     """Returns the `tokenizer.json` of a model folder.
 
     Raises:
-        UserError: if there is none, or llama.cpp has no name for its rules.
+        UserError: if there is none, it is damaged, or llama.cpp has no name for its rules.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder.name} has no tokenizer.json, which a GGUF file is made from")
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    if pre_tokenizer_name(tokenizer) is None and not is_sentencepiece(tokenizer):
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        has_name = pre_tokenizer_name(tokenizer) is not None or is_sentencepiece(tokenizer)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged, or of a kind that no GGUF file is made from: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from None
+    if not has_name:
         raise UserError(
             f"the tokenizer of {folder.name} is not one that can be named to llama.cpp (byte-level "
             "BPE as in SmolLM, Llama 3, Qwen or Mistral's tekken, or SentencePiece's as in Llama 2)"
@@ -84,7 +91,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     for token, index in tokenizer["model"]["vocab"].items():
         is_byte = is_sentencepiece(tokenizer) and re.fullmatch("<0x[0-9A-F]{2}>", token)
         tokens[index], types[index] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
-    for added in tokenizer["added_tokens"]:
+    # A token past the embeddings, such as one for padding, is in no text that a model has seen.
+    for added in (token for token in tokenizer["added_tokens"] if token["id"] < size):
         token_type = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         is_unknown = added["content"] == tokenizer["model"].get("unk_token")
         types[added["id"]] = TokenType.UNKNOWN if is_unknown else token_type

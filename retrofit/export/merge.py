@@ -18,7 +18,7 @@ from retrofit.export.model_card import check_card_inputs, model_card
 from retrofit.export.registry import FormatName, format_of
 from retrofit.export.verify.passage import PASSAGE
 from retrofit.export.verify.reference import REFERENCE_FILE
-from retrofit.export.verify.report import REPORT_FILE
+from retrofit.export.verify.report import REPORT_FILE, settings_hashes
 from retrofit.export.verify.verify import verify, write_reference
 from retrofit.models.base_config import number_of_experts
 from retrofit.models.source import MergeSource, read_source
@@ -112,6 +112,7 @@ def merge(
         copy(source.base, folder, *_LICENSE_FILES)
         copy(source.folder, folder, "measure.json")
         _write_recipe(source, folder)
+        report["files"] = settings_hashes(folder)
         write_json(folder / REPORT_FILE, report)
         card = model_card(report, source.base, folder, repo_id or "path/to/this")
         card.save(folder / "README.md")

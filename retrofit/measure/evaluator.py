@@ -19,6 +19,7 @@ from rich.progress import Progress
 from retrofit.data.vocabulary import check_texts, embedded_tokens, prepended_token
 from retrofit.measure.evaluation import Evaluation, MeasuredModel, Track
 from retrofit.measure.metrics import NEAR, TAIL, PredictionStatistics
+from retrofit.measure.predictions import predictions_of
 from retrofit.measure.sinks import measure_sinks
 from retrofit.measure.texts import cut_windows, read_documents
 from retrofit.models.loading import load_model
@@ -28,6 +29,8 @@ from retrofit.utils.files import read_json, write_json, writing
 from retrofit.utils.paths import expanded
 
 _SINKS = "sinks"  # what is always measured
+_FEW_TOKENS = 8  # of which the logits are checked
+_SAME_LOGITS = 0.02  # the largest difference that rounding could make, relative to the logits
 
 
 def measure(
@@ -99,10 +102,11 @@ def measure(
             reload = partial(load, source, base_dtype)
             open_base = None if source == sources[0] else partial(load, sources[0], base_dtype)
             measured = MeasuredModel(name, source, model, tokenizer, documents, reload, open_base)
-            _check_positions(measured, length)
+            _check_positions(measured, max(length, *_lengths(evaluations)))
             check_texts(tokenizer, embedded_tokens(measured.inner.config), documents)
             input_ids = cut_windows(documents, tokenizer, length, windows)
             _check_same_tokens(measured, input_ids, plan)
+            _check_logits(measured, input_ids[:1, :_FEW_TOKENS])
             if not plan.settings:
                 plan.settings = _settings(identity, measured, input_ids)
             track = _track(bar, name)
@@ -244,9 +248,16 @@ class _Plan:
 
 
 def _state(source: str) -> list:
-    """Returns the names, sizes and times of a local source's files: they change as the files do."""
-    files = sorted(path for path in expanded(source).rglob("*") if path.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    """Returns the name of a source and, if it is local, the names, sizes and times of its files,
+    which change as the files do. Hidden folders, such as that of kept figures, do not count."""
+    folder = expanded(source)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+        for path in paths
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    return [source, files]
 
 
 def _track(bar: Progress, name: str) -> Track:
@@ -257,6 +268,32 @@ def _check_positions(measured: MeasuredModel, length: int) -> None:
     limit = getattr(measured.inner.config, "max_position_embeddings", length)
     if length > limit:
         raise UserError(f"{measured.name} has {limit} positions, fewer than the length of {length}")
+
+
+def _lengths(evaluations: Sequence[Evaluation]) -> list[int]:
+    """Returns how many tokens each evaluation reads at once; those that say nothing of it check it
+    themselves."""
+    return [0] + [
+        getattr(evaluation, name)
+        for evaluation in evaluations
+        for name in ("length", "prompt")
+        if hasattr(evaluation, name)
+    ]
+
+
+def _check_logits(measured: MeasuredModel, input_ids: torch.Tensor) -> None:
+    """Check that the logits of a model are what is computed of its hidden states here."""
+    model = measured.inner
+    input_ids = input_ids.to(measured.device)
+    with torch.inference_mode():
+        expected = model(input_ids, use_cache=False).logits.float()
+        hidden_states = model.get_decoder()(input_ids, use_cache=False).last_hidden_state
+        logits = predictions_of(model).logits(hidden_states)
+    if (logits - expected).abs().max() > _SAME_LOGITS * expected.abs().max():
+        raise UserError(
+            f"{measured.name} changes its logits after the output head, as by scaling or capping "
+            "them, and no figure heeds that"
+        )
 
 
 def _check_same_tokens(measured: MeasuredModel, input_ids: torch.Tensor, plan: _Plan) -> None:

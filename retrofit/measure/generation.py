@@ -18,8 +18,7 @@ def generate_greedily(
     """Returns the token ids of continuations that always take the likeliest token,
     `[batch, new tokens]`, padded after their end.
 
-    Sampling and penalties in the model's generation config are ignored; its end-of-text tokens are
-    not.
+    Of the model's generation config only the end-of-text tokens are heeded.
 
     Args:
         model: a transformers model.
@@ -32,21 +31,22 @@ def generate_greedily(
     input_ids = input_ids.to(model.device)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
+    own = model.generation_config
     config = GenerationConfig(
         do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
+        eos_token_id=own.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    output = model.generate(
-        input_ids,
-        attention_mask=attention_mask.to(model.device),
-        generation_config=config,
-        **options,
-    )
+    # `generate` takes from the model's config what the given one does not say.
+    model.generation_config = config
+    try:
+        output = model.generate(
+            input_ids,
+            attention_mask=attention_mask.to(model.device),
+            generation_config=config,
+            **options,
+        )
+    finally:
+        model.generation_config = own
     return output[:, input_ids.shape[1] :]

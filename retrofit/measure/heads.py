@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from retrofit.measure.evaluation import Count, MeasuredModel, Track
-from retrofit.measure.metrics import PredictionStatistics
+from retrofit.measure.metrics import TAIL, PredictionStatistics
 from retrofit.measure.predictions import predict
 from retrofit.measure.sinks import read_model
 from retrofit.measure.texts import cut_windows
@@ -48,7 +48,7 @@ class Heads:
         0.25,
         0.5,
     )
-    length: Count = 512
+    length: Annotated[int, Field(ge=TAIL)] = 512
     windows: Count = 8
     batch_size: Count = 4
     draws: Count = 3

@@ -343,8 +343,13 @@ class PredictionStatistics:
         `[tokens, vocabulary]` in float32."""
         return self._log_softmax(self.hidden_states[batch][chunk].to(self.head.weight.device))
 
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns the logits `[..., vocabulary]` in float32 of hidden states `[..., hidden_size]`,
+        which are the model's if it does nothing else after its output head."""
+        return self.head(hidden_states).float() / self.logits_scaling
+
     def _log_softmax(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return (self.head(hidden_states).float() / self.logits_scaling).log_softmax(-1)
+        return self.logits(hidden_states).log_softmax(-1)
 
     @property
     def nll(self) -> torch.Tensor:

@@ -24,6 +24,7 @@ from retrofit.measure.predictions import predict
 from retrofit.measure.sink_attention import sdpa_with_sinks
 from retrofit.measure.texts import cut_windows
 from retrofit.report.sections.quantization import QuantizationFigures, Scheme
+from retrofit.utils.errors import UserError
 
 _INT8 = 127  # steps on either side of 0
 _STEPS = {4: 15, 8: 255}  # between the smallest and the largest value, by bits
@@ -64,8 +65,21 @@ class Quantization:
 
         The output head, unmerged gates and the experts of a mixture, which are no `nn.Linear`, are
         not rounded. Of a mixture of experts, that leaves only the attention.
+
+        Raises:
+            UserError: if the weights are quantized already, or the text has only one window.
         """
+        if getattr(measured.inner.config, "quantization_config", None):
+            raise UserError(
+                f"quantization: the weights of {measured.name} are quantized already; leave this "
+                "part out"
+            )
         input_ids = cut_windows(measured.documents, measured.tokenizer, self.length, self.windows)
+        if len(input_ids) < 2:
+            raise UserError(
+                f"quantization: the text has one window of {self.length} tokens, and a standard "
+                "error takes two; take a longer text, or lower quantization.length"
+            )
         batches = input_ids.split(self.batch_size)
         unquantized = predict(measured.model, track(batches, "as it is"))
         figures = {"none": _figures(unquantized, unquantized)}

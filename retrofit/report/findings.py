@@ -20,8 +20,11 @@ HEADS_UNCHANGED = 2.0
 CRITERIA = (
     "unchanged: within 5%, perplexity and cost within 1%, nats within 0.01, zeroed heads within a "
     "factor of 2; "
-    "±: standard error; within noise: less than two of them"
+    "±: standard error; within noise: less than two of them, or up to 13 where it is of fewer than "
+    "16 windows or samples (95% of Student's t)"
 )
+# How many standard errors of a mean of n samples hold 95% of Student's t, for n from 2 to 15.
+_FACTORS = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
 
 
 class Finding(NamedTuple):
@@ -48,7 +51,7 @@ class Marks(NamedTuple):
         name: what the figure is, in plain English.
         base: where the base's mark stands.
         model: where the model's mark stands.
-        low: the lower end of the model's noise, two standard errors of the difference from it.
+        low: the lower end of the model's noise, the half of an interval of 95% from it.
         high: the upper end; both ends are the mark itself where the noise is not known.
         values: both figures, formatted.
     """
@@ -82,19 +85,22 @@ class Difference:
     Attributes:
         value: the mean difference.
         stderr: its standard error; `None` if it is not known.
+        samples: of how many samples the mean is; `None` if that is not known.
     """
 
     value: float
     stderr: float | None = None
+    samples: int | None = None
 
     @property
     def noise(self) -> float:
-        """The standard error, and 0 if it is not known."""
-        return self.stderr or 0.0
+        """The half width of an interval of 95%, and 0 if the standard error is not known."""
+        factor = dict(enumerate(_FACTORS, 2)).get(self.samples or 0, 2.0)
+        return factor * (self.stderr or 0.0)
 
     @property
     def is_noise(self) -> bool:
-        return self.stderr is not None and abs(self.value) < 2 * self.stderr
+        return self.stderr is not None and abs(self.value) < self.noise
 
     def formatted(self, decimals: int) -> str:
         if self.stderr is None:
@@ -112,7 +118,7 @@ def paired(base: Sequence[float], model: Sequence[float]) -> Difference:
     differences = [after - before for before, after in zip(base, model, strict=True)]
     has_stderr = len(differences) > 1
     stderr = stdev(differences) / math.sqrt(len(differences)) if has_stderr else None
-    return Difference(fmean(differences), stderr)
+    return Difference(fmean(differences), stderr, len(differences))
 
 
 def independent(value: float, *stderrs: float | None) -> Difference:
@@ -174,7 +180,7 @@ def higher_is_better(
     values = f"{difference.value:+.{decimals}f}"
     if before:
         values = f"{before:.{decimals}f} -> {before + difference.value:.{decimals}f} ({values})"
-    marks = _with_noise(name, before, before + difference.value, 2 * difference.noise, values)
+    marks = _with_noise(name, before, before + difference.value, difference.noise, values)
     text = f"{label} {difference.formatted(decimals)}"
     return Item("same" if same else outcome, text, marks)
 
@@ -185,7 +191,7 @@ def nats_item(name: str, label: str, before: Sequence[float], after: Sequence[fl
     outcome = outcome_of(math.exp(difference.value), difference, PERPLEXITY_UNCHANGED)
     values = f"{figure(fmean(before))} -> {figure(fmean(after))}"
     marks = _with_noise(
-        name, fmean(before), fmean(after), 2 * difference.noise, f"{values} nats a token"
+        name, fmean(before), fmean(after), difference.noise, f"{values} nats a token"
     )
     text = f"{label} {values} nats a token, difference {difference.formatted(3)}"
     return Item(outcome, text.lstrip(), marks)
@@ -203,7 +209,7 @@ def cost_item(name: str, label: str, before: float, after: float, difference: Di
     """
     outcome = outcome_of(after / before, difference, PERPLEXITY_UNCHANGED)
     values = f"{change(before)} -> {change(after)}"
-    marks = _with_noise(name, before - 1, after - 1, 2 * after * difference.noise, values)
+    marks = _with_noise(name, before - 1, after - 1, after * difference.noise, values)
     return Item(outcome, f"{label} {values}, log {difference.formatted(3)}", marks)
 
 
@@ -230,7 +236,7 @@ def ratio_item(
     ratio = after / before
     moved = "unchanged" if abs(ratio - 1) <= unchanged else change(ratio)
     values = f"{formatted(before)} -> {formatted(after)} ({moved})"
-    marks = _with_noise(name, before, after, 2 * after * difference.noise, values)
+    marks = _with_noise(name, before, after, after * difference.noise, values)
     return Item(outcome_of(ratio, difference, unchanged), f"{label} {values}".lstrip(), marks)
 
 

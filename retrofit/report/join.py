@@ -19,6 +19,7 @@ _TEXT = {
     "length": "the tokens a window",
     "windows": "the windows",
     "tokens_sha256": "the tokens",
+    "dtype": "the dtype",
 }
 _SAME = 1e-5  # relative difference: the order of sums depends on the number of threads
 
@@ -61,34 +62,26 @@ def _join(paths: Sequence[Path], results: Sequence[dict[str, Any]]) -> dict[str,
     for path, result in zip(paths[1:], results[1:], strict=True):
         _check_text(paths[0], results[0]["settings"], path, result["settings"])
     _check_parts(paths, [result["settings"] for result in results])
+    first_base = results[0]["models"][0]
     models: list[tuple[str, dict[str, Any]]] = []
-    bases: list[dict[str, Any]] = []
     for label, result in zip(_labels(paths), results, strict=True):
-        base, *others = result["models"]
-        known_base = next((earlier for earlier in bases if _same(earlier, base)), None)
-        has_another_base = bool(bases) and known_base is not bases[0]
-        if known_base is None:
-            known_base = _without_base(base) if has_another_base else dict(base)
-            bases.append(known_base)
-            models.append((label, known_base))
-        else:
-            _complete(known_base, base)
-        for model in others:
-            model = _without_base(model) if has_another_base else dict(model)
-            twin = next((earlier for _, earlier in models if _same(earlier, model)), None)
+        has_first_base = _same(first_base, result["models"][0])
+        for model in result["models"]:
+            model = dict(model) if has_first_base else _without_base(model)
+            twin = next((known for _, known in models if _same(known, model)), None)
             if twin is None:
                 models.append((label, model))
             else:
-                _complete(twin, model)
+                twin |= _completed(twin, model)
     settings = _joined_settings([result["settings"] for result in results])
     return {"models": _named(models), "settings": settings}
 
 
-def _complete(model: dict[str, Any], twin: dict[str, Any]) -> None:
-    """Add to a model the metrics and parts that only its twin has."""
-    for key in ("metrics", "per_layer"):
-        model[key] = twin[key] | model[key]
-    model |= {part: twin[part] for part in twin if part not in model}
+def _completed(figures: Any, twin: Any) -> Any:
+    """Returns figures with those added that only a twin has."""
+    if isinstance(figures, dict) and isinstance(twin, dict):
+        return {key: _completed(figures.get(key), twin.get(key)) for key in {**figures, **twin}}
+    return twin if figures is None else figures
 
 
 def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> None:
@@ -100,9 +93,19 @@ def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> No
                 f"{path} has tasks of {model['name']!r} beside {base!r}, the first of what was "
                 f"measured; give it the models {', '.join(by_name)} in this order"
             )
-        by_name[model["name"]]["tasks"] = model["tasks"]
-    settings = result["settings"]
-    joined["settings"]["tasks"] = {key: settings[key] for key in ("documents", "seed", "dtype")}
+        tasks = by_name[model["name"]].setdefault("tasks", {})
+        if twice := tasks.keys() & model["tasks"].keys():
+            raise UserError(f"{path} has {min(twice)} of {model['name']}, as another file has")
+        tasks |= model["tasks"]
+    settings = {key: result["settings"][key] for key in ("documents", "seed", "dtype")}
+    known = joined["settings"].setdefault("tasks", settings)
+    for key in ("seed", "dtype"):
+        if known[key] != settings[key]:
+            raise UserError(
+                f"tasks were measured differently: {key} is {known[key]} in one file, "
+                f"{settings[key]} in {path}"
+            )
+    known["documents"] = known["documents"] | settings["documents"]
 
 
 def read_result(path: Path) -> dict[str, Any]:

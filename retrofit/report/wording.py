@@ -27,8 +27,8 @@ def figure(value: float | None) -> str:
         return "-"
     if isinstance(value, int):
         return str(value)
-    if abs(value) >= 1000:
-        return f"{float(f'{value:.3g}'):,.0f}"
+    if abs(rounded := float(f"{value:.3g}")) >= 1000:
+        return f"{rounded:,.0f}"
     return f"{value:#.3g}".removesuffix(".")
 
 

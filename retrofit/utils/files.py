@@ -22,6 +22,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # files.
 _TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
               "special_tokens_map.json", "chat_template*")  # fmt: skip
+_FURTHER_TEMPLATES = "additional_chat_templates"
 
 
 @contextmanager
@@ -96,7 +97,11 @@ def copy(folder: Path, to: Path, *patterns: str) -> None:
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:
+    """Copies the files of a tokenizer, and the folder of its further chat templates."""
     copy(folder, to, *_TOKENIZER)
+    if (templates := folder / _FURTHER_TEMPLATES).is_dir():
+        (to / _FURTHER_TEMPLATES).mkdir()
+        copy(templates, to / _FURTHER_TEMPLATES, "*.jinja")
 
 
 def refuse_existing(out: Path) -> None:

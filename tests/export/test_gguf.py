@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from made_runs import MIXED, SINKS, WINDOWED, make_run
 from native_checkpoints import LINEAR, YARN
 from test_granite_swa import DYNAMIC, WINDOWED_QWEN
@@ -16,6 +17,8 @@ from retrofit.export import qwen3_5
 from retrofit.export.gguf_tokenizer import pre_tokenizer_name
 from retrofit.export.llama_cpp import KINDS
 from retrofit.export.merge import MergeMismatchError, merge
+from retrofit.export.verify.report import read_report
+from retrofit.export.verify.verify import verify
 from retrofit.utils.errors import UserError
 
 
@@ -201,3 +204,42 @@ def test_an_unknown_tokenizer_is_refused(tmp_path, base):
     path.unlink()
     with pytest.raises(UserError, match="has no tokenizer.json"):
         merge(run, tmp_path / "out", format="gguf")
+
+
+def test_a_file_that_lost_its_sinks_is_refused_where_rounding_costs_as_much(
+    tmp_path, base, in_process
+):
+    run = make_run(tmp_path / "run", base("llama"), centered=True, **SINKS)
+    out = tmp_path / "out"
+    report = merge(run, out, format="gguf", dtype="q8_0")
+    file = out / report["checkpoint"]["file"]
+    for tensor in GGUFReader(file, "r+").tensors:
+        if tensor.name.endswith("attn_sinks.weight"):
+            tensor.data[:] = -1e4
+    with pytest.raises(UserError, match="is not the file that was merged"):
+        read_report(out)
+    allowed = report["verification"]["rounding_kl"] + 1.0  # as if rounding cost anything
+    report["verification"] |= {"rounding_kl": allowed}
+    with pytest.raises(MergeMismatchError, match="nearer to the base without gates"):
+        verify(report, out)
+
+
+def test_a_token_past_the_embeddings_is_left_out(tmp_path, base, in_process):
+    folder = base("llama")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": size, "content": "[P]"})
+    path.write_text(json.dumps(tokenizer))
+    figures = merge(make_run(tmp_path / "run", folder), tmp_path / "out", format="gguf")
+    assert figures["verification"]["same_tokens"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}'])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, base, content):
+    run = make_run(tmp_path / "run", base("llama"))
+    (tmp_path / "base/tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="tokenizer.json is damaged, or of a kind"):
+        merge(run, tmp_path / "out", format="gguf")
+    with pytest.raises(UserError, match="is not a model folder, or a damaged one"):
+        merge(run, tmp_path / "out")

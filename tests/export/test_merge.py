@@ -122,6 +122,12 @@ def test_the_proof_can_be_repeated_and_notices_a_changed_weight(merged, tmp_path
     save_file({name: t * 1.01 for name, t in tensors.items()}, shard, metadata={"format": "pt"})
     with pytest.raises(MergeMismatchError, match="differs from the trained model"):
         verify.verify(read_report(changed), changed)
+    config = changed / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace('"rms_norm_eps"', '"sliding_window": 999,\n  "rms_norm_eps"'))
+    with pytest.raises(UserError, match="config.json is not the file that was merged"):
+        read_report(changed)
+    config.write_text(before)
     (changed / "retrofit-reference.json").unlink()
     with pytest.raises(UserError, match="no retrofit-reference.json"):
         read_report(changed)
@@ -879,3 +885,12 @@ def test_what_is_no_size_is_told(run, tmp_path, size):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_is_found_by_its_name(name):
     assert format_of(name).name == name
+
+
+def test_further_chat_templates_come_along(tmp_path, tiny_base):
+    base = shutil.copytree(tiny_base("llama"), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    merge(make_run(tmp_path / "run", base, **SINKS), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template

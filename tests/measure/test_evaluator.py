@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import shutil
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
 from retrofit.measure import cut_windows, measure, names
+from retrofit.measure.registry import chosen_evaluations
 from retrofit.models.loading import load_model
 from retrofit.report import metrics, plot, table
 from retrofit.utils.errors import UserError
@@ -388,3 +390,43 @@ def test_the_picture_appears_whole(result, tmp_path, count):
     plot({**result, "models": result["models"][:count]}, path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["measure.png"]
+
+
+def test_what_was_kept_of_a_model_of_the_same_last_name_is_not_used(text, tmp_path):
+    """Models on the hub have no files by which they could be told apart."""
+
+    def perplexity(source, seed):
+        model, generator = tiny_model("llama"), torch.Generator().manual_seed(seed)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.1, generator=generator)
+        settings = {"length": 192, "windows": 1, "resume": tmp_path / "kept", "progress": False}
+        result = measure([source], text, load=opening(**{source: model}), **settings)
+        return result["models"][0]["metrics"]["perplexity"]
+
+    first = perplexity("one/model", 1)
+    assert perplexity("other/model", 2) != first
+    assert perplexity("one/model", 3) == first, "kept of the same model"
+
+
+def test_figures_that_are_kept_inside_a_model_do_not_change_it(sources, text, tmp_path):
+    run = shutil.copytree(sources[1], tmp_path / "run")
+    asked = []
+    for fails_on in ("run", ""):
+        with suppress(KeyboardInterrupt):
+            part, kept = Counting(fails_on, asked), run / ".x.json.parts"
+            measure([sources[0], str(run)], text, length=192, windows=1, evaluations=[part],
+                    resume=kept, progress=False)  # fmt: skip
+    assert asked == [names(sources)[0], "run", "run"]
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(text):
+    model = tiny_model("gemma3_text", final_logit_softcapping=0.01)
+    with pytest.raises(UserError, match="base changes its logits after the output head"):
+        measure(["base"], text, length=192, load=opening(base=model), progress=False)
+
+
+@pytest.mark.parametrize("option", ["quantization.length", "cost.prompt", "heads.length"])
+def test_an_evaluation_longer_than_the_model_reads_is_refused(text, option):
+    (evaluation,) = chosen_evaluations([option.split(".")[0]], [f"{option}=513"])
+    load = opening(base=tiny_model("llama"))
+    with pytest.raises(UserError, match="base has 512 positions, fewer than the length of 513"):
+        measure(["base"], text, length=192, evaluations=[evaluation], load=load, progress=False)

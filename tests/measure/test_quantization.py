@@ -16,6 +16,7 @@ from retrofit.measure.quantization import (
     rounded_in_groups,
     rounded_to_fp8,
 )
+from retrofit.utils.errors import UserError
 
 
 def test_int8_is_the_nearest_of_255_steps():
@@ -126,3 +127,14 @@ def test_a_quantized_cache_is_read_by_attention(text, scheme, bits):
     nll = -log_p.gather(-1, input_ids[:, 1:, None]).mean()
     assert found["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-5)
     assert found["kl"] > 0
+
+
+def test_what_cannot_be_measured_is_refused(text, tmp_path):
+    model = gated()
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[: 2 * LENGTH - 1])
+    with pytest.raises(UserError, match=f"the text has one window of {LENGTH} tokens"):
+        measured(model, short, Quantization(length=LENGTH, windows=2))
+    model.get_base_model().config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(UserError, match="the weights of model are quantized already"):
+        measured(model, text, Quantization(length=LENGTH, windows=2))

@@ -117,8 +117,14 @@ def answers():
     }
 
 
+def without_tasks(result):
+    for part in (*result["models"], result["settings"]):
+        del part["tasks"]
+    return result
+
+
 def test_tasks_are_added_to_the_models_that_they_are_of(write, answers):
-    measured = synthetic_result("gates")
+    measured = without_tasks(synthetic_result("gates"))
     paths = [write("A.json", measured), write("tasks.json", answers)]
     result = join(paths)
     assert names(result) == ["base", "gates"]
@@ -148,7 +154,13 @@ def test_tasks_of_other_models_or_alone_are_refused(write, answers):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("text_sha256", "ef" * 32), ("tokens_sha256", "ef" * 32), ("length", 256), ("windows", 4)],
+    [
+        ("text_sha256", "ef" * 32),
+        ("tokens_sha256", "ef" * 32),
+        ("length", 256),
+        ("windows", 4),
+        ("dtype", "bfloat16"),
+    ],
 )
 def test_another_text_is_refused_by_both_values(write, setting, value):
     first, second = synthetic_result("a"), synthetic_result("b")
@@ -176,10 +188,8 @@ def test_a_part_measured_differently_is_refused(write):
 def test_versions_may_differ_and_are_told(write):
     first, second = synthetic_result("a"), synthetic_result("b")
     second["settings"]["versions"]["torch"] = "2.14.0"
-    second["settings"]["dtype"] = "bfloat16"
     settings = join([write("A.json", first), write("B.json", second)])["settings"]
     assert settings["versions"]["torch"] == "2.13.0 or 2.14.0"
-    assert settings["dtype"] == "float32 or bfloat16"
 
 
 def damaged(change):
@@ -238,3 +248,41 @@ def test_the_command_refuses_a_folder_that_is_not_there(write, tmp_path):
     missing = str(tmp_path / "none" / "page.html")
     done = CliRunner().invoke(cli.app, ["compare", str(path), "--report", missing])
     assert isinstance(done.exception, UserError) and "no folder" in str(done.exception)
+
+
+def test_tasks_may_come_from_several_files(write, answers):
+    measured = write("A.json", without_tasks(synthetic_result("gates")))
+    other = json.loads(json.dumps(answers).replace("lambada", "piqa"))
+    first, second = write("tasks.json", answers), write("others.json", other)
+    result = join([measured, first, second])
+    assert result["models"][1]["tasks"].keys() == {"lambada", "piqa"}
+    assert result["settings"]["tasks"]["documents"] == {"lambada": 500, "piqa": 500}
+    with pytest.raises(UserError, match="again.json has lambada of base, as another file has"):
+        join([measured, first, write("again.json", answers)])
+    other["settings"]["dtype"] = "bfloat16"
+    with pytest.raises(UserError, match="dtype is float32 in one file, bfloat16 in"):
+        join([measured, first, write("rounded.json", other)])
+
+
+def test_the_order_of_files_decides_only_the_first_base(write):
+    """A model has its distance from the first base wherever a file has that."""
+    a, b, c = (synthetic_result(name) for name in "abc")
+    other = copy.deepcopy(c)
+    other["models"][0]["name"] = "other"
+    other["models"][0]["metrics"]["perplexity"] *= 2
+    paths = [write(f"{name}.json", of) for name, of in zip("abco", (a, b, c, other), strict=True)]
+    in_order = join(paths)
+    for order in ([0, 3, 1, 2], [0, 3, 2, 1]):
+        found = join([paths[index] for index in order])
+        by_name = {model["name"]: model for model in found["models"]}
+        for model in in_order["models"]:
+            assert by_name[model["name"]] == model
+        assert by_name["c"]["metrics"]["kl_to_base"] is not None
+
+
+def test_a_base_that_another_file_measured_as_a_model_is_there_once(write):
+    first, second = synthetic_result("b"), synthetic_result("c")
+    second["models"][0] = copy.deepcopy(first["models"][1])
+    result = join([write("A.json", first), write("B.json", second)])
+    assert names(result) == ["base", "b", "c"]
+    assert result["models"][1] == first["models"][1]

@@ -41,7 +41,7 @@ def test_paired_differences_against_their_formula():
     found = paired(base, model)
     assert found.value == pytest.approx(mean)
     assert found.stderr == pytest.approx(math.sqrt(variance / 4))
-    assert paired([3.0], [3.5]) == Difference(0.5, None)
+    assert paired([3.0], [3.5]) == Difference(0.5, None, 1)
     with pytest.raises(ValueError):
         paired([3.0], [3.0, 3.0])
 
@@ -108,7 +108,7 @@ def test_streaming_is_paired_by_window(result):
 
 def test_a_long_text_is_compared_as_it_is(result):
     base, model = (copied(each) for each in result["models"][:2])
-    for each, nll, added in ((base, [3.0, 3.2], 0.5), (model, [3.1, 3.32], 0.5)):
+    for each, nll, added in ((base, [3.0, 3.2], 0.5), (model, [3.1, 3.31], 0.5)):
         by_window = {"full": nll, "window": [x + added for x in nll], "kept_sinks": nll}
         each["streaming"]["nll_by_window"] = by_window
         means = {kind: sum(values) / 2 for kind, values in by_window.items()}
@@ -116,7 +116,7 @@ def test_a_long_text_is_compared_as_it_is(result):
     found = of(judged(base, model), "streaming")
     assert (
         found["worse"]
-        == "all of a long text in the cache 22.2 -> 24.8 (+11.6%), log +0.1100 ± 0.0100"
+        == "all of a long text in the cache 22.2 -> 24.7 (+11.1%), log +0.1050 ± 0.0050"
     )
     assert "last 512 tokens only +64.9% -> +64.9%, log +0.000 ± 0.000" in found["same"]
 
@@ -191,10 +191,11 @@ def test_scores_are_paired_by_sample_where_both_saw_the_same(result):
     mean, stderr = sum(differences) / 4, statistics.stdev(differences) / 2
     (told,) = of(judged(base, model), "long context").values()
     told, nats = told.split("; ")
-    assert told.endswith(f"0.62, 0.50 -> 0.50, 0.25, difference {mean:+.2f} ± {stderr:.2f}")
+    noise = f"{mean:+.2f} ± {stderr:.2f}, within noise"  # of four samples
+    assert told.endswith(f"0.62, 0.50 -> 0.50, 0.25, difference {noise}")
     assert nats == (
         "a at 1024, 2048, the answers 1.44 -> 1.62 nats a token, difference "
-        f"{-mean:+.3f} ± {stderr:.3f}"
+        f"{-mean:+.3f} ± {stderr:.3f}, within noise"
     )
     model["long_context"]["tasks"]["a"]["1024"]["prompts_sha256"] = "others"
     apart = of(judged(base, model), "long context")
@@ -287,10 +288,23 @@ def test_every_figure_of_the_verdict_has_marks_where_the_models_are(result):
         after - before
         for before, after in zip(base["nll_by_window"], model["nll_by_window"], strict=True)
     ]
-    two_errors = 2 * statistics.stdev(differences) / math.sqrt(len(differences))
+    difference = paired(base["nll_by_window"], model["nll_by_window"])
+    assert difference.stderr == pytest.approx(
+        statistics.stdev(differences) / math.sqrt(len(differences))
+    )
     after = model["metrics"]["perplexity"]
     assert (perplexity.base, perplexity.model) == (base["metrics"]["perplexity"], after)
-    assert perplexity.high - after == pytest.approx(two_errors * after)
+    assert perplexity.high - after == pytest.approx(difference.noise * after)
     accuracy = marks["Accuracy in hellaswag"]
     assert (accuracy.base, accuracy.model) == pytest.approx((0.40, 0.36))
     assert accuracy.values == "0.400 -> 0.360 (-0.040)"
+
+
+def test_noise_is_wider_where_it_is_known_from_few_samples():
+    few, many = [0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0] * 10
+    shifted = [[value + shift for value, shift in zip(of, of, strict=True)] for of in (few, many)]
+    of_few, of_many = paired(few, shifted[0]), paired(many, shifted[1])
+    assert of_few.value == of_many.value == 1.5
+    assert of_few.stderr == pytest.approx(0.6455, abs=1e-4)
+    assert of_few.is_noise and of_few.noise == pytest.approx(3.18 * of_few.stderr)
+    assert not of_many.is_noise and of_many.noise == pytest.approx(2 * of_many.stderr)

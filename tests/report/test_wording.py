@@ -2,7 +2,7 @@
 
 import pytest
 
-from retrofit.report.wording import size
+from retrofit.report.wording import change, figure, size
 
 
 @pytest.mark.parametrize(
@@ -11,3 +11,8 @@ from retrofit.report.wording import size
 )
 def test_sizes(count, told):
     assert size(count) == told
+
+
+def test_what_rounds_to_a_thousand_is_written_like_one():
+    assert figure(999.7) == "1,000" and figure(999.4) == "999"
+    assert change(999.7) == "1,000x higher"

@@ -68,13 +68,17 @@ def check(path: Path, reference: Path) -> dict:
     server = start_server(path, threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     length = len(trained.input_ids[0])
     ends = torch.linspace(length / POSITIONS, length, POSITIONS).int().tolist()
-    positions = []
-    for ids, tokens, expected in zip(
-        trained.input_ids, trained.tokens, trained.logprobs, strict=True
-    ):
+    without_gates = trained.ungated or trained.logprobs
+    positions, ungated_positions = [], []
+    for window, ids in enumerate(trained.input_ids):
         for end in ends:
             if measured := request_next_token(server, ids[:end])[1]:
-                positions.append(compare(tokens[end - 1], expected[end - 1], measured))
+                tokens, expected, ungated = (
+                    part[window][end - 1]
+                    for part in (trained.tokens, trained.logprobs, without_gates)
+                )
+                positions.append(compare(tokens, expected, measured))
+                ungated_positions.append(compare(tokens, ungated, measured))
     # The server's own tokenizer splits the text; the ids are from the trained model's tokenizer.
     from_text, from_ids = (
         request_next_token(server, prompt, cache=False)
@@ -83,6 +87,7 @@ def check(path: Path, reference: Path) -> dict:
     return {
         "same_tokens": from_text == from_ids,
         **summarize(positions),
+        "kl_to_ungated": summarize(ungated_positions)["kl"],
         "greedy_until": greedy_until(server, trained),
     }
 

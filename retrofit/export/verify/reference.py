@@ -39,6 +39,8 @@ class Reference:
         logprobs: the log probabilities of `tokens` in nats, in the same shape.
         greedy: the tokens of a greedy continuation of each window, `[2][16]`, or fewer for a
             streamed model.
+        ungated: the log probabilities of `tokens` without gates, in the same shape; `None` in
+            references of former versions.
     """
 
     text: str
@@ -48,6 +50,7 @@ class Reference:
     tokens: list[list[list[int]]]
     logprobs: list[list[list[float]]]
     greedy: list[list[int]]
+    ungated: list[list[list[float]]] | None = None
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -87,12 +90,26 @@ def observe(model, input_ids: torch.Tensor, steps: int = STEPS) -> dict[str, tor
 
 
 def make_reference(
-    tokenizer, text: str, input_ids: torch.Tensor, observed: Mapping[str, torch.Tensor]
+    tokenizer,
+    text: str,
+    input_ids: torch.Tensor,
+    observed: Mapping[str, torch.Tensor],
+    ungated: torch.Tensor | None = None,
 ) -> Reference:
-    """Returns the reference of a model from the result of `observe`."""
+    """Returns the reference of a model.
+
+    Args:
+        tokenizer: its tokenizer.
+        text: the text that the windows are cut from.
+        input_ids: the windows, `[2, seq_len]`.
+        observed: the result of `observe` for them.
+        ungated: the logits without gates, `[2, seq_len, vocab_size]`, if they are known.
+    """
     head = text[:HEAD_LENGTH]
     likely = observed["prefill"].double().log_softmax(-1).topk(CANDIDATES)
-    parts = (input_ids, likely.indices, likely.values, observed["greedy"])
+    parts = [input_ids, likely.indices, likely.values, observed["greedy"]]
+    if ungated is not None:
+        parts.append(ungated.double().log_softmax(-1).gather(-1, likely.indices))
     return Reference(text, head, tokenizer(head)["input_ids"], *(part.tolist() for part in parts))
 
 

@@ -8,10 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from retrofit.export.registry import FORMATS, FormatName, format_of
 from retrofit.export.verify.reference import REFERENCE_FILE, Reference
+from retrofit.models.fingerprint import file_sha256
 from retrofit.utils.errors import UserError, one_line, validation_problem
 from retrofit.utils.files import read_json
 
 REPORT_FILE = "retrofit-merge.json"
+_SETTINGS = ("config.json", "adapter_config.json", "tokenizer.json", "*.gguf")
 
 
 class _Part(BaseModel):
@@ -38,6 +40,7 @@ class _Report(_Part):
     checkpoint: _Checkpoint
     base: _Base
     verification: _Verification
+    files: dict[str, str] = {}  # reports of former versions have none
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -54,7 +57,8 @@ def read_report(folder: Path) -> dict[str, Any]:
             )
     try:
         report = read_json(folder / REPORT_FILE)
-        checkpoint = _Report.model_validate(report).checkpoint
+        checked = _Report.model_validate(report)
+        checkpoint = checked.checkpoint
         config = _config(folder)
     except ValidationError as error:
         problem = validation_problem(error)
@@ -62,6 +66,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / REPORT_FILE} is damaged: {error}; merge again") from error
     _check_reference(folder / REFERENCE_FILE)
+    _check_files(folder, checked.files)
     contents = {"format": _format(folder, config, checkpoint)}
     if contents["format"] in ("native", "remote-code"):
         stored = config.get("dtype", config.get("torch_dtype", checkpoint.dtype))
@@ -73,6 +78,28 @@ def read_report(folder: Path) -> dict[str, Any]:
                 f"holds {value or 'none'}; merge again"
             )
     return report
+
+
+def settings_hashes(folder: Path) -> dict[str, str]:
+    """Returns the sha256 of each file of a checkpoint that decides what it computes and that the
+    proof may not exercise: a text of 256 tokens shows no window of 4,096. Weights in safetensors
+    are not among them, since a wrong one shows."""
+    paths = (path for pattern in _SETTINGS for path in sorted(folder.glob(pattern)))
+    return {path.name: file_sha256(path) for path in paths}
+
+
+def _check_files(folder: Path, expected: dict[str, str]) -> None:
+    """Checks that files are those that were merged.
+
+    Raises:
+        UserError: if one is missing or has changed.
+    """
+    found = settings_hashes(folder)
+    for name, sha256 in expected.items():
+        if found.get(name) != sha256:
+            raise UserError(
+                f"{folder / name} is not the file that was merged (its sha256 differs); merge again"
+            )
 
 
 def _check_reference(path: Path) -> None:
