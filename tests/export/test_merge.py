@@ -392,8 +392,10 @@ def test_code_beside_ours_is_not_run_either(windowed, tmp_path):
         verify.verify(read_report(changed), changed)
     (changed / "other.py").unlink()
     edit_json(changed / "config.json", auto_map={"AutoConfig": "a/b--other.Config"})
+    with pytest.raises(UserError, match="config.json is not the file that was merged"):
+        read_report(changed)
     with pytest.raises(MergeMismatchError, match="names code of somebody else's"):
-        verify.verify(read_report(changed), changed)
+        verify.verify(windowed[1], changed)
 
 
 def test_a_model_without_gates_is_not_one_whose_gates_are_all_used(tiny_base):
