@@ -169,7 +169,8 @@ class Data(Section):
     sources: Annotated[list[Source], Field(min_length=1)]
     """What is trained on."""
     sequence_length: Annotated[int, Field(ge=16)] = 1024
-    """The tokens of a row; longer texts are split."""
+    """The tokens of a row. A longer text is split; a longer chat or pair is, too, if rows are
+    packed, and else is cut off."""
     packing: bool = True
     """Whether a row holds several documents, none of which sees another."""
     first_tokens: Annotated[int, Field(ge=0)] = 0

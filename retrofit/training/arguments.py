@@ -59,7 +59,7 @@ def training_arguments(recipe: Recipe, run: Path, checkpoint: Path | None = None
         include_num_input_tokens_seen="all",
         max_length=data.sequence_length,
         packing=data.packing,
-        # A long text is split into rows, not cut off, as `GateTrainer` does if this does not apply.
+        # A long text is split into rows, not cut off; `GateTrainer` does so where this does not.
         packing_strategy="bfd_split",
         shuffle_dataset=True,
         assistant_only_loss=data.assistant_only_loss,

@@ -99,8 +99,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console(quiet=not ranks.is_main_process)
     recipe = recipe.with_absolute_paths()
     run = expanded(recipe.output_dir)
-    config = preflight(recipe)
     checkpoint = _check_folder(run, recipe, resume, console)
+    config = preflight(recipe)
     ranks.wait_for_everyone()  # the main rank writes only after all have checked the folder
     is_new = ranks.is_main_process and not run.exists()
     with _removed_on_failure(run) if is_new else nullcontext():

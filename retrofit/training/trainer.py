@@ -176,24 +176,29 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         for source in self.sources:
             self.completion_only_loss = source.completion_only
             with naming_source(source.path):
-                rows = self._split_and_packed(source.rows, processing_class, args, packing, name)
+                rows = self._tokenized(source, processing_class, args, packing, name)
             check_any_left(rows, source.path)
             prepared.append(check_rows_of_tokens(rows, processing_class, self._embedded))
         mixed = mix(prepared, [source.weight for source in self.sources], args.seed)
         self._check_length(mixed, args, packing)
         return mixed
 
-    def _split_and_packed(self, rows, processing_class, args: SFTConfig, packing: bool, name: str):
-        """Tokenizes and packs a source by TRL's rules, but for what is longer than a row."""
-        prepare = super()._prepare_dataset
+    def _tokenized(
+        self, source: LoadedSource, processing_class, args: SFTConfig, packing: bool, name: str
+    ):
+        """Tokenizes and packs a source by TRL's rules, but for plain texts that are longer than a
+        row."""
+        prepare, rows = super()._prepare_dataset, source.rows
         begins_with_bos = prepended_token(processing_class) is not None
-        if begins_with_bos or not packing:
+        is_text = "text" in next(iter(rows))
+        if is_text and (begins_with_bos or not packing):
             whole = copy(args)
             whole.max_length, whole.shuffle_dataset = None, False
             rows = prepare(rows, processing_class, whole, False, None, name)
             bos_token_id = processing_class.bos_token_id if begins_with_bos else None
             rows = split_rows(rows, args.max_length, bos_token_id)
-        return prepare(rows, processing_class, args, packing, None, name)
+        rows = prepare(rows, processing_class, args, packing, None, name)
+        return rows if packing else rows.select_columns(["input_ids", "labels"])
 
     def _check_length(self, rows, args: SFTConfig, packing: bool) -> None:
         if not hasattr(rows, "__len__"):  # a stream

@@ -202,6 +202,7 @@ def test_an_interrupted_measurement_says_how_to_go_on(tmp_path, tiny_base, capsy
         raise KeyboardInterrupt
 
     command = ["retrofit", "measure", str(tiny_base("llama")), "--text", str(text), "--cost"]
+    command += ["--set", "cost.prompt=128"]
     monkeypatch.setattr(sys, "argv", [*command, "--length", "192", "--json", str(out)])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr("retrofit.measure.cost.Cost.measure", interrupt)

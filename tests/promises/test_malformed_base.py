@@ -490,7 +490,7 @@ def test_what_is_no_folder_is_refused(work, make):
         ("nowhere", "no model"),
         ("no/where", "no model"),
         ("", "model.base: is empty"),
-        ("a" * 300, "no model"),
+        ("a" * 300, "File name too long"),
         ("a\0b", "holds what is no character"),
         ("nobody/nothing/at/all", "no model"),
     ],
