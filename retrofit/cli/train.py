@@ -26,7 +26,8 @@ def main(
 
     resolved = load_recipe(recipe, overrides or ())
     prepare_process(keep_freed_memory=True)
-    from retrofit.training.run import FinishedError, Interrupted, train
+    from retrofit.training.resuming import FinishedError
+    from retrofit.training.run import Interrupted, train
     from retrofit.utils.console import PlainConsole, say
 
     is_main = os.environ.get("RANK", "0") == "0"  # a launcher starts several ranks
@@ -38,6 +39,9 @@ def main(
         # A run that was interrupted while it was measured has nothing left to train.
         if not resolved.measure or (run / "measure.json").is_file():
             raise
+        from retrofit.training.preflight import check_measurement
+
+        check_measurement(resolved)  # this section may be another one than it was trained with
     except Interrupted as stop:
         again = shlex.join(["retrofit", "train", recipe, *(overrides or ()), "--resume"])
         if is_main:

@@ -41,6 +41,15 @@ def preflight(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
+def check_measurement(recipe: Recipe) -> None:
+    """Checks the text that a recipe measures on.
+
+    Raises:
+        UserError: for a base, a tokenizer or a text that cannot be used.
+    """
+    check_planned_measurement(recipe, load_config(recipe.model), load_tokenizer(recipe.model))
+
+
 def load_tokenizer_and_data(
     recipe: Recipe, config: PreTrainedConfig
 ) -> tuple[PreTrainedTokenizerBase, list[LoadedSource]]:

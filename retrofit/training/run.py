@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import patch_environment
 from rich.console import Console
 from transformers import (
     PreTrainedConfig,
@@ -28,22 +29,17 @@ from trl import SFTConfig
 
 from retrofit.data.sources import LoadedSource, load_sources
 from retrofit.gate_settings import GATE_SETTINGS
-from retrofit.models.fingerprint import (
-    base_weights,
-    config_values,
-    file_sha256,
-    tokenizer_sha256,
-    weights_sha256,
-)
+from retrofit.models.fingerprint import base_weights, config_values, weights_sha256
 from retrofit.models.gated_model import gated_model
 from retrofit.models.loading import load_base, load_tokenizer
-from retrofit.models.run_folder import STARTED, check_config, facts_of
-from retrofit.recipe import RESOLVED, Recipe, load_recipe
+from retrofit.models.run_folder import STARTED
+from retrofit.recipe import RESOLVED, Recipe
 from retrofit.training.arguments import training_arguments
 from retrofit.training.callbacks import GradientCheck, HeapLimit, Interrupt, ProgressBar
 from retrofit.training.checkpoints import last_checkpoint, set_aside
 from retrofit.training.divergence import check_gates_finite
 from retrofit.training.preflight import load_tokenizer_and_data, preflight
+from retrofit.training.resuming import check_folder, check_inputs, check_weights, input_hashes
 from retrofit.training.trainer import GateTrainer
 from retrofit.training.trainer_state import gather_gates, rows_per_step
 from retrofit.utils.console import say
@@ -58,17 +54,14 @@ from retrofit.utils.files import (
     write_text,
     writing,
 )
-from retrofit.utils.output_path import check_new, refuse_unwritable
 from retrofit.utils.paths import expanded
 from retrofit.utils.process import return_large_blocks
+
+_TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 
 
 class BaseChangedError(CheckError):
     """A weight of the frozen base differs after training."""
-
-
-class FinishedError(UserError):
-    """There is nothing to resume, because the run is trained."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -99,7 +92,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console(quiet=not ranks.is_main_process)
     recipe = recipe.with_absolute_paths()
     run = expanded(recipe.output_dir)
-    checkpoint = _check_folder(run, recipe, resume, console)
+    checkpoint = check_folder(run, recipe, resume, console)
     config = preflight(recipe)
     ranks.wait_for_everyone()  # the main rank writes only after all have checked the folder
     is_new = ranks.is_main_process and not run.exists()
@@ -134,24 +127,27 @@ def _train(
     if args.gradient_checkpointing:
         return_large_blocks()
     tokenizer, sources = load_tokenizer_and_data(recipe, config)  # first, as weights take longer
-    files, cut = _file_hashes(recipe), tokenizer_sha256(tokenizer)
+    inputs = input_hashes(recipe, tokenizer)
     if checkpoint:
-        _check_unchanged(run, recipe, config, files, cut)
+        check_inputs(run, recipe, config, inputs)
     base = load_base(recipe.model)
     frozen = _fingerprint(base, recipe)
     if checkpoint:
-        _check_weights(run, frozen)
+        check_weights(run, frozen)
     interrupt, bar = Interrupt(console), ProgressBar(console)
     callbacks = [GradientCheck(), HeapLimit(), interrupt, bar]
     trainer = gate_trainer(recipe, args, base, tokenizer, sources, callbacks)
+    for path, count in trainer.left_out.items():
+        reason = "what is trained on in them lies past data.sequence_length"
+        say(f"data: {count} rows of {path} are left out, since {reason}", console)
     trainer.remove_callback(PrinterCallback)
     _calibrate(trainer, recipe, console, resumed=checkpoint is not None)
     if ranks.is_main_process:
         with writing(run):
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / RESOLVED, recipe.to_yaml())
-            started = {"base": frozen, "files": files, "tokenizer_sha256": cut}
-            write_json(run / STARTED, started | {"rows_per_step": rows_per_step(args)})
+            started = {"base": frozen, **inputs, "rows_per_step": rows_per_step(args)}
+            write_json(run / STARTED, started)
             for damaged in last_checkpoint(run / "checkpoints")[1]:
                 set_aside(damaged)
     ranks.wait_for_everyone()
@@ -195,7 +191,9 @@ def gate_trainer(
         callbacks: callbacks beside the Trainer's own.
     """
     tokenizer = tokenizer or load_tokenizer(recipe.model)
-    with _tensorboard_in(expanded(recipe.output_dir) / "tensorboard"):
+    # The Trainer has no argument for where TensorBoard logs, which a user's environment may name.
+    default = expanded(recipe.output_dir) / "tensorboard"
+    with patch_environment(**{_TENSORBOARD: os.environ.get(_TENSORBOARD, default)}):
         return GateTrainer(
             model=gated_model(base or load_base(recipe.model), recipe),
             args=args or training_arguments(recipe, Path(recipe.output_dir)),
@@ -205,21 +203,6 @@ def gate_trainer(
             callbacks=callbacks,
             first_tokens=recipe.data.first_tokens,
         )
-
-
-@contextmanager
-def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Lets the trainer that is made in this context log below `folder`, unless the user's
-    environment names another one. The Trainer has no argument for it."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: bool) -> None:
@@ -248,100 +231,6 @@ def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: 
             say(f"gates start from what the texts show: {summary}", console)
     if has_auto_rate:
         trainer.learning_rates = calibration.learning_rates
-
-
-def _check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> Path | None:
-    """Checks the run folder, and returns the checkpoint to resume from.
-
-    Returns:
-        `None` if the run starts from the beginning.
-
-    Raises:
-        UserError: if the folder exists and `resume` is not set, or holds no run that can be
-            resumed with this recipe.
-        FinishedError: if the run is trained already.
-    """
-    if not resume:
-        check_new(run)
-        return None
-    resolved = run / RESOLVED
-    if _has_no_files(run):
-        return None
-    # A merged checkpoint has the recipe, too.
-    if not resolved.is_file() or not any(
-        (run / name).exists() for name in ("checkpoints", "run.json")
-    ):
-        raise UserError(f"nothing to resume: {run} holds no run")
-    started, given = (
-        load_recipe(str(resolved)).with_absolute_paths().model_dump(),
-        recipe.model_dump(),
-    )
-    # output_dir is not compared: the folder may have been moved.
-    compared = given.keys() - {"measure", "output_dir"}
-    changed = [key for key in given if key in compared and started[key] != given[key]]
-    if changed:
-        raise UserError(
-            f"{run} was started with another recipe (its {', '.join(changed)} differ); resume with "
-            f"{resolved}"
-        )
-    if (run / "run.json").is_file():
-        raise FinishedError(f"{run} is finished; there is nothing to resume")
-    refuse_unwritable(resolved)
-    checkpoint, damaged = last_checkpoint(run / "checkpoints")
-    for path, problem in damaged.items():
-        say(f"{path} is passed over: {problem}", console)
-    if checkpoint is None:
-        say(f"{run} has no whole checkpoint: it starts from the beginning", console)
-    return checkpoint
-
-
-def _file_hashes(recipe: Recipe) -> dict[str, str]:
-    """Returns the sha256 of each local file of the data, by its path."""
-    paths = (expanded(source.path) for source in recipe.data.sources)
-    return {str(path): file_sha256(path) for path in paths if path.is_file()}
-
-
-def _check_unchanged(
-    run: Path, recipe: Recipe, config: PreTrainedConfig, files: dict[str, str], cut: str
-) -> None:
-    """Checks that a resumed run finds the files, the tokenizer and the config that it was started
-    with.
-
-    What the `started.json` of an early version does not have is not checked.
-
-    Raises:
-        UserError: if a file, the tokenizer or the base's config has changed.
-    """
-    facts = facts_of(run)
-    started = facts.get("files", {})
-    changed = [path for path, sha256 in files.items() if started.get(path, sha256) != sha256]
-    if facts.get("tokenizer_sha256", cut) != cut:
-        changed.append(f"the tokenizer of {recipe.model.base}")
-    if changed:
-        raise UserError(
-            f"{changed[0]} is not what {run} was started with (its sha256 differs); put the "
-            "original back, or start another run"
-        )
-    check_config(config, recipe.model.base, run, facts)
-
-
-def _check_weights(run: Path, frozen: dict) -> None:
-    """Checks that a resumed run finds the base weights that it was started with.
-
-    Raises:
-        UserError: if the weights are others.
-    """
-    started = facts_of(run).get("base", frozen)
-    if started["weights_sha256"] != frozen["weights_sha256"]:
-        raise UserError(
-            f"the weights in {frozen['name_or_path']} are not those that {run} was started with "
-            "(their sha256 differs); put the original back, or start another run"
-        )
-
-
-def _has_no_files(run: Path) -> bool:
-    """Returns whether a folder exists without any files, as a run leaves it if killed early."""
-    return run.is_dir() and not any(path.is_file() for path in run.rglob("*"))
 
 
 def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:

@@ -8,7 +8,7 @@ from copy import copy
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -47,6 +47,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         callbacks: callbacks beside the Trainer's own.
         first_tokens: how many tokens of a packed row become documents of one or two tokens.
 
+    Attributes:
+        left_out: how many rows of a source, by its path, have nothing to train on within a row's
+            length.
+
     Raises:
         UserError: if the data does not suffice for one optimizer step, or under DeepSpeed's ZeRO-3.
     """
@@ -66,6 +70,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         first_tokens: int = 0,
     ):
         self.sources, self._embedded = sources, embedded_tokens(model.config)
+        self.left_out: dict[str, int] = {}
         super().__init__(
             model=model,
             args=args,
@@ -178,6 +183,8 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
             with naming_source(source.path):
                 rows = self._tokenized(source, processing_class, args, packing, name)
             check_any_left(rows, source.path)
+            if not packing and isinstance(rows, Dataset) and len(rows) < len(source.rows):
+                self.left_out[source.path] = len(source.rows) - len(rows)
             prepared.append(check_rows_of_tokens(rows, processing_class, self._embedded))
         mixed = mix(prepared, [source.weight for source in self.sources], args.seed)
         self._check_length(mixed, args, packing)

@@ -683,6 +683,14 @@ def test_completions_that_all_lie_past_the_row_are_refused_beside_other_data_too
     assert "long.jsonl" in found and "data.sequence_length" in found
 
 
+def test_completions_that_lie_past_the_row_are_told(folder):
+    long = [{"prompt": "long " * 40, "completion": "x"}] * 9
+    pairs = folder.file("pairs.jsonl", lines(*PAIRS, *long))
+    recipe = folder.recipe(pairs, data={"packing": False})
+    result = CliRunner().invoke(cli.app, ["train", str(recipe)])
+    assert result.exit_code == 0 and "data: 9 rows of" in " ".join(result.output.split())
+
+
 MEASURE = {"length": 192, "windows": 2}
 LONG = (SENTENCE + "\n").encode() * 40
 
