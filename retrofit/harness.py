@@ -32,6 +32,7 @@ class RetrofitLM(HFLM):
         dtype: the dtype of the base weights; `auto` keeps that of the run, or the stored one.
         trust_remote_code: run the code that a checkpoint brings.
         quantization: hold the base weights in this form instead of the one that a run names.
+        revision: a branch, tag or commit of a hub id.
         device: where to compute; `None` is the GPU if there is one.
         kwargs: the arguments of `HFLM`. Log-likelihoods are computed in float32 unless
             `softmax_dtype` says otherwise.
@@ -46,10 +47,11 @@ class RetrofitLM(HFLM):
         dtype: Dtype = "auto",
         trust_remote_code: bool = False,
         quantization: Quantization | None = None,
+        revision: str | None = None,
         device: str | None = None,
         **kwargs: Any,
     ):
-        model, tokenizer = load_model(pretrained, dtype, trust_remote_code, quantization)
+        model, tokenizer = load_model(pretrained, dtype, trust_remote_code, quantization, revision)
         # Without a device from the user, lm_eval passes the first GPU even if there is none.
         if device and (torch.cuda.is_available() or not device.startswith("cuda")):
             with suppress(ValueError):  # a quantized model cannot be moved

@@ -27,7 +27,7 @@ import transformers
 
 import assets
 from retrofit.measure import names
-from retrofit.models.run_folder import quantization_of
+from retrofit.models.run_folder import opened_as_trained
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import write_json
@@ -111,10 +111,10 @@ def compare(
     for task, numbers in samples.items():
         if len(numbers) < 2:
             raise UserError(f"--skip {skip} leaves fewer than two documents of {task}")
-    quantization = quantization_of(sources)
+    as_trained = opened_as_trained(sources)
     for name, source in zip(names(sources), sources, strict=True):
         print(name, file=sys.stderr)
-        lm = RetrofitLM(source, dtype, quantization=quantization, batch_size=batch_size)
+        lm = RetrofitLM(source, dtype, batch_size=batch_size, **as_trained[source])
         dtype = dtype_name(lm.model.dtype)  # all models use the base's
         outcomes = answer(lm, documents, samples)
         if not all(math.isfinite(sum(outcome["nats"])) for outcome in outcomes.values()):

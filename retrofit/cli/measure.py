@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retrofit.utils.errors import UserError
 from retrofit.utils.output_path import check_output_files
 from retrofit.utils.paths import expanded
 from retrofit.utils.process import prepare_process
@@ -15,7 +14,7 @@ from retrofit.utils.process import prepare_process
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from retrofit.recipe import Dtype, Recipe
+    from retrofit.recipe import Recipe
 
 
 def main(
@@ -76,7 +75,6 @@ def main(
     from retrofit.measure import measure
     from retrofit.measure.registry import chosen_evaluations, names_in
     from retrofit.models.loading import load_model
-    from retrofit.models.run_folder import quantization_of
     from retrofit.report import table, write_results
     from retrofit.utils.console import PlainConsole
 
@@ -94,14 +92,6 @@ def main(
     # Finished parts are kept beside the first file that the command writes.
     output = json or report
     resume_folder = output and output.with_name(f".{output.name}.parts")
-    # Models that are compared have the form of base weights that the runs were trained on.
-    form = quantization_of(models)
-    if form and any(part.name == "quantization" for part in evaluations):
-        raise UserError(
-            f"quantization: the runs were trained on base weights in {form}, which cannot be "
-            "quantized again; leave this part out"
-        )
-    load = partial(load_model, trust_remote_code=trust_remote_code, quantization=form)
     try:
         result = measure(
             models,
@@ -110,7 +100,7 @@ def main(
             windows=windows,
             dtype=dtype,
             evaluations=evaluations,
-            load=load,
+            load=partial(load_model, trust_remote_code=trust_remote_code),
             resume=resume_folder,
         )
     except KeyboardInterrupt:
@@ -127,28 +117,18 @@ def measure_run(recipe: "Recipe", run: Path, console: "Console") -> None:
     """Compare a finished run with its base as its recipe says, and write `measure.json`,
     `measure.png` and `report.html` into the run folder."""
     from retrofit.measure import measure
-    from retrofit.measure.planned import check_planned_measurement
-    from retrofit.models.loading import load_base, load_config, load_model, load_tokenizer
+    from retrofit.models.loading import load_model
     from retrofit.report import table, write_results
 
     if recipe.measure is None:
         return
-    # A run that is only measured now may have been trained without this section.
-    check_planned_measurement(recipe, load_config(recipe.model), load_tokenizer(recipe.model))
-
-    def load(source: str, dtype: "Dtype" = "auto"):
-        if source == recipe.model.base:  # which may have a revision and a quantization
-            spec = recipe.model.model_copy(update={} if dtype == "auto" else {"dtype": dtype})
-            return load_base(spec), load_tokenizer(spec)
-        # The recipe comes from the user; what a model folder says is not trusted.
-        return load_model(source, dtype, trust_remote_code=recipe.model.trust_remote_code)
-
     result = measure(
         [recipe.model.base, str(run)],
         expanded(recipe.measure.text),
         length=recipe.measure.length,
         windows=recipe.measure.windows,
-        load=load,
+        # The recipe comes from the user; what a model folder says is not trusted.
+        load=partial(load_model, trust_remote_code=recipe.model.trust_remote_code),
     )
     write_results(result, run / "measure.json", run / "report.html", run / "measure.png")
     console.print(table(result))

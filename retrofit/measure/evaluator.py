@@ -23,6 +23,7 @@ from retrofit.measure.predictions import predictions_of
 from retrofit.measure.sinks import measure_sinks
 from retrofit.measure.texts import cut_windows, read_documents
 from retrofit.models.loading import load_model
+from retrofit.models.run_folder import opened_as_trained
 from retrofit.utils.console import PlainConsole
 from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import read_json, write_json, writing
@@ -69,9 +70,10 @@ def measure(
         figures to each model and its settings to the settings, under its name.
 
     Raises:
-        UserError: if a model is named twice, the text is missing, empty or too short, the length is
-            too short for the metrics or too long for a model, tokenizers differ, the text holds a
-            token that a model has no embedding for, or outputs are not finite.
+        UserError: if a model is named twice, two runs were trained on different forms of a base,
+            the text is missing, empty or too short, a length is too short for the metrics or too
+            long for a model, tokenizers differ, the text holds a token that a model has no
+            embedding for, a model changes its logits after the head, or outputs are not finite.
     """
     if length < NEAR + TAIL:
         raise UserError(f"length must be at least {NEAR + TAIL} tokens, not {length}")
@@ -82,6 +84,7 @@ def measure(
         raise UserError("the name of a model is empty; give its folder or its hub id")
     if len(set(sources)) < len(sources):
         raise UserError(f"{max(sources, key=sources.count)} is named twice")
+    as_trained = opened_as_trained(sources)
     documents = read_documents(text)
     identity = {
         "text": text.name,
@@ -98,9 +101,11 @@ def measure(
             if not (todo := plan.todo(name)):
                 continue
             base_dtype = plan.settings.get("dtype", dtype)
-            model, tokenizer = load(source, base_dtype)
-            reload = partial(load, source, base_dtype)
-            open_base = None if source == sources[0] else partial(load, sources[0], base_dtype)
+            reload, reload_base = (
+                partial(load, each, base_dtype, **as_trained[each]) for each in (source, sources[0])
+            )
+            model, tokenizer = reload()
+            open_base = None if source == sources[0] else reload_base
             measured = MeasuredModel(name, source, model, tokenizer, documents, reload, open_base)
             _check_positions(measured, max(length, *_lengths(evaluations)))
             check_texts(tokenizer, embedded_tokens(measured.inner.config), documents)

@@ -62,8 +62,8 @@ class Streaming:
         whole text in the cache (`full`), with only the last tokens, and with the first ones kept.
 
         Raises:
-            UserError: if the text is too short or longer than the model reads, or if the model has
-                sliding-window attention or layers with different RoPE.
+            UserError: if the text is too short, or if the model has sliding-window attention or
+                layers with different RoPE.
         """
         model = measured.inner
         self._check(measured)
@@ -94,11 +94,6 @@ class Streaming:
             raise UserError(f"streaming: the attention of {measured.name} slides by itself")
         if has_rope_by_layer(config):
             raise UserError(f"streaming: the layers of {measured.name} have a RoPE each")
-        if self.length > config.max_position_embeddings:
-            raise UserError(
-                f"streaming: {measured.name} has {config.max_position_embeddings} positions, fewer "
-                f"than the text's {self.length}: a full cache could not be compared"
-            )
 
 
 @contextmanager

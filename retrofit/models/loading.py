@@ -163,6 +163,7 @@ def load_model(
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Opens any model that `retrofit measure` takes, with its tokenizer.
 
@@ -171,6 +172,7 @@ def load_model(
         dtype: the dtype of the base weights; `auto` keeps that of the run, or the stored one.
         trust_remote_code: whether to run the code that a checkpoint brings.
         quantization: the form of the base weights, if not the one that the run names.
+        revision: a branch, tag or commit of a hub id; a run names that of its base.
 
     Raises:
         UserError: if there is no model, it is damaged, or the adapter does not fit its base.
@@ -180,7 +182,11 @@ def load_model(
         if (folder / "recipe.resolved.yaml").is_file() and not (folder / "config.json").is_file():
             raise UserError(f"{source} is an unfinished run; finish it with --resume")
         spec = _spec_of(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, quantization=quantization
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            quantization=quantization,
+            revision=revision,
         )
         if has_published_gates(load_config(spec)):
             return _load_published(spec)

@@ -110,28 +110,51 @@ def _adapter_in(folder: Path) -> Path:
     return folder
 
 
-def quantization_of(sources: Sequence[str]) -> Quantization | None:
-    """Returns the form of the base weights that models are compared in: that in which the runs
-    among them were trained.
+def opened_as_trained(sources: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Finds out how models have to be opened for a comparison with runs.
+
+    What 4 bits or another revision cost would else be taken for a cost of the gates.
 
     Args:
         sources: what `load_model` opens.
 
+    Returns:
+        By source, further arguments of `load_model`. A run is opened as it was trained, and has
+        none. All others have the `quantization` of the base weights that the runs were trained on,
+        and the base of a run also has its `revision`.
+
     Raises:
-        UserError: if two runs were trained in different forms.
+        UserError: if two runs were trained on base weights of different forms, or on different
+            revisions of one base.
     """
-    forms: dict[Quantization | None, str] = {}
+    bases: dict[str, dict[str, Any]] = {}
     for source in sources:
         folder, adapter = run_and_adapter(expanded(source))
         if (adapter / "adapter_config.json").is_file() and (facts := facts_of(folder)):
-            forms.setdefault(facts["base"].get("quantization"), source)
-    if len(forms) > 1:
-        (first, one), (second, other) = islice(forms.items(), 2)
+            bases[source] = facts["base"]
+    options: dict[str, dict[str, Any]] = {source: {} for source in sources}
+    for source in options.keys() - bases.keys():
+        of_source = {run: base for run, base in bases.items() if base.get("name_or_path") == source}
+        for name, among in (("quantization", bases), ("revision", of_source)):
+            if (value := _common(name, among)) is not None:
+                options[source][name] = value
+    return options
+
+
+def _common(name: str, bases: dict[str, dict[str, Any]]) -> str | None:
+    """Returns what the bases of runs have in common, or `None` if there are no runs.
+
+    Raises:
+        UserError: if the bases differ in it.
+    """
+    runs = {base.get(name): run for run, base in bases.items()}
+    if len(runs) > 1:
+        (one, first), (other, second) = islice(runs.items(), 2)
         raise UserError(
-            f"{one} was trained on base weights in {first or 'full'} and {other} in "
-            f"{second or 'full'}; compare them apart, each with its base"
+            f"{first} was trained on a base of {name} {one or 'none'} and {second} on one of "
+            f"{name} {other or 'none'}; compare them apart, each with its base"
         )
-    return next(iter(forms), None)
+    return next(iter(runs), None)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Recipes: each is one YAML file with all settings of a run, in which unknown keys are errors."""
 
-from retrofit.recipe.keys import Key, recipe_keys
+from retrofit.recipe.keys import recipe_keys
 from retrofit.recipe.reading import bundled_recipes, load_recipe, recipe_file
 from retrofit.recipe.schema import (
     RESOLVED,
@@ -20,7 +20,6 @@ __all__ = [
     "Data",
     "Dtype",
     "Gate",
-    "Key",
     "Measure",
     "Model",
     "Objective",

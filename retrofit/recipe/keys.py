@@ -44,7 +44,8 @@ def _keys(section: dict[str, Any], sections: dict[str, Any], prefix: str) -> Ite
             yield from _keys(sections[inner], sections, f"{prefix}{name}{brackets}.")
             continue
         default = json.dumps(settings["default"]) if "default" in settings else None
-        yield Key(f"{prefix}{name}", _values(settings), default, _one_line(settings))
+        meaning = " ".join(settings["description"].split())
+        yield Key(f"{prefix}{name}", _values(settings), default, meaning)
 
 
 def _section(settings: dict[str, Any]) -> str | None:
@@ -75,7 +76,3 @@ def _bounds(settings: dict[str, Any]) -> str:
         return ""
     most = settings.get("maximum", _NONSENSE)
     return f" from {least:g}" + (f" to {most:g}" if most < _NONSENSE else "")
-
-
-def _one_line(settings: dict[str, Any]) -> str:
-    return " ".join(settings["description"].split())

@@ -24,7 +24,11 @@ CRITERIA = (
     "16 windows or samples (95% of Student's t)"
 )
 # How many standard errors of a mean of n samples hold 95% of Student's t, for n from 2 to 15.
-_FACTORS = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
+_FACTORS = dict(
+    enumerate(
+        (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14), 2
+    )
+)
 
 
 class Finding(NamedTuple):
@@ -95,8 +99,7 @@ class Difference:
     @property
     def noise(self) -> float:
         """The half width of an interval of 95%, and 0 if the standard error is not known."""
-        factor = dict(enumerate(_FACTORS, 2)).get(self.samples or 0, 2.0)
-        return factor * (self.stderr or 0.0)
+        return _FACTORS.get(self.samples or 0, 2.0) * (self.stderr or 0.0)
 
     @property
     def is_noise(self) -> bool:

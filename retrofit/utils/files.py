@@ -100,7 +100,7 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
     """Copies the files of a tokenizer, and the folder of its further chat templates."""
     copy(folder, to, *_TOKENIZER)
     if (templates := folder / _FURTHER_TEMPLATES).is_dir():
-        (to / _FURTHER_TEMPLATES).mkdir()
+        (to / _FURTHER_TEMPLATES).mkdir(exist_ok=True)
         copy(templates, to / _FURTHER_TEMPLATES, "*.jinja")
 
 

@@ -108,14 +108,14 @@ def measured(options: argparse.Namespace, model: str) -> Iterator[Row]:
     calibration = read_windows(
         folder, options.calibration, options.length, options.calibration_windows
     )
-    before = load(folder)
-    for kind, modifiers in recipes().items():
-        if options.kinds and kind not in options.kinds:
-            continue
+    before, kinds = load(folder), recipes()
+    if unknown := set(options.kinds or ()).difference(kinds):
+        raise SystemExit(f"error: no kind {min(unknown)!r}; there are {', '.join(kinds)}")
+    for kind in options.kinds or kinds:
         after = load(folder)
         oneshot(
             model=after,
-            recipe=modifiers(),
+            recipe=kinds[kind](),
             dataset=Dataset.from_dict({"input_ids": calibration.tolist()}),
             num_calibration_samples=len(calibration),
             max_seq_length=options.length,

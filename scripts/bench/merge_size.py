@@ -38,7 +38,7 @@ from retrofit.memory.estimate import estimate, this_device
 from retrofit.models.safetensors_io import write_shards
 from retrofit.recipe import load_recipe
 from retrofit.training.preflight import preflight
-from retrofit.utils.files import copy_tokenizer
+from retrofit.utils.files import copy_tokenizer, refuse_existing
 
 LLAMA_31_8B: dict[str, Any] = {
     "vocab_size": 128256,
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/merge-size"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    shutil.rmtree(options.folder, ignore_errors=True)
+    refuse_existing(options.folder)  # it is removed at the end
     base, gates = options.folder / "base", options.folder / "gates"
     console = Console(stderr=True)
     with console.status("writing a base"):
