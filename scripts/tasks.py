@@ -187,8 +187,9 @@ def summarize(outcomes: Outcomes, base: Outcomes | None) -> dict[str, Any]:
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:
-    """Returns the mean over documents and its standard error."""
-    return {"value": mean(values), "stderr": stdev(values) / math.sqrt(len(values))}
+    """Returns the mean over documents, its standard error, and how many documents there are."""
+    stderr = stdev(values) / math.sqrt(len(values))
+    return {"value": mean(values), "stderr": stderr, "samples": len(values)}
 
 
 def paired(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:

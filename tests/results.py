@@ -137,14 +137,15 @@ def _streaming(draw: random.Random, cost: float) -> dict[str, Any]:
 
 
 def _quantization(draw: random.Random, cost: float) -> dict[str, Any]:
-    schemes: dict[str, Any] = {"none": {"perplexity": 20.0, "kl": 0.0}}
+    schemes: dict[str, Any] = {
+        "none": {"perplexity": 20.0, "kl": 0.0, "nll_by_window": [3.0, 3.0, 3.0]}
+    }
     for number, scheme in enumerate(SCHEMES):
         log_ratio = cost / (1 + 3 * number) * draw.uniform(0.8, 1.2)
         schemes[scheme] = {
             "perplexity": 20.0 * math.exp(log_ratio),
             "kl": 0.8 * log_ratio,
-            "log_ratio": log_ratio,
-            "log_ratio_stderr": 0.005,
+            "nll_by_window": [3.0 + log_ratio + noise for noise in (-0.01, 0.0, 0.01)],
         }
     return {"schemes": schemes}
 

@@ -51,7 +51,7 @@ class Quantization:
 
     def measure(self, measured: MeasuredModel, track: Track) -> QuantizationFigures:
         """Returns, for each scheme, the perplexity, the KL divergence from the unquantized model,
-        and the mean difference of the log-likelihood with its standard error over windows.
+        and the negative log-likelihood of each window.
 
         - `w8a8_per_tensor` rounds weights and inputs of linear layers to symmetric int8, with one
           scale per weight matrix and one per sequence.
@@ -82,19 +82,19 @@ class Quantization:
             )
         batches = input_ids.split(self.batch_size)
         unquantized = predict(measured.model, track(batches, "as it is"))
-        figures = {"none": _figures(unquantized, unquantized)}
+        figures = {"none": _figures(unquantized)}
         for scheme, rounding in self._simulated_schemes().items():
             with quantized(measured.inner, rounding):
                 predictions = predict(measured.model, track(batches, scheme), unquantized)
-            figures[scheme] = _figures(predictions, unquantized)
+            figures[scheme] = _figures(predictions)
         for scheme, bits in _CACHES.items():
             with cache_rounded(measured.inner, self.group, bits):
                 predictions = predict(measured.model, track(batches, scheme), unquantized)
-            figures[scheme] = _figures(predictions, unquantized)
+            figures[scheme] = _figures(predictions)
         for scheme in _BITSANDBYTES if find_spec("bitsandbytes") else ():
             model, _ = measured.reload(quantization=scheme)
             predictions = predict(model, track(batches, f"bitsandbytes {scheme}"), unquantized)
-            figures[scheme] = _figures(predictions, unquantized)
+            figures[scheme] = _figures(predictions)
         return QuantizationFigures(schemes=figures)
 
     def _simulated_schemes(self) -> dict[str, "Rounding"]:
@@ -181,11 +181,9 @@ def _replaced(module: nn.Linear, rounding: Rounding) -> Iterator[None]:
         del module.forward
 
 
-def _figures(quantized: PredictionStatistics, unquantized: PredictionStatistics) -> Scheme:
-    difference = (quantized.nll - unquantized.nll).mean(-1)  # [windows]
+def _figures(quantized: PredictionStatistics) -> Scheme:
     return Scheme(
         perplexity=quantized.perplexity,
-        kl=quantized.kl_to_base,
-        log_ratio=difference.mean().item(),
-        log_ratio_stderr=(difference.std() / len(difference) ** 0.5).item(),
+        kl=quantized.kl_to_base or 0.0,
+        nll_by_window=quantized.nll_by_window,
     )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Log = Annotated[FiniteFloat, Field(ge=-300, le=300)]  # Its exp() is finite.
+Logs = Annotated[list[Log], Field(min_length=1)]
 Numbers = Annotated[list[FiniteFloat], Field(min_length=1)]
 Length = Annotated[str, Field(pattern=r"^\d{1,9}$")]  # A number of tokens, as a key.
 
@@ -21,10 +22,17 @@ class Figures(BaseModel):
 
 
 class Estimate(Figures):
-    """A figure with its standard error."""
+    """A mean with its standard error.
+
+    Attributes:
+        value: the mean.
+        stderr: its standard error.
+        samples: of how many samples the mean is; `None` if that is not known.
+    """
 
     value: Log
     stderr: FiniteFloat
+    samples: int | None = None
 
 
 def check_same_length(what: str, lists: Iterable[Sized | None]) -> None:

@@ -398,13 +398,24 @@ MEASURED = {
         put("models", 1, "quantization", "schemes", "w4", {}),
         "schemes.w4.perplexity",
     ),
-    "a scheme without its ratio": (
-        drop("models", 1, "quantization", "schemes", "w4", "log_ratio"),
-        "schemes.w4 has no log_ratio",
+    "no unrounded model": (
+        drop("models", 1, "quantization", "schemes", "none"),
+        "schemes has no none",
     ),
-    "a ratio past all numbers": (
-        put("models", 1, "quantization", "schemes", "w4", "log_ratio", 1e6),
-        "log_ratio",
+    "a scheme of fewer windows": (
+        put("models", 1, "quantization", "schemes", "w4", "nll_by_window", [1.0]),
+        "windows of the schemes are not of the same length",
+    ),
+    "a loss past all numbers": (
+        put("models", 1, "quantization", "schemes", "w4", "nll_by_window", [1e6] * 3),
+        "nll_by_window",
+    ),
+    "quantization of fewer windows than the base": (
+        put(
+            *("models", 1, "quantization", "schemes"),
+            {"none": {"perplexity": 20.0, "kl": 0.0, "nll_by_window": [3.0]}},
+        ),
+        "windows of quantization are not of the same length",
     ),
     "a length in words": (
         put("models", 1, "long_context", "tasks", "niah_single", {"long": {}}),

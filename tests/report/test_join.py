@@ -140,6 +140,17 @@ def test_tasks_are_added_to_the_models_that_they_are_of(write, answers):
     }
 
 
+def test_tasks_of_few_documents_have_the_noise_of_few(write, answers):
+    tasks = answers["models"][1]["tasks"]["lambada"]
+    tasks["accuracy_difference"] |= {"stderr": 0.04, "samples": 4}  # 2.5 standard errors
+    tasks["nats_difference"] |= {"samples": 3}  # 4 of them, where 4.3 hold 95%
+    measured = without_tasks(synthetic_result("gates"))
+    result = join([write("A.json", measured), write("tasks.json", answers)])
+    findings = verdict(*map(typed_model, result["models"]))
+    (found,) = (each for each in findings if each.subject == "accuracy")
+    assert found.outcome == "same" and len(found.items) == 2
+
+
 def test_tasks_of_other_models_or_alone_are_refused(write, answers):
     measured, alone = write("A.json", synthetic_result("gates")), write("tasks.json", answers)
     with pytest.raises(UserError, match="holds only tasks"):

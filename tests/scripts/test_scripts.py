@@ -26,7 +26,7 @@ def recipe(tiny_base, tmp_path) -> Path:
     unseen = tmp_path / "unseen.jsonl"
     unseen.write_text("".join(lines[1:]))
     settings = {
-        "output_dir": "replaced",
+        "output_dir": str(tmp_path / "replaced"),
         "model": {"base": str(tiny_base("llama"))},
         "data": {"sources": [{"path": str(text)}], "sequence_length": 64},
         "train": {"max_steps": 2, "report_to": []},

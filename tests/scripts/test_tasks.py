@@ -145,9 +145,11 @@ def test_standard_errors_by_hand():
     result = tasks.summarize(ours, base)
     # a differs by 0 1 -1 0: variance 2/3 over 4 documents. b by 0 0 1 0 0: variance 1/5 over 5.
     a, b = result["tasks"]["a"], result["tasks"]["b"]
-    assert a["accuracy"] == pytest.approx({"value": 0.5, "stderr": math.sqrt(1 / 3 / 4)})
-    assert a["accuracy_difference"] == pytest.approx({"value": 0, "stderr": math.sqrt(2 / 3 / 4)})
-    assert b["accuracy_difference"] == pytest.approx({"value": 0.2, "stderr": 0.2})
+    of_a = {"value": 0.5, "stderr": math.sqrt(1 / 3 / 4), "samples": 4}
+    assert a["accuracy"] == pytest.approx(of_a)
+    difference = {"value": 0, "stderr": math.sqrt(2 / 3 / 4), "samples": 4}
+    assert a["accuracy_difference"] == pytest.approx(difference)
+    assert b["accuracy_difference"] == pytest.approx({"value": 0.2, "stderr": 0.2, "samples": 5})
     error = math.sqrt(2 / 3 / 4 + 0.2**2) / 2
     average = result["average"]["accuracy_difference"]
     assert average == pytest.approx({"value": 0.1, "stderr": error})

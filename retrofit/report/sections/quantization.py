@@ -1,13 +1,13 @@
 """Shows what rounding to few bits costs a model (`measure/quantization.py`)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import FiniteFloat, model_validator
 
 from retrofit.report.charts import Line, bar_chart
-from retrofit.report.figures import Figures, Log
-from retrofit.report.findings import Item, cost_item, independent
+from retrofit.report.figures import Figures, Logs, check_same_length
+from retrofit.report.findings import Difference, Item, cost_item, paired
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section, Table
 from retrofit.report.wording import change, figure
@@ -30,14 +30,12 @@ class Scheme(Figures):
     Attributes:
         perplexity: the perplexity of the rounded model.
         kl: the KL divergence from the unrounded model in nats.
-        log_ratio: the mean nats per token that rounding adds; `None` only for the unrounded model.
-        log_ratio_stderr: the standard error of `log_ratio` over windows.
+        nll_by_window: the mean negative log-likelihood of each window in nats.
     """
 
     perplexity: FiniteFloat
-    kl: FiniteFloat | None = None
-    log_ratio: Log | None = None
-    log_ratio_stderr: FiniteFloat | None = None
+    kl: FiniteFloat
+    nll_by_window: Logs
 
 
 class QuantizationFigures(Figures):
@@ -48,19 +46,37 @@ class QuantizationFigures(Figures):
 
     @model_validator(mode="after")
     def _compares_with_none(self):
-        for name, scheme in self.schemes.items():
-            if name != "none" and scheme.log_ratio is None:
-                raise ValueError(f"schemes.{name} has no log_ratio")
+        if "none" not in self.schemes:
+            raise ValueError("schemes has no none")
+        by_window = [scheme.nll_by_window for scheme in self.schemes.values()]
+        check_same_length("the windows of the schemes", by_window)
         return self
+
+    @property
+    def unrounded(self) -> Scheme:
+        """The figures of the unrounded model."""
+        return self.schemes["none"]
+
+    def added(self, scheme: str) -> Difference:
+        """Returns the nats per token that a scheme adds to the unrounded model, over windows."""
+        return paired(self.unrounded.nll_by_window, self.schemes[scheme].nll_by_window)
+
+    def added_by_window(self, scheme: str) -> list[float]:
+        """Returns the nats per token that a scheme adds, for each window."""
+        windows = zip(self.unrounded.nll_by_window, self.schemes[scheme].nll_by_window, strict=True)
+        return [rounded - unrounded for unrounded, rounded in windows]
 
 
 def _sections(models: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
     # The dict serves as an ordered set.
     all_schemes = {scheme: None for _, _, figures in models for scheme in figures.schemes}
     schemes = [scheme for scheme in all_schemes if scheme != "none"]
-    added, distance = (_lines(models, schemes, what) for what in ("log_ratio", "kl"))
+    added = _lines(models, schemes, lambda figures, scheme: figures.added(scheme))
+    distance = _lines(
+        models, schemes, lambda figures, scheme: Difference(figures.schemes[scheme].kl)
+    )
     rows = [
-        [scheme, *(_cell(figures.schemes.get(scheme), scheme) for _, _, figures in models)]
+        [scheme, *(_cell(figures, scheme) for _, _, figures in models)]
         for scheme in ("none", *schemes)
     ]
     section = Section(
@@ -85,46 +101,51 @@ def _sections(models: Sequence[Measured[QuantizationFigures]]) -> list[Section]:
 
 
 def _lines(
-    models: Sequence[Measured[QuantizationFigures]], schemes: Sequence[str], what: str
+    models: Sequence[Measured[QuantizationFigures]],
+    schemes: Sequence[str],
+    figure_of: Callable[[QuantizationFigures, str], Difference],
 ) -> list[Line]:
     lines = []
     for number, name, figures in models:
         measured = [scheme for scheme in schemes if scheme in figures.schemes]
+        values = [figure_of(figures, scheme) for scheme in measured]
         lines.append(
             Line(
                 name,
                 number,
                 [schemes.index(scheme) for scheme in measured],
-                [getattr(figures.schemes[scheme], what) for scheme in measured],
-                [getattr(figures.schemes[s], f"{what}_stderr", None) or 0 for s in measured],
+                [value.value for value in values],
+                [value.stderr or 0 for value in values],
             )
         )
     return lines
 
 
-def _cell(scheme: Scheme | None, name: str) -> str:
-    if scheme is None:
+def _cell(figures: QuantizationFigures, name: str) -> str:
+    if name not in figures.schemes:
         return "-"
+    scheme = figures.schemes[name]
     if name == "none":
         return figure(scheme.perplexity)
-    moved = change(math.exp(scheme.log_ratio or 0.0))
+    moved = change(math.exp(figures.added(name).value))
     return f"{figure(scheme.perplexity)} ({moved}), KL {figure(scheme.kl)}"
 
 
 def _findings(base: QuantizationFigures, model: QuantizationFigures) -> Iterator[Item]:
     """Compares what rounding costs both models, each against its unrounded self."""
-    for name, after in model.schemes.items():
-        before = base.schemes.get(name)
-        if before is None or before.log_ratio is None or after.log_ratio is None or name == "none":
+    for name in model.schemes:
+        if name == "none" or name not in base.schemes:
             continue
-        difference = independent(
-            after.log_ratio - before.log_ratio, before.log_ratio_stderr, after.log_ratio_stderr
-        )
-        plain = f"Quantized: {_NAMES.get(name, name)}"
-        ratios = (math.exp(before.log_ratio), math.exp(after.log_ratio))
-        yield cost_item(plain, name, *ratios, difference)
+        ratios = (math.exp(figures.added(name).value) for figures in (base, model))
+        difference = paired(base.added_by_window(name), model.added_by_window(name))
+        yield cost_item(f"Quantized: {_NAMES.get(name, name)}", name, *ratios, difference)
 
 
 PART = Part(
-    "quantization", QuantizationFigures, _sections, subject="quantization", findings=_findings
+    "quantization",
+    QuantizationFigures,
+    _sections,
+    subject="quantization",
+    findings=_findings,
+    by_window=lambda figures: figures.unrounded.nll_by_window,
 )

@@ -31,10 +31,10 @@ class TasksFigures(RootModel[dict[str, dict[str, Estimate]]]):
 def _sections(models: Sequence[Measured[TasksFigures]]) -> list[Section]:
     tasks = {task: None for _, _, figures in models for task in figures.root}
     spans = [
-        Span(task, number, difference.value, *_interval(difference))
+        Span(task, number, estimate.value, *_interval(_difference(estimate)))
         for task in tasks
         for number, _, figures in models
-        if (difference := figures.get(task, "accuracy_difference"))
+        if (estimate := figures.get(task, "accuracy_difference"))
     ]
     rows = [
         [task, *(_cell(figures.get(task, "accuracy")) for _, _, figures in models)]
@@ -44,8 +44,8 @@ def _sections(models: Sequence[Measured[TasksFigures]]) -> list[Section]:
         "tasks",
         "Accuracy",
         "Accuracy on multiple-choice and cloze tasks. The chart shows differences from the base, "
-        "document by document, and two standard errors to each side: what does not cross the line "
-        "is more than noise.",
+        "document by document, with an interval of 95%: what does not cross the line is more than "
+        "noise.",
         legend=[model.key for model in models],
         plots=[span_chart("accuracy", "Difference", spans, x="accuracy less the base's", at=0)]
         if spans
@@ -55,9 +55,12 @@ def _sections(models: Sequence[Measured[TasksFigures]]) -> list[Section]:
     return [section]
 
 
-def _interval(estimate: Estimate) -> tuple[float, float]:
-    """Returns the interval of two standard errors to each side."""
-    return estimate.value - 2 * estimate.stderr, estimate.value + 2 * estimate.stderr
+def _difference(estimate: Estimate) -> Difference:
+    return Difference(estimate.value, estimate.stderr, estimate.samples)
+
+
+def _interval(difference: Difference) -> tuple[float, float]:
+    return difference.value - difference.noise, difference.value + difference.noise
 
 
 def _cell(accuracy: Estimate | None) -> str:
@@ -68,17 +71,16 @@ def _findings(base: TasksFigures, model: TasksFigures) -> Iterator[Item]:
     for task in model.root:
         if accuracy := model.get(task, "accuracy_difference"):
             of_base = base.get(task, "accuracy")
-            difference = Difference(accuracy.value, accuracy.stderr)
             before = of_base.value if of_base else 0.0
-            yield higher_is_better(f"Accuracy in {task}", task, difference, 3, before)
+            yield higher_is_better(f"Accuracy in {task}", task, _difference(accuracy), 3, before)
         # With several choices, the likelihood of the true one says little without the others.
         nats = model.get(task, "nats_difference")
         if nats and task.startswith("lambada"):
-            difference = Difference(nats.value, nats.stderr)
+            difference = _difference(nats)
             ratio = math.exp(difference.value)
             outcome = outcome_of(ratio, difference, PERPLEXITY_UNCHANGED)
             text = f"{task}, perplexity of the last word {change(ratio)}"
-            low, high = (math.exp(difference.value + 2 * z * nats.stderr) for z in (-1, 1))
+            low, high = map(math.exp, _interval(difference))
             marks = Marks(f"Perplexity of {task}'s last words", 1, ratio, low, high, change(ratio))
             yield Item(outcome, f"{text}, log {difference.formatted(3)}", marks)
 
