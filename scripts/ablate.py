@@ -30,6 +30,7 @@ COLUMNS = (
     "perplexity",
     "kl_to_base",
     "copied_nats",
+    "head_load_cv",
 )
 
 

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from retrofit.utils.console import say
 from retrofit.utils.errors import CheckError
 from retrofit.utils.process import return_freed_memory
 
@@ -114,7 +115,7 @@ class Interrupt(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self.console.print("stopping after this step; press Ctrl-C again to stop at once")
+        say("stopping after this step; press Ctrl-C again to stop at once", self.console)
 
 
 class ProgressBar(TrainerCallback):
@@ -165,10 +166,8 @@ class ProgressBar(TrainerCallback):
             steps_done = state.global_step - self.first_step
             seconds_per_step = (time.monotonic() - self.started) / steps_done
             seconds_left = seconds_per_step * (state.max_steps - state.global_step)
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps} {figures} {seconds_left:.0f} s left",
-                highlight=False,
-            )
+            step = f"step {state.global_step}/{state.max_steps}"
+            say(f"{step} {figures} {seconds_left:.0f} s left", self.console)
 
     def stop(self):
         """Removes the bar from the terminal; called however training ended."""

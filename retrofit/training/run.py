@@ -218,8 +218,8 @@ def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: 
         layers = calibration.projection_layers
         trainer.choose_projection_layers(layers)
         if layers:
-            named = ", ".join(map(str, layers))
-            say(f"layers with a projection instead of sink logits: {named}", console)
+            named = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+            say(f"a projection instead of sink logits in {named}", console)
     if needs_constants:
         if recipe.gate.sinks != "none" and not calibration.sink_logits:
             raise UserError(

@@ -1,5 +1,6 @@
 """`retrofit train` on tiny models: what it writes, what it learns from, and that it can resume."""
 
+import io
 import json
 import random
 import shutil
@@ -75,6 +76,15 @@ def make_recipe(tiny_base, text, tmp_path):
 
 def adapter_of(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_log_file_has_a_line_for_each_step(make_recipe):
+    log = io.StringIO()
+    train(make_recipe(objective={"kl": 1.0}), console=Console(file=log, width=40))
+    steps = [line for line in log.getvalue().splitlines() if "step" in line]
+    assert len(steps) == 4
+    for number, line in enumerate(steps, 1):
+        assert line.startswith(f"step {number}/4 loss ") and line.endswith(" s left")
 
 
 def test_a_run_folder_holds_what_it_promises(family, granularity, make_recipe, tiny_base):
