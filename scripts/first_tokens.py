@@ -16,6 +16,7 @@ import torch
 
 from retrofit.measure import names, read_documents
 from retrofit.models.loading import load_model
+from retrofit.models.run_folder import opened_as_trained
 from retrofit.utils.process import prepare_process
 from short_windows import largest_activations
 
@@ -31,8 +32,9 @@ def main() -> None:
     options = parser.parse_args()
     print(f"| model | median | vocabulary above {options.above:,.0f} | text | most frequent |")
     print("|---|---|---|---|---|")
+    opened = opened_as_trained(options.models)
     for name, source in zip(names(options.models), options.models, strict=True):
-        model, tokenizer = load_model(source, options.dtype)
+        model, tokenizer = load_model(source, options.dtype, **opened[source])
         single_tokens = torch.arange(model.config.vocab_size).unsqueeze(1)  # [vocab_size, 1]
         largest = largest_activations(model, single_tokens).squeeze(1)  # [vocab_size]
         counts = frequencies(tokenizer, options.text, len(largest))

@@ -17,6 +17,7 @@ from rich.progress import track
 
 from retrofit.measure import names, read_documents
 from retrofit.models.loading import load_model
+from retrofit.models.run_folder import opened_as_trained
 from retrofit.utils.process import prepare_process
 
 BATCH = 4096  # tokens
@@ -33,8 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     print(f"| model | windows above {options.above:,.0f} | of 10,000, by position from 0 |")
     print("|---|--:|---|")
+    opened = opened_as_trained(options.models)
     for name, source in zip(names(options.models), options.models, strict=True):
-        model, tokenizer = load_model(source, options.dtype)
+        model, tokenizer = load_model(source, options.dtype, **opened[source])
         windows = short_windows(tokenizer, options.text, options.windows, options.length)
         massive = largest_activations(model, windows) > options.above  # [windows, length]
         by_position = (10_000 * massive.float().mean(0)).round().int().tolist()

@@ -129,6 +129,7 @@ def compare(
         **({"skipped": skip} if skip else {}),
         "seed": SEED,
         "dtype": dtype,
+        **{f"base_{option}": value for option, value in as_trained[sources[0]].items()},
         "versions": {name: version(name) for name in PACKAGES},
     }
     return {"models": models, "settings": settings}

@@ -116,7 +116,8 @@ def _load(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> Loa
 def _form(source: Source, first: dict, data: Data) -> Form:
     """Returns the form of a source, by its first row."""
     names = _columns(source, first)
-    if "messages" in names.values() or ("prompt" in names and isinstance(first["prompt"], list)):
+    prompt = first["prompt"] if names.get("prompt") == "prompt" else None
+    if "messages" in names.values() or isinstance(prompt, list):
         return ChatForm(names, stored=not data.streaming)
     if data.assistant_only_loss:
         raise UserError(f"data.assistant_only_loss: {source.path} holds no chats; set it to false")

@@ -219,7 +219,8 @@ class LayerLosses:
         # are several adapters.
         rows = sampled.rows.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
         inputs = hidden_states.gather(1, rows)
-        scores = math.prod(gate(inputs) for gate in projections)
+        # A call would also run the hooks that watch the gates of the whole batch.
+        scores = math.prod(gate.forward(inputs) for gate in projections)
         if kind == "gated" and sink is None:
             return gated_load(scores)
         return effective_load(load, scores)

@@ -57,7 +57,8 @@ def measure(
         batch_size: windows in a forward pass.
         dtype: the dtype of all base weights; `auto` is the one that the first source is stored in.
         evaluations: what to measure besides sinks.
-        load: opens a source in a dtype and returns the model and its tokenizer.
+        load: opens a source in a dtype, beside runs with the `quantization` and the `revision` that
+            these were trained on, and returns the model and its tokenizer.
         progress: whether to show a progress bar on stderr.
         resume: a folder that keeps finished figures, so that the same call can go on from there.
             The caller removes it once the result is safe.
@@ -84,7 +85,7 @@ def measure(
         raise UserError("the name of a model is empty; give its folder or its hub id")
     if len(set(sources)) < len(sources):
         raise UserError(f"{max(sources, key=sources.count)} is named twice")
-    as_trained = opened_as_trained(sources)
+    options = opened_as_trained(sources)
     documents = read_documents(text)
     identity = {
         "text": text.name,
@@ -94,7 +95,7 @@ def measure(
         "asked_dtype": dtype,
         "versions": {name: version(name) for name in ("torch", "transformers", "gate-retrofit")},
     }
-    plan = _Plan(sources, evaluations, KeptFigures(resume, identity))
+    plan = _Plan(sources, evaluations, KeptFigures(resume, identity), options)
     base: PredictionStatistics | None = None
     with Progress(console=PlainConsole(stderr=True), disable=not progress) as bar:
         for name, source in plan.named.items():
@@ -102,18 +103,18 @@ def measure(
                 continue
             base_dtype = plan.settings.get("dtype", dtype)
             reload, reload_base = (
-                partial(load, each, base_dtype, **as_trained[each]) for each in (source, sources[0])
+                partial(load, each, base_dtype, **options[each]) for each in (source, sources[0])
             )
             model, tokenizer = reload()
             open_base = None if source == sources[0] else reload_base
             measured = MeasuredModel(name, source, model, tokenizer, documents, reload, open_base)
-            _check_positions(measured, max(length, *_lengths(evaluations)))
+            _check_positions(measured, {"--length": length, **_tokens_read(evaluations)})
             check_texts(tokenizer, embedded_tokens(measured.inner.config), documents)
             input_ids = cut_windows(documents, tokenizer, length, windows)
             _check_same_tokens(measured, input_ids, plan)
             _check_logits(measured, input_ids[:1, :_FEW_TOKENS])
             if not plan.settings:
-                plan.settings = _settings(identity, measured, input_ids)
+                plan.settings = _settings(identity, measured, input_ids, options[source])
             track = _track(bar, name)
             if _SINKS in todo:
                 with _finite_figures_expected(_SINKS, name):
@@ -200,15 +201,21 @@ class _Plan:
     """Knows what to measure of each model, and which of these figures are there already."""
 
     def __init__(
-        self, sources: Sequence[str], evaluations: Sequence[Evaluation], done: KeptFigures
+        self,
+        sources: Sequence[str],
+        evaluations: Sequence[Evaluation],
+        done: KeptFigures,
+        opened: dict[str, dict[str, Any]],
     ):
         self.named = dict(zip(names(sources), sources, strict=True))
         self.base = next(iter(self.named))
         self.done = done
         options = {part.name: asdict(part) for part in evaluations}  # type: ignore[call-overload]
         self._options = json.loads(json.dumps(options))
-        # The figures of a model depend on its files and on those of the base.
-        self._states = {name: _state(source) for name, source in self.named.items()}
+        # The figures of a model depend on its files and how it is opened, and on those of the base.
+        self._states = {
+            name: [*_state(source), opened[source]] for name, source in self.named.items()
+        }
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -269,21 +276,26 @@ def _track(bar: Progress, name: str) -> Track:
     return lambda sequence, doing: bar.track(sequence, description=escape(f"{name}: {doing}"))
 
 
-def _check_positions(measured: MeasuredModel, length: int) -> None:
-    limit = getattr(measured.inner.config, "max_position_embeddings", length)
-    if length > limit:
-        raise UserError(f"{measured.name} has {limit} positions, fewer than the length of {length}")
+def _check_positions(measured: MeasuredModel, lengths: dict[str, int]) -> None:
+    """Check that a model reads as many tokens as the options with the given names ask for."""
+    limit = getattr(measured.inner.config, "max_position_embeddings", None)
+    for option, length in lengths.items():
+        if limit is not None and length > limit:
+            raise UserError(
+                f"{measured.name} has {limit} positions, fewer than the {length} tokens of "
+                f"{option}; lower {option}"
+            )
 
 
-def _lengths(evaluations: Sequence[Evaluation]) -> list[int]:
-    """Returns how many tokens each evaluation reads at once; those that say nothing of it check it
-    themselves."""
-    return [0] + [
-        getattr(evaluation, name)
+def _tokens_read(evaluations: Sequence[Evaluation]) -> dict[str, int]:
+    """Returns how many tokens each evaluation reads at once, by the name of its option; those that
+    say nothing of it check it themselves."""
+    return {
+        f"{evaluation.name}.{option}": getattr(evaluation, option)
         for evaluation in evaluations
-        for name in ("length", "prompt")
-        if hasattr(evaluation, name)
-    ]
+        for option in ("length", "prompt")
+        if hasattr(evaluation, option)
+    }
 
 
 def _check_logits(measured: MeasuredModel, input_ids: torch.Tensor) -> None:
@@ -306,16 +318,24 @@ def _check_same_tokens(measured: MeasuredModel, input_ids: torch.Tensor, plan: _
         raise UserError(f"{measured.name} and {plan.base} tokenize the text differently")
 
 
-def _settings(identity: dict, measured: MeasuredModel, input_ids: torch.Tensor) -> dict[str, Any]:
-    return {name: value for name, value in identity.items() if name != "asked_dtype"} | {
-        "windows": input_ids.shape[0],
-        "tokens": input_ids.numel(),
-        "tokens_sha256": _sha256(input_ids),
-        "first_token": prepended_token(measured.tokenizer),
-        "dtype": measured.dtype,
-        "device": measured.device.type,
-        "attn_implementation": "sdpa",
-    }
+def _settings(
+    identity: dict, measured: MeasuredModel, input_ids: torch.Tensor, opened: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the settings of a measurement, whose base was opened with the options `opened`."""
+    known = {name: value for name, value in identity.items() if name != "asked_dtype"}
+    return (
+        known
+        | {f"base_{option}": value for option, value in opened.items()}
+        | {
+            "windows": input_ids.shape[0],
+            "tokens": input_ids.numel(),
+            "tokens_sha256": _sha256(input_ids),
+            "first_token": prepended_token(measured.tokenizer),
+            "dtype": measured.dtype,
+            "device": measured.device.type,
+            "attn_implementation": "sdpa",
+        }
+    )
 
 
 def _sha256(input_ids: torch.Tensor) -> str:

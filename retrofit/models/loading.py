@@ -298,16 +298,20 @@ def _quantization(spec: Model, config: PreTrainedConfig) -> BitsAndBytesConfig:
 
     if getattr(config, "quantization_config", None):
         raise UserError(
-            f"{spec.base} is stored quantized already; set quantization to none, or name the "
-            "unquantized original"
+            f"{spec.base} is stored quantized already; name the unquantized original, or leave "
+            "its quantization at none"
         )
     if not is_bitsandbytes_available():
         raise UserError("quantization needs bitsandbytes: pip install bitsandbytes")
+    # Gates that a checkpoint has in itself stay as they are, like those of an adapter.
+    is_gated = config.model_type.startswith("gated_")
+    kept = ["lm_head", "g_proj", "sinks_proj"] if is_gated else None
     if spec.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     compute_dtype = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=kept,
         bnb_4bit_quant_type=spec.quantization,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_use_double_quant=True,

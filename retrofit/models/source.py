@@ -115,6 +115,8 @@ def local_copy(name: str, revision: str | None) -> Path:
         allow_patterns=["*.safetensors", *small_files],
         ignore_patterns=["*/*", "consolidated*"],  # the same weights in a vendor's format
     )
+    # Further chat templates are in the only folder within it that is read.
+    snapshot_download(name, revision=revision, allow_patterns=["additional_chat_templates/*.jinja"])
     return Path(folder)
 
 

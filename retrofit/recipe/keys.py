@@ -37,10 +37,9 @@ def recipe_keys() -> list[Key]:
 
 def _keys(section: dict[str, Any], sections: dict[str, Any], prefix: str) -> Iterator[Key]:
     for name, settings in section["properties"].items():
-        items = settings.get("items", {})
-        inner = _section(settings) or _section(items)
-        if inner:
-            brackets = "[]" if _section(items) else ""
+        of_items = _section(settings.get("items", {}))
+        if inner := of_items or _section(settings):
+            brackets = "[]" if of_items else ""
             yield from _keys(sections[inner], sections, f"{prefix}{name}{brackets}.")
             continue
         default = json.dumps(settings["default"]) if "default" in settings else None

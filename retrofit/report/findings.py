@@ -55,8 +55,8 @@ class Marks(NamedTuple):
         name: what the figure is, in plain English.
         base: where the base's mark stands.
         model: where the model's mark stands.
-        low: the lower end of the model's noise, the half of an interval of 95% from it.
-        high: the upper end; both ends are the mark itself where the noise is not known.
+        low: the lower end of the interval of 95% around the model's mark.
+        high: its upper end; both ends are the mark itself where the noise is not known.
         values: both figures, formatted.
     """
 

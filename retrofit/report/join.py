@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _TEXT = {
     "windows": "the windows",
     "tokens_sha256": "the tokens",
     "dtype": "the dtype",
+    "base_quantization": "the form of the base's weights",
+    "base_revision": "the revision of the base",
 }
 _SAME = 1e-5  # relative difference: the order of sums depends on the number of threads
 
@@ -37,7 +40,7 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
             of a part differ.
     """
     for place, path in enumerate(paths):
-        if path.resolve() in [earlier.resolve() for earlier in paths[:place]]:
+        if realpath(path) in map(realpath, paths[:place]):
             raise UserError(f"{path} is given twice")
     results = {path: read_result(path) for path in paths}
     task_results = {
@@ -77,11 +80,31 @@ def _join(paths: Sequence[Path], results: Sequence[dict[str, Any]]) -> dict[str,
     return {"models": _named(models), "settings": settings}
 
 
-def _completed(figures: Any, twin: Any) -> Any:
-    """Returns figures with those added that only a twin has."""
-    if isinstance(figures, dict) and isinstance(twin, dict):
-        return {key: _completed(figures.get(key), twin.get(key)) for key in {**figures, **twin}}
-    return twin if figures is None else figures
+def _completed(model: dict[str, Any], twin: dict[str, Any]) -> dict[str, Any]:
+    """Returns a model with the metrics and the parts that only its twin has."""
+    completed = twin | _known(model)
+    for group in ("metrics", "per_layer"):
+        completed[group] = twin[group] | _known(model[group])
+    for part in PARTS:
+        if part.against_base and part.name in model and part.name in twin:
+            completed[part.name] = _with_differences(
+                model[part.name], twin[part.name], part.against_base
+            )
+    return completed
+
+
+def _known(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _with_differences(figures: Any, twin: Any, ending: str) -> Any:
+    """Returns figures with those of a twin that were measured against the base, which
+    `_without_base` may have taken away."""
+    if not isinstance(figures, dict) or not isinstance(twin, dict):
+        return figures
+    added = {key: twin[key] for key in twin.keys() - figures.keys() if key.endswith(ending)}
+    both = {key: _with_differences(figures[key], twin.get(key), ending) for key in figures}
+    return both | added
 
 
 def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> None:
@@ -94,8 +117,12 @@ def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> No
                 f"measured; give it the models {', '.join(by_name)} in this order"
             )
         tasks = by_name[model["name"]].setdefault("tasks", {})
-        if twice := tasks.keys() & model["tasks"].keys():
-            raise UserError(f"{path} has {min(twice)} of {model['name']}, as another file has")
+        for task in sorted(tasks.keys() & model["tasks"].keys()):
+            if not _alike(tasks[task], model["tasks"][task]):
+                raise UserError(
+                    f"{path} has other figures of {model['name']} in {task} than another file; "
+                    "leave one of the two out"
+                )
         tasks |= model["tasks"]
     settings = {key: result["settings"][key] for key in ("documents", "seed", "dtype")}
     known = joined["settings"].setdefault("tasks", settings)
@@ -136,10 +163,10 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def _check_text(first: Path, settings: dict, path: Path, others: dict) -> None:
     for key, what in _TEXT.items():
-        if settings[key] != others[key]:
+        if (before := settings.get(key)) != (after := others.get(key)):
             raise UserError(
-                f"{what} ({key}) differs, and figures cannot be compared: {settings[key]} in "
-                f"{first}, {others[key]} in {path}"
+                f"{what} ({key}) differs, and figures cannot be compared: {before} in {first}, "
+                f"{after} in {path}"
             )
 
 
@@ -168,6 +195,13 @@ def _same(base: dict[str, Any], other: dict[str, Any]) -> bool:
     return base["name"] == other["name"] and all(
         _close(before[name], after[name]) for name in names
     )
+
+
+def _alike(figures: Any, others: Any) -> bool:
+    """Tells whether two records have the same figures under the names that both have."""
+    if isinstance(figures, dict):
+        return all(_alike(figures[key], others[key]) for key in figures.keys() & others.keys())
+    return _close(figures, others)
 
 
 def _close(before: float | None, after: float | None) -> bool:

@@ -37,7 +37,11 @@ class ModelResult(SinksFigures):
 
 
 class Settings(Figures):
-    """The settings of a measurement. Each evaluation adds its own under its name."""
+    """The settings of a measurement. Each evaluation adds its own under its name.
+
+    `base_quantization` and `base_revision` are those of the runs beside the base, in which it was
+    opened too.
+    """
 
     text: str
     text_sha256: str
@@ -46,6 +50,8 @@ class Settings(Figures):
     windows: int
     first_token: str | None
     dtype: str
+    base_quantization: str | None = None
+    base_revision: str | None = None
     sources: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
 

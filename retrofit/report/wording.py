@@ -6,9 +6,10 @@ from typing import Any
 def title(settings: dict[str, Any]) -> str:
     """Returns one line that describes the measured text."""
     first = settings["first_token"] or "no token"
+    quantized = f", the base in {form}" if (form := settings.get("base_quantization")) else ""
     return (
         f"{settings['text']}: {settings['windows']} windows of {settings['length']} tokens, "
-        f"{first} prepended, {settings['dtype']}"
+        f"{first} prepended, {settings['dtype']}{quantized}"
     )
 
 

@@ -42,13 +42,9 @@ def check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> P
         (run / name).exists() for name in ("checkpoints", "run.json")
     ):
         raise UserError(f"nothing to resume: {run} holds no run")
-    started, given = (
-        load_recipe(str(resolved)).with_absolute_paths().model_dump(),
-        recipe.model_dump(),
-    )
-    # output_dir is not compared: the folder may have been moved.
-    compared = given.keys() - {"measure", "output_dir"}
-    changed = [key for key in given if key in compared and started[key] != given[key]]
+    started = load_recipe(str(resolved)).with_absolute_paths().model_dump()
+    given = recipe.model_dump(exclude={"measure", "output_dir"})  # the folder may have been moved
+    changed = [key for key, value in given.items() if started[key] != value]
     if changed:
         raise UserError(
             f"{run} was started with another recipe (its {', '.join(changed)} differ); resume with "
@@ -96,10 +92,12 @@ def check_inputs(
         UserError: if a file of the data, the tokenizer or the base's config has changed.
     """
     started = inputs | facts_of(run)
+    # Files may have been moved, and are told apart by their order.
+    before = [*started["files"].values()]
     changed = [
         path
-        for path, sha256 in inputs["files"].items()
-        if started["files"].get(path, sha256) != sha256
+        for place, (path, sha256) in enumerate(inputs["files"].items())
+        if before[place : place + 1] != [sha256]
     ]
     if started["tokenizer_sha256"] != inputs["tokenizer_sha256"]:
         changed.append(f"the tokenizer of {recipe.model.base}")

@@ -138,7 +138,7 @@ def _train(
     callbacks = [GradientCheck(), HeapLimit(), interrupt, bar]
     trainer = gate_trainer(recipe, args, base, tokenizer, sources, callbacks)
     for path, count in trainer.left_out.items():
-        reason = "what is trained on in them lies past data.sequence_length"
+        reason = "they have nothing to train on within data.sequence_length"
         say(f"data: {count} rows of {path} are left out, since {reason}", console)
     trainer.remove_callback(PrinterCallback)
     _calibrate(trainer, recipe, console, resumed=checkpoint is not None)

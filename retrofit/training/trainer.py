@@ -1,6 +1,7 @@
 """Extends TRL's SFTTrainer by the gates' losses, mixed sources and checkpoints without pickles."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -70,7 +71,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         first_tokens: int = 0,
     ):
         self.sources, self._embedded = sources, embedded_tokens(model.config)
-        self.left_out: dict[str, int] = {}
+        self.left_out: Counter[str] = Counter()
         super().__init__(
             model=model,
             args=args,
@@ -184,7 +185,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
                 rows = self._tokenized(source, processing_class, args, packing, name)
             check_any_left(rows, source.path)
             if not packing and isinstance(rows, Dataset) and len(rows) < len(source.rows):
-                self.left_out[source.path] = len(source.rows) - len(rows)
+                self.left_out[source.path] += len(source.rows) - len(rows)
             prepared.append(check_rows_of_tokens(rows, processing_class, self._embedded))
         mixed = mix(prepared, [source.weight for source in self.sources], args.seed)
         self._check_length(mixed, args, packing)

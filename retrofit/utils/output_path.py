@@ -86,13 +86,13 @@ def check_output_files(written: Sequence[Path | None], read: Sequence[Path]) -> 
     Raises:
         UserError: if a file cannot be written, is named twice, or is also read.
     """
-    taken = {expanded(path).resolve() for path in read}
+    taken = {os.path.realpath(expanded(path)) for path in read}
     for path in filter(None, written):
         refuse_unwritable(path)
         if path.is_dir():
             raise UserError(f"{path} is a folder; name a file to write")
         if not path.absolute().parent.is_dir():
             raise UserError(f"no folder to write {path} in")
-        if path.resolve() in taken:
+        if os.path.realpath(path) in taken:
             raise UserError(f"{path} is named twice, or read as well; name another file to write")
-        taken.add(path.resolve())
+        taken.add(os.path.realpath(path))

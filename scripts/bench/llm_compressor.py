@@ -24,6 +24,14 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 MODELS = ("base", "retrofit")
+KINDS = (
+    "W8A8, one scale a tensor",
+    "the same after SmoothQuant",
+    "W8A8, one scale a token",
+    "FP8, one scale a tensor",
+    "NVFP4",
+    "W4A16 by GPTQ",
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,13 @@ class Row:
 
 def main() -> None:
     options = parsed_options()
-    rows = [row for model in MODELS for row in measured(options, model)]
+    rows: list[Row] = []
+    for model in MODELS:
+        for row in measured(options, model):
+            rows.append(row)
+            if options.json:  # after each row, since the next one may take too much memory
+                options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 def parsed_options() -> argparse.Namespace:
@@ -63,12 +74,17 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("retrofit", help="folder of the stock checkpoint that was merged from it")
     parser.add_argument("--text", required=True, help="a .jsonl file to measure on")
     parser.add_argument("--calibration", required=True, help="a .jsonl file to fit the scales on")
-    parser.add_argument("--kinds", nargs="+", help="only these, by their names in the table")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="only these, as the table has them"
+    )
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--calibration-windows", type=int, default=64)
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"no folder to write {options.json} in")
+    return options
 
 
 def recipes() -> dict[str, Callable[[], list]]:
@@ -90,14 +106,15 @@ def recipes() -> dict[str, Callable[[], list]]:
     # The preset has groups of 128, which do not divide the 576 channels of SmolLM2-135M.
     groups_of_64 = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 64}
 
-    return {
-        "W8A8, one scale a tensor": lambda: [per_tensor()],
-        "the same after SmoothQuant": lambda: [SmoothQuantModifier(), per_tensor()],
-        "W8A8, one scale a token": lambda: [quantize(scheme="W8A8")],
-        "FP8, one scale a tensor": lambda: [quantize(scheme="FP8")],
-        "NVFP4": lambda: [quantize(scheme="NVFP4")],
-        "W4A16 by GPTQ": lambda: [quantize(GPTQModifier, **group(weights=groups_of_64))],
-    }
+    makers: tuple[Callable[[], list], ...] = (
+        lambda: [per_tensor()],
+        lambda: [SmoothQuantModifier(), per_tensor()],
+        lambda: [quantize(scheme="W8A8")],
+        lambda: [quantize(scheme="FP8")],
+        lambda: [quantize(scheme="NVFP4")],
+        lambda: [quantize(GPTQModifier, **group(weights=groups_of_64))],
+    )
+    return dict(zip(KINDS, makers, strict=True))
 
 
 def measured(options: argparse.Namespace, model: str) -> Iterator[Row]:
@@ -109,9 +126,7 @@ def measured(options: argparse.Namespace, model: str) -> Iterator[Row]:
         folder, options.calibration, options.length, options.calibration_windows
     )
     before, kinds = load(folder), recipes()
-    if unknown := set(options.kinds or ()).difference(kinds):
-        raise SystemExit(f"error: no kind {min(unknown)!r}; there are {', '.join(kinds)}")
-    for kind in options.kinds or kinds:
+    for kind in options.kinds:
         after = load(folder)
         oneshot(
             model=after,

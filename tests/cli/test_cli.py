@@ -252,7 +252,7 @@ def test_an_interrupted_measurement_says_how_to_go_on(tmp_path, tiny_base, capsy
                 *("measure", "{base}", "{tmp}/gone", "--text", "{tmp}/text.jsonl", "--length"),
                 *("4096", "--json", "{tmp}/out.json"),
             ],
-            "positions, fewer than the length of 4096",
+            "positions, fewer than the 4096 tokens of --length",
         ),
     ],
 )

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from retrofit import GateConfig
-from retrofit.measure import cut_windows, measure, names
+from retrofit.measure import cut_windows, evaluator, measure, names
 from retrofit.measure.registry import chosen_evaluations
 from retrofit.models.loading import load_model
 from retrofit.report import metrics, plot, table
@@ -335,7 +335,7 @@ def test_lengths_that_cannot_be_measured_are_refused(text):
     load = opening(base=tiny_model("llama"))
     with pytest.raises(UserError, match="at least 192 tokens, not 191"):
         measure(["base"], text, length=191, load=load)
-    with pytest.raises(UserError, match="base has 512 positions, fewer than the length of 513"):
+    with pytest.raises(UserError, match="base has 512 positions, fewer than .* --length"):
         measure(["base"], text, length=513, load=load, progress=False)
 
 
@@ -407,6 +407,26 @@ def test_what_was_kept_of_a_model_of_the_same_last_name_is_not_used(text, tmp_pa
     assert perplexity("one/model", 3) == first, "kept of the same model"
 
 
+def test_what_was_kept_of_a_base_in_another_form_is_not_used(sources, text, tmp_path, monkeypatch):
+    """A base beside a run is opened as the run was trained."""
+    asked, opened = [], []
+
+    def go(options):
+        monkeypatch.setattr(evaluator, "opened_as_trained", lambda named: {named[0]: options})
+        result = measure(
+            sources[:1], text, length=192, windows=1, evaluations=[Counting(asked=asked)],
+            load=lambda source, dtype, **how: opened.append(how) or load_model(source, dtype),
+            resume=tmp_path / "kept", progress=False,
+        )  # fmt: skip
+        return result["settings"].get("base_quantization")
+
+    in_four_bits = {"quantization": "nf4"}
+    assert go(in_four_bits) == "nf4"
+    assert go({}) is None
+    assert opened == [in_four_bits, {}] and len(asked) == 2
+    assert go(in_four_bits) == "nf4" and len(asked) == 2, "kept of the same form"
+
+
 def test_figures_that_are_kept_inside_a_model_do_not_change_it(sources, text, tmp_path):
     run = shutil.copytree(sources[1], tmp_path / "run")
     asked = []
@@ -428,5 +448,5 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(text):
 def test_an_evaluation_longer_than_the_model_reads_is_refused(text, option):
     (evaluation,) = chosen_evaluations([option.split(".")[0]], [f"{option}=513"])
     load = opening(base=tiny_model("llama"))
-    with pytest.raises(UserError, match="base has 512 positions, fewer than the length of 513"):
+    with pytest.raises(UserError, match=f"base has 512 .* 513 tokens of {option}; lower {option}"):
         measure(["base"], text, length=192, evaluations=[evaluation], load=load, progress=False)

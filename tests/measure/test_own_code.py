@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 from made_runs import MIXED, SINKS, make_run
+from torch import nn
 
 from retrofit.export.merge import merge
 from retrofit.measure import measure
@@ -36,3 +37,17 @@ def test_it_gives_the_figures_of_the_run(gates, tiny_base, text, tmp_path, in_pr
     assert merged["streaming"]["perplexity"] == pytest.approx(
         trained["streaming"]["perplexity"], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_its_gates_are_not_quantized_with_its_weights(
+    quantization, tiny_base, tmp_path, in_process
+):
+    pytest.importorskip("bitsandbytes")
+    run = make_run(tmp_path / "run", tiny_base("llama"), **MIXED)
+    merge(run, tmp_path / "merged", format="remote-code")
+    merged = str(tmp_path / "merged")
+    model, _ = load_model(merged, quantization=quantization, trust_remote_code=True)
+    attention = model.model.layers[0].self_attn
+    assert type(attention.q_proj) is not nn.Linear
+    assert type(attention.attn_gate.g_proj) is type(attention.attn_gate.sinks_proj) is nn.Linear

@@ -574,6 +574,7 @@ REFERENCES = {
     "fewer tokens": (lambda told: told["tokens"][0].pop() and None, "tokens are not those"),
     "text for tokens": (put("tokens", "x"), "tokens"),
     "text for a probability": (put("logprobs", 0, 0, 0, "x"), "logprobs"),
+    "no windows without gates": (put("ungated", []), "ungated are not those of its text"),
     "no greedy text": (drop("greedy"), "greedy"),
     "a list": (lambda told: [], "damaged"),
 }

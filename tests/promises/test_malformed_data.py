@@ -602,6 +602,14 @@ def test_a_column_of_text_is_read_beside_chats_if_it_is_named(tmp_path):
         assert name in source.rows.column_names
 
 
+def test_a_column_of_chats_that_is_named_as_text_is_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(lines(*[{"prompt": TURNS[:1], "completion": TURNS[1:]}] * 3))
+    data = Data.model_validate({"sources": [{"path": str(path), "text_field": "prompt"}]})
+    with pytest.raises(UserError, match="line 1: prompt is a list, not text"):
+        load_sources(data, tiny_tokenizer())
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 def test_dates_beside_the_words_of_a_chat_are_accepted(tmp_path, streaming):
     message = TURNS[0] | {"sent": datetime(2024, 1, 2), "read": date(2024, 1, 2)}

@@ -552,6 +552,14 @@ def other_data(folder: Path) -> str:
     return f"{folder / 'text.jsonl'} is not what"
 
 
+def other_file(folder: Path) -> str:
+    path = folder / "other.jsonl"
+    path.write_text('{"text": "something else of all that there is"}\n' * 60)
+    recipe = folder / "moved" / "recipe.resolved.yaml"
+    recipe.write_text(recipe.read_text().replace("text.jsonl", path.name))
+    return f"{path} is not what"
+
+
 def other_tokenizer(folder: Path) -> str:
     path = folder / "base" / "tokenizer.json"
     rules = json.loads(path.read_text())
@@ -565,7 +573,7 @@ def damaged_start(folder: Path) -> str:
     return "started.json is damaged"
 
 
-CHANGES = (other_weights, other_config, other_data, other_tokenizer, damaged_start)
+CHANGES = (other_weights, other_config, other_data, other_file, other_tokenizer, damaged_start)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.replace("_", " "))
@@ -575,6 +583,13 @@ def test_a_run_does_not_go_on_with_something_else(moved, change):
         "train", moved / "recipe.resolved.yaml", "--resume", leaves_alone=moved.parent
     )
     assert told in message and str(moved) in message
+
+
+def test_a_run_goes_on_where_its_data_has_been_moved(moved, runs):
+    (moved.parent / "text.jsonl").rename(moved.parent / "elsewhere.jsonl")
+    recipe = moved / "recipe.resolved.yaml"
+    recipe.write_text(recipe.read_text().replace("text.jsonl", "elsewhere.jsonl"))
+    resumes(moved, runs["whole"])
 
 
 def test_a_run_of_before_that_does_not_say_what_it_was_started_with_goes_on(moved, runs):

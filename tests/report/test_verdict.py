@@ -206,6 +206,15 @@ def test_scores_are_paired_by_sample_where_both_saw_the_same(result):
     }
 
 
+def test_a_few_samples_of_other_prompts_have_the_noise_of_few(result):
+    base, model = (copied(each) for each in result["models"][:2])
+    for each, score, samples in ((base, 0.8, 9), (model, 0.5, 3)):
+        scores = {"1024": {"score": score, "stderr": 0.1, "samples": samples}}
+        each["long_context"] = {"tasks": {"a": scores}, "perplexity": {}}
+    (told,) = of(judged(base, model), "long context").values()
+    assert told.endswith("difference -0.30 ± 0.14, within noise"), "4.3 of them hold 95%"
+
+
 @pytest.mark.parametrize(
     ("after", "outcome"),
     [([0.5, 0.9], "better"), ([0.05, 0.1], "worse"), ([0.5, 0.1], "same"), ([0.3, 0.6], "same")],

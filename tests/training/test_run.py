@@ -78,6 +78,22 @@ def adapter_of(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
+def test_the_balance_of_heads_does_not_change_what_gates_are_said_to_do(make_recipe):
+    def movement(**objective):
+        name = "-".join(objective) or "plain"
+        recipe = make_recipe(
+            name=name,
+            data={"sequence_length": 128},
+            gate={"sinks": "none", "key_bias": False, "granularity": "headwise"},
+            objective={"lm": 1.0, **objective},
+            train={"learning_rate": 0.1},
+        )
+        figures = json.loads((train(recipe) / "run.json").read_text())
+        return figures["last"]["gate_movement"]
+
+    assert movement(balance=1e-9) == pytest.approx(movement(), rel=1e-3)
+
+
 def test_a_log_file_has_a_line_for_each_step(make_recipe):
     log = io.StringIO()
     train(make_recipe(objective={"kl": 1.0}), console=Console(file=log, width=40))

@@ -68,7 +68,7 @@ def check(path: Path, reference: Path) -> dict:
     server = start_server(path, threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     length = len(trained.input_ids[0])
     ends = torch.linspace(length / POSITIONS, length, POSITIONS).int().tolist()
-    without_gates = trained.ungated or trained.logprobs
+    without_gates = trained.logprobs if trained.ungated is None else trained.ungated
     positions, ungated_positions = [], []
     for window, ids in enumerate(trained.input_ids):
         for end in ends:

@@ -114,7 +114,8 @@ def _check_reference(path: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}; merge again") from None
     lengths = [len(row) for row in reference.input_ids]
-    for name in ("tokens", "logprobs"):
+    names = ["tokens", "logprobs"] + ["ungated"] * (reference.ungated is not None)
+    for name in names:
         if [len(row) for row in getattr(reference, name)] != lengths or len(lengths) != 2:
             raise UserError(f"{path} is damaged: {name} are not those of its text; merge again")
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoTokenizer
 
 from retrofit.export.checkpoint_format import CheckpointFormat, MergeMismatchError
@@ -117,9 +118,9 @@ def write_reference(
     weights = _RoundedWeights(streamed.float32_weights(base))
     streams = streamed.stream_weights(untrained, weights)
     observed = observe(model, input_ids, streamed.STEPS if streams else STEPS)
-    with torch.no_grad(), gates_off(model):
-        ungated = model(input_ids, use_cache=False).logits
-    trained = make_reference(tokenizer, text, input_ids, observed, ungated)
+    trained = make_reference(
+        tokenizer, text, input_ids, observed, _ungated_logits(model, input_ids)
+    )
     trained.save(path)
     if kind == "float32":
         return 0.0
@@ -145,6 +146,12 @@ def _round_inputs(model: torch.nn.Module, kind: str) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(rounded)
+
+
+@torch.no_grad()
+def _ungated_logits(model: PeftModel, input_ids: torch.Tensor) -> torch.Tensor:
+    with gates_off(model):
+        return model(input_ids, use_cache=False).logits
 
 
 class _RoundedWeights(Mapping[str, torch.Tensor]):

@@ -229,7 +229,9 @@ def _score(task: str, pairs: _Pairs) -> Item:
         mean = fmean(model.score - base.score for base, model in pairs.values())
         summed = independent(mean, *(scores.stderr for pair in pairs.values() for scores in pair))
         stderr = None if summed.stderr is None else summed.stderr / len(pairs)
-        difference = Difference(mean, stderr)
+        counts = (scores.samples for pair in pairs.values() for scores in pair)
+        samples = min(filter(None, counts), default=None)
+        difference = Difference(mean, stderr, samples)
     label = f"{task} at {', '.join(pairs)} {before} -> {after}, difference"
     mean_of_base = fmean(base.score for base, _ in pairs.values())
     return higher_is_better(_name(task), label, difference, 2, mean_of_base)

@@ -136,9 +136,10 @@ def _findings(base: QuantizationFigures, model: QuantizationFigures) -> Iterator
     for name in model.schemes:
         if name == "none" or name not in base.schemes:
             continue
-        ratios = (math.exp(figures.added(name).value) for figures in (base, model))
+        before, after = (math.exp(figures.added(name).value) for figures in (base, model))
         difference = paired(base.added_by_window(name), model.added_by_window(name))
-        yield cost_item(f"Quantized: {_NAMES.get(name, name)}", name, *ratios, difference)
+        plain = f"Quantized: {_NAMES.get(name, name)}"
+        yield cost_item(plain, name, before, after, difference)
 
 
 PART = Part(
