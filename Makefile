@@ -54,8 +54,8 @@ format: $(VENV)/installed
 clean:
 	rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# The constraints name the tested versions; without that of torch, pip would take a newer one and
-# gigabytes of CUDA with it.
+# The constraints name the tested versions. On Linux, PyPI's torch brings CUDA along, gigabytes of
+# it, unless a build for the CPU is installed first.
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: retrofit needs Python 3.11 or newer; set PYTHON=python3.12, say" >&2; exit 2; }

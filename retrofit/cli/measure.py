@@ -21,7 +21,7 @@ def main(
     models: Annotated[
         list[str], typer.Argument(help="The base first; then runs, adapters, merged checkpoints.")
     ],
-    text: Annotated[Path, typer.Option(help="A .txt or .jsonl file that nothing was trained on.")],
+    text: Annotated[Path, typer.Option(help="A .txt or .jsonl file that no model was trained on.")],
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     windows: Annotated[int, typer.Option(help="How many windows at most.")] = 16,
     dtype: Annotated[
@@ -38,7 +38,7 @@ def main(
         bool, typer.Option("--long-context", help="Retrieval and perplexity by length, with YaRN.")
     ] = False,
     heads: Annotated[
-        bool, typer.Option("--heads", help="What zeroing the least used heads costs.")
+        bool, typer.Option("--heads", help="Cost of zeroing the least used and random heads.")
     ] = False,
     cost: Annotated[
         bool, typer.Option("--cost", help="Speed and memory beside the base's.")
@@ -49,9 +49,9 @@ def main(
     chat: Annotated[
         bool, typer.Option("--chat", help="Answers to short instructions, beside the base's.")
     ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="All seven of them.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All seven evaluations above.")] = False,
     parts: Annotated[
-        str | None, typer.Option(help="The same by name, such as streaming,quantization.")
+        str | None, typer.Option(help="Evaluations by name, such as streaming,quantization.")
     ] = None,
     settings: Annotated[
         list[str] | None,

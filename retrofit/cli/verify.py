@@ -19,7 +19,10 @@ def main(
         ),
     ] = None,
     python: Annotated[
-        str, typer.Option(help="The Python that has the engine, if it is another one.")
+        str,
+        typer.Option(
+            help="The Python that has the engine, if it is another one.", show_default="this Python"
+        ),
     ] = sys.executable,
 ) -> None:
     """Prove again that a merged checkpoint computes what was trained, from the files beside it."""

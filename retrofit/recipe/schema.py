@@ -116,7 +116,8 @@ class Gate(Section):
     key_bias: bool = False
     """Whether a bias on slow RoPE pairs of the keys lets sinks follow the query."""
     key_bias_turns: Annotated[float, Field(gt=0)] | None = None
-    """How many turns a RoPE pair may make in the context and have a bias; by default an eighth."""
+    """How many turns a RoPE pair may make in the base's context (`max_position_embeddings`, or its
+    sliding window) and have a bias; by default an eighth."""
     granularity: Granularity = "headwise"
     """What a score of the projection `2 * sigmoid(X W)` scales, a head or a channel; `none` for
     sinks alone."""
@@ -284,7 +285,8 @@ class Train(Section):
     gradient_accumulation_steps: Count = 1
     """The forward passes of one step on each device."""
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    """The rate of projections; `auto` finds one for each layer. Sink logits have their own."""
+    """The rate of all gates; `auto` finds one for the projections of each layer, and takes 0.02 for
+    sink logits and key biases."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """The weight decay of AdamW."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05
