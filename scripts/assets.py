@@ -155,6 +155,22 @@ def build_smollm2(folder: Path) -> None:
     save(model, tokenizer, folder)
 
 
+def build_smollm2_with_bos(folder: Path) -> None:
+    """Build SmolLM2 with a tokenizer that begins each text with a BOS token, as Llama 3's does."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    shutil.copytree(ensure("smollm2"), folder, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.bos_token_id)],
+    )
+    tokenizer.save_pretrained(folder)
+
+
 def build_qwen_coder(folder: Path, source: Source = QWEN_CODER) -> None:
     from tokenizers.normalizers import NFC
 
@@ -319,6 +335,12 @@ class Asset:
 ASSETS = {
     "smollm2": Asset(
         "models/smollm2-135m-instruct", build_smollm2, "93 MB download, 542 MB kept", "Apache-2.0"
+    ),
+    "smollm2-bos": Asset(
+        "models/smollm2-135m-bos",
+        build_smollm2_with_bos,
+        "542 MB kept, made of smollm2",
+        "Apache-2.0",
     ),
     "qwen2.5-coder": Asset(
         "models/qwen2.5-coder-0.5b-instruct",

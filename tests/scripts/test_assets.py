@@ -208,3 +208,12 @@ def test_qwen_is_faithful_tied_and_prepends_nothing(texts):
     assert tokenizer.bos_token is None
     assert_reads_text(tokenizer)
     assert perplexity(model, tokenizer, max(texts["wiki"], key=len)) < 25  # 22.2
+
+
+def test_a_bos_token_is_put_before_each_text(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "ensure", lambda name: tiny_base("llama"))
+    assets.build_smollm2_with_bos(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    (first, *others) = tokenizer("hi").input_ids
+    assert first == tokenizer.bos_token_id and tokenizer.decode(others) == "hi"
+    assert (tmp_path / "model.safetensors").is_file()
