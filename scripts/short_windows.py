@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16, help="tokens per window")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="bfloat16")
     options = parser.parse_args()
-    print(f"| model | windows above {options.above:,.0f} | of 10,000, by position from 0 |")
+    header = "windows of 10,000 with such an activation at position 0, 1, 2, ..."
+    print(f"| model | windows above {options.above:,.0f} | {header} |")
     print("|---|--:|---|")
     opened = opened_as_trained(options.models)
     for name, source in zip(names(options.models), options.models, strict=True):

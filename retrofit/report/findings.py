@@ -112,16 +112,20 @@ class Difference:
         return f"{self.value:+.{decimals}f} {noise}"
 
 
+def differences(base: Sequence[float], model: Sequence[float]) -> list[float]:
+    """Returns `model[i] - base[i]` for each window or sample."""
+    return [after - before for before, after in zip(base, model, strict=True)]
+
+
 def paired(base: Sequence[float], model: Sequence[float]) -> Difference:
     """Returns the mean of `model[i] - base[i]` and its standard error.
 
     The standard error is `std / sqrt(n)`, with `n - 1` in the denominator of the variance. Noise
     that both models share, such as that of the windows, cancels out.
     """
-    differences = [after - before for before, after in zip(base, model, strict=True)]
-    has_stderr = len(differences) > 1
-    stderr = stdev(differences) / math.sqrt(len(differences)) if has_stderr else None
-    return Difference(fmean(differences), stderr, len(differences))
+    each = differences(base, model)
+    stderr = stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
+    return Difference(fmean(each), stderr, len(each))
 
 
 def independent(value: float, *stderrs: float | None) -> Difference:

@@ -14,15 +14,19 @@ from retrofit.report.sections import PARTS
 from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import read_json
 
+# How the base was opened, which tasks have to agree with as well.
+_OF_BASE = {
+    "base_quantization": "the form of the base's weights",
+    "base_revision": "the revision of the base",
+}
 # Two results can be compared only if these settings are equal.
-_TEXT = {
+_COMPARED = {
     "text_sha256": "the text",
     "length": "the tokens a window",
     "windows": "the windows",
     "tokens_sha256": "the tokens",
     "dtype": "the dtype",
-    "base_quantization": "the form of the base's weights",
-    "base_revision": "the revision of the base",
+    **_OF_BASE,
 }
 _SAME = 1e-5  # relative difference: the order of sums depends on the number of threads
 
@@ -63,7 +67,7 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
 
 def _join(paths: Sequence[Path], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for path, result in zip(paths[1:], results[1:], strict=True):
-        _check_text(paths[0], results[0]["settings"], path, result["settings"])
+        _check_same_settings(_COMPARED, paths[0], results[0]["settings"], path, result["settings"])
     _check_parts(paths, [result["settings"] for result in results])
     first_base = results[0]["models"][0]
     models: list[tuple[str, dict[str, Any]]] = []
@@ -124,6 +128,7 @@ def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> No
                     "leave one of the two out"
                 )
         tasks |= model["tasks"]
+    _check_same_settings(_OF_BASE, "the measurement", joined["settings"], path, result["settings"])
     settings = {key: result["settings"][key] for key in ("documents", "seed", "dtype")}
     known = joined["settings"].setdefault("tasks", settings)
     for key in ("seed", "dtype"):
@@ -161,8 +166,10 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _check_text(first: Path, settings: dict, path: Path, others: dict) -> None:
-    for key, what in _TEXT.items():
+def _check_same_settings(
+    compared: dict[str, str], first: Any, settings: dict, path: Path, others: dict
+) -> None:
+    for key, what in compared.items():
         if (before := settings.get(key)) != (after := others.get(key)):
             raise UserError(
                 f"{what} ({key}) differs, and figures cannot be compared: {before} in {first}, "

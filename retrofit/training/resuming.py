@@ -99,6 +99,8 @@ def check_inputs(
         for place, (path, sha256) in enumerate(inputs["files"].items())
         if before[place : place + 1] != [sha256]
     ]
+    if len(before) > len(inputs["files"]):
+        changed.append(f"the data of {run / RESOLVED}")
     if started["tokenizer_sha256"] != inputs["tokenizer_sha256"]:
         changed.append(f"the tokenizer of {recipe.model.base}")
     if changed:

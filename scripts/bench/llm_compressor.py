@@ -24,14 +24,6 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 MODELS = ("base", "retrofit")
-KINDS = (
-    "W8A8, one scale a tensor",
-    "the same after SmoothQuant",
-    "W8A8, one scale a token",
-    "FP8, one scale a tensor",
-    "NVFP4",
-    "W4A16 by GPTQ",
-)
 
 
 @dataclass(frozen=True)
@@ -74,9 +66,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("retrofit", help="folder of the stock checkpoint that was merged from it")
     parser.add_argument("--text", required=True, help="a .jsonl file to measure on")
     parser.add_argument("--calibration", required=True, help="a .jsonl file to fit the scales on")
-    parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="only these, as the table has them"
-    )
+    parser.add_argument("--kinds", nargs="+", help="only these, by their names in the table")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--calibration-windows", type=int, default=64)
@@ -84,6 +74,10 @@ def parsed_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"no folder to write {options.json} in")
+    kinds = recipes().keys()
+    options.kinds = options.kinds or list(kinds)
+    if unknown := set(options.kinds) - kinds:
+        parser.error(f"no kind {min(unknown)!r}; there are {', '.join(kinds)}")
     return options
 
 
@@ -106,15 +100,14 @@ def recipes() -> dict[str, Callable[[], list]]:
     # The preset has groups of 128, which do not divide the 576 channels of SmolLM2-135M.
     groups_of_64 = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 64}
 
-    makers: tuple[Callable[[], list], ...] = (
-        lambda: [per_tensor()],
-        lambda: [SmoothQuantModifier(), per_tensor()],
-        lambda: [quantize(scheme="W8A8")],
-        lambda: [quantize(scheme="FP8")],
-        lambda: [quantize(scheme="NVFP4")],
-        lambda: [quantize(GPTQModifier, **group(weights=groups_of_64))],
-    )
-    return dict(zip(KINDS, makers, strict=True))
+    return {
+        "W8A8, one scale a tensor": lambda: [per_tensor()],
+        "the same after SmoothQuant": lambda: [SmoothQuantModifier(), per_tensor()],
+        "W8A8, one scale a token": lambda: [quantize(scheme="W8A8")],
+        "FP8, one scale a tensor": lambda: [quantize(scheme="FP8")],
+        "NVFP4": lambda: [quantize(scheme="NVFP4")],
+        "W4A16 by GPTQ": lambda: [quantize(GPTQModifier, **group(weights=groups_of_64))],
+    }
 
 
 def measured(options: argparse.Namespace, model: str) -> Iterator[Row]:

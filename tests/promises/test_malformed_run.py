@@ -560,6 +560,14 @@ def other_file(folder: Path) -> str:
     return f"{path} is not what"
 
 
+def fewer_files(folder: Path) -> str:
+    started = folder / "moved" / "started.json"
+    facts = json.loads(started.read_text())
+    facts["files"]["second.jsonl"] = "0" * 64
+    started.write_text(json.dumps(facts))
+    return "the data of"
+
+
 def other_tokenizer(folder: Path) -> str:
     path = folder / "base" / "tokenizer.json"
     rules = json.loads(path.read_text())
@@ -573,7 +581,9 @@ def damaged_start(folder: Path) -> str:
     return "started.json is damaged"
 
 
-CHANGES = (other_weights, other_config, other_data, other_file, other_tokenizer, damaged_start)
+CHANGES = (
+    other_weights, other_config, other_data, other_file, fewer_files, other_tokenizer, damaged_start
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.replace("_", " "))

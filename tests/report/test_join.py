@@ -178,6 +178,13 @@ def test_tasks_of_two_runs_that_were_answered_beside_their_base_each_are_joined(
         join(paths)
 
 
+def test_tasks_of_a_base_in_another_form_are_refused(write, answers):
+    measured = write("A.json", without_tasks(synthetic_result("gates")))
+    answers["settings"]["base_quantization"] = "nf4"
+    with pytest.raises(UserError, match="base_quantization.*None in the measurement, nf4 in"):
+        join([measured, write("tasks.json", answers)])
+
+
 def test_what_two_files_have_of_a_model_is_taken_whole(write):
     """The samples of one measurement say nothing of the score of another."""
     first, second = synthetic_result("a"), synthetic_result("b")

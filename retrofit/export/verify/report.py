@@ -114,9 +114,10 @@ def _check_reference(path: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}; merge again") from None
     lengths = [len(row) for row in reference.input_ids]
-    names = ["tokens", "logprobs"] + ["ungated"] * (reference.ungated is not None)
-    for name in names:
-        if [len(row) for row in getattr(reference, name)] != lengths or len(lengths) != 2:
+    for name in ("tokens", "logprobs", "ungated"):
+        if (part := getattr(reference, name)) is None:  # of a former version, without `ungated`
+            continue
+        if [len(row) for row in part] != lengths or len(lengths) != 2:
             raise UserError(f"{path} is damaged: {name} are not those of its text; merge again")
 
 

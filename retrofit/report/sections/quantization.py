@@ -7,7 +7,7 @@ from pydantic import FiniteFloat, model_validator
 
 from retrofit.report.charts import Line, bar_chart
 from retrofit.report.figures import Figures, Logs, check_same_length
-from retrofit.report.findings import Difference, Item, cost_item, paired
+from retrofit.report.findings import Difference, Item, cost_item, differences, paired
 from retrofit.report.part import Measured, Part
 from retrofit.report.section import Section, Table
 from retrofit.report.wording import change, figure
@@ -63,8 +63,7 @@ class QuantizationFigures(Figures):
 
     def added_by_window(self, scheme: str) -> list[float]:
         """Returns the nats per token that a scheme adds, for each window."""
-        windows = zip(self.unrounded.nll_by_window, self.schemes[scheme].nll_by_window, strict=True)
-        return [rounded - unrounded for unrounded, rounded in windows]
+        return differences(self.unrounded.nll_by_window, self.schemes[scheme].nll_by_window)
 
 
 def _sections(models: Sequence[Measured[QuantizationFigures]]) -> list[Section]:

@@ -10,6 +10,7 @@ from retrofit.report.findings import (
     PERPLEXITY_UNCHANGED,
     Item,
     cost_item,
+    differences,
     paired,
     ratio_item,
 )
@@ -167,7 +168,7 @@ def _findings(base: StreamingFigures, model: StreamingFigures) -> Iterator[Item]
 def _added_nats(figures: StreamingFigures, kind: str) -> list[float]:
     """Returns the nats per token that a cache adds over the full one, for each window."""
     nll = figures.nll_by_window
-    return [evicting - full for full, evicting in zip(nll.full, getattr(nll, kind), strict=True)]
+    return differences(nll.full, getattr(nll, kind))
 
 
 PART = Part(
