@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
 import registry
+from asset_documents import papers
+from asset_models import build_smollm2_with_bos
 
 CORPORA = ["sotu", "c4-train", "c4-heldout", "wiki", "moby-dick"]
 MIXED = "In 2024,\n\n1. naïve 東京 🙂\n\t2.  x = 3.14\n"
@@ -120,6 +122,22 @@ def test_asset_is_built_once_however_many_ask(empty_cache, monkeypatch):
     assert folders == {empty_cache / "texts"} and len(built) == 1
 
 
+def test_an_asset_is_made_of_another_that_is_built_first(empty_cache, monkeypatch):
+    def build_whole(folder):
+        (folder / "whole").write_text("apple")
+
+    def build_half(folder, whole):
+        (folder / "half").write_text((whole / "whole").read_text()[:3])
+
+    made = {
+        "whole": assets.Asset("a/whole", build_whole, "", ""),
+        "half": assets.Asset("half", build_half, "", "", made_of="whole"),
+    }
+    monkeypatch.setattr(assets, "ASSETS", made)
+    assert (assets.ensure("half") / "half").read_text() == "app"
+    assert (empty_cache / "a" / "whole" / "whole").is_file()
+
+
 def test_texts_are_whole_and_disjoint(texts):
     assert len(texts["sotu"]) == 233 and len(texts["moby-dick"]) == 1
     everything = [document for corpus in texts.values() for document in corpus]
@@ -136,7 +154,7 @@ def test_papers_are_whole_and_come_once():
     other = {"title": "u", "full_text": {"paragraphs": [[long + "3"]]}}
     rows = [{"doc": document} for document in (paper, paper, other)]
     requests = "\n".join(map(json.dumps, rows)).encode()
-    assert list(assets.papers(requests)) == [f"{long}\n{long}2", f"{long}3"]
+    assert list(papers(requests)) == [f"{long}\n{long}2", f"{long}3"]
 
 
 def test_tasks_are_one_line_a_document_without_examples(empty_cache, monkeypatch):
@@ -210,9 +228,8 @@ def test_qwen_is_faithful_tied_and_prepends_nothing(texts):
     assert perplexity(model, tokenizer, max(texts["wiki"], key=len)) < 25  # 22.2
 
 
-def test_a_bos_token_is_put_before_each_text(tiny_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(assets, "ensure", lambda name: tiny_base("llama"))
-    assets.build_smollm2_with_bos(tmp_path)
+def test_a_bos_token_is_put_before_each_text(tiny_base, tmp_path):
+    build_smollm2_with_bos(tmp_path, tiny_base("llama"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     (first, *others) = tokenizer("hi").input_ids
     assert first == tokenizer.bos_token_id and tokenizer.decode(others) == "hi"
