@@ -288,14 +288,15 @@ def _check_positions(measured: MeasuredModel, lengths: dict[str, int]) -> None:
 
 
 def _tokens_read(evaluations: Sequence[Evaluation]) -> dict[str, int]:
-    """Returns how many tokens each evaluation reads at once, by the name of its option; those that
-    say nothing of it check it themselves."""
-    return {
-        f"{evaluation.name}.{option}": getattr(evaluation, option)
-        for evaluation in evaluations
-        for option in ("length", "prompt")
-        if hasattr(evaluation, option)
-    }
+    """Returns how many tokens each evaluation has in a model's context at once, by the names of the
+    options that ask for them; evaluations without such options check it themselves."""
+    read: dict[str, int] = {}
+    for evaluation in evaluations:
+        for options in (("length",), ("tokens",), ("prompt", "new_tokens")):
+            if hasattr(evaluation, options[0]):
+                names = " + ".join(f"{evaluation.name}.{option}" for option in options)
+                read[names] = sum(getattr(evaluation, option) for option in options)
+    return read
 
 
 def _check_logits(measured: MeasuredModel, input_ids: torch.Tensor) -> None:

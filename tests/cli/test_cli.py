@@ -254,6 +254,13 @@ def test_an_interrupted_measurement_says_how_to_go_on(tmp_path, tiny_base, capsy
             ],
             "positions, fewer than the 4096 tokens of --length",
         ),
+        (
+            [
+                *("measure", "{base}", "--text", "{tmp}/text.jsonl", "--cost"),
+                *("--length", "192", "--set", "cost.prompt=128", "--set", "cost.new_tokens=99999"),
+            ],
+            "fewer than the 100127 tokens of cost.prompt + cost.new_tokens; lower",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
