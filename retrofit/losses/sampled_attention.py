@@ -115,14 +115,7 @@ def sampled_attention(
         `[batch, heads, num_rows, T]` in float32, with the gradient of queries and keys. A row sums
         to 1, or with a sink to the share that the sink leaves to the keys; a sink has no column.
     """
-    batch, heads, length, head_dim = query_states.shape
-    kv_heads, num_rows = key_states.shape[1], sampled.rows.shape[1]
-    index = sampled.rows.view(batch, 1, num_rows, 1).expand(-1, heads, -1, head_dim)
-    # The query heads of a group are folded into its rows, [batch, kv_heads, group * num_rows,
-    # head_dim], so that keys are not repeated for every query head.
-    queries = query_states.gather(2, index).reshape(batch, kv_heads, -1, head_dim) * scaling
-    logits = (queries @ key_states.mT).view(batch, heads, num_rows, length)
-    logits = logits + sampled.mask_bias(length, sliding_window)  # in float32
+    logits = sampled_logits(query_states, key_states, scaling, sampled, sliding_window)
     if sinks is None and sink is None:
         return logits.softmax(-1)
     # A sink raises the log-sum-exp [batch, heads, num_rows] by which the softmax divides.
@@ -134,6 +127,32 @@ def sampled_attention(
             log_sum_exp
         )
     return (logits - log_sum_exp.unsqueeze(-1)).exp()
+
+
+def sampled_logits(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    scaling: float,
+    sampled: SampledRows,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Compute the attention logits of the sampled rows.
+
+    The arguments are those of `sampled_attention`.
+
+    Returns:
+        `[batch, heads, num_rows, T]` in float32, with the gradient of queries and keys; -inf at
+        keys that a row does not see.
+    """
+    batch, heads, length, head_dim = query_states.shape
+    kv_heads, num_rows = key_states.shape[1], sampled.rows.shape[1]
+    index = sampled.rows.view(batch, 1, num_rows, 1).expand(-1, heads, -1, head_dim)
+    # The query heads of a group are folded into its rows, [batch, kv_heads, group * num_rows,
+    # head_dim], so that keys are not repeated for every query head.
+    queries = query_states.gather(2, index).reshape(batch, kv_heads, -1, head_dim)
+    # Biases of the keys can make logits of hundreds, which bfloat16 would round by up to a nat.
+    logits = (queries.float() * scaling) @ key_states.float().mT
+    return logits.view(batch, heads, num_rows, length) + sampled.mask_bias(length, sliding_window)
 
 
 def attention_of_rows(

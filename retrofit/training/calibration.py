@@ -40,8 +40,7 @@ from peft import PeftModel
 from retrofit.adapters._family import GatedAttention
 from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.rope import attention_scaling
-from retrofit.losses.head_balance import vanilla_load
-from retrofit.losses.sampled_attention import SampledRows, attention_of_rows, sample_rows
+from retrofit.losses.sampled_attention import SampledRows, sample_rows, sampled_logits
 
 STEP = 0.8  # the most that a step at the highest learning rate moves a gate's logit by
 # A head has a sink if it pays the first token a greater share of its attention than this. Evenly
@@ -53,8 +52,8 @@ TOKENS_PER_ROW = 32
 LEAST_ROWS = 32
 # A slot tells first tokens apart if their log-sum-exps are far enough below those of other queries,
 # in standard deviations of the latter: the median over the heads of a layer. In the layers below
-# its sink, SmolLM2-135M is at 2.8 to 6.4 and does without projections, Qwen2.5-Coder-0.5B at -0.5
-# to 1.7, and its 1.5B at 0.3 and 2.8. So one layer with less than `BLURRED` shows that a model
+# its sink, SmolLM2-135M is at 2.7 to 7.1 and does without projections, Qwen2.5-Coder-0.5B at -0.5
+# to 2.2, and its 1.5B at 0.3 and 2.8. So one layer with less than `BLURRED` shows that a model
 # needs projections, and then each layer with less than `SEPARATION` gets one.
 SEPARATION = 3.0
 BLURRED = 2.0
@@ -66,8 +65,8 @@ class Calibration:
     """Statistics of a base that its gates and their learning rates start from.
 
     Each attribute is a mapping from the index of a layer. `sink_logits`, `mean_queries`,
-    `first_keys`, `first_shares` and `separations` are empty if no text is long enough to read them
-    from.
+    `first_keys`, `first_shares` and `separations` lack layers in which no query that is far enough
+    from the start of its text sees the first token: all of them if every text is short.
 
     Attributes:
         values: the mean value state of documents' first tokens, 0 for heads that do not attend to
@@ -159,7 +158,7 @@ class _Reader:
         self.sizes: list[torch.Tensor] = []  # the mean of sum |X| in each batch
         self.shares: list[torch.Tensor] = []  # [rows, heads]
         self.log_sum_exps: list[torch.Tensor] = []  # [rows, heads], over all keys but the first
-        self.first_logits: list[torch.Tensor] = []  # [rows, heads], of first tokens with themselves
+        self.first_log_sum_exps: list[torch.Tensor] = []  # [rows, heads], those of first tokens
         self.queries: list[torch.Tensor] = []  # [rows, heads, head_dim]
         self.keys: list[torch.Tensor] = []  # [rows, kv_heads, head_dim], those of first tokens
         self.handle = attention.v_proj.register_forward_hook(self._read_values)
@@ -179,33 +178,44 @@ class _Reader:
         return attn_output
 
     def _read_rows(self, query_states, key_states, sampled: SampledRows) -> None:
-        weights = attention_of_rows(self.attention, query_states, key_states, sampled)
-        shares = 1 - vanilla_load(weights, sampled.starts)
-        queries = _gather_rows(query_states, sampled.rows) * self.attention.scaling
-        first_queries = _gather_rows(query_states, sampled.starts) * self.attention.scaling
+        scaling, kwargs = self.attention.scaling, self.attention.attention_kwargs()
+        window = kwargs.get("sliding_window")
+        logits = sampled_logits(query_states, key_states, scaling, sampled, window)
+        starts = sampled.starts[:, None, :, None].expand(*logits.shape[:3], 1)
+        logits_of_first_keys = logits.gather(-1, starts).squeeze(-1)
+        log_sum_exps = logits.scatter(-1, starts, -torch.inf).logsumexp(-1)
         groups = query_states.shape[1] // key_states.shape[1]
-        keys = _gather_rows(key_states, sampled.starts)
-        keys_by_head = keys.repeat_interleave(groups, 1)
-        logits = (queries * keys_by_head).sum(-1, dtype=torch.float32)
-        first_logits = (first_queries * keys_by_head).sum(-1, dtype=torch.float32)
-        # The share of the first key is `A = sigmoid(logit - LSE)`.
-        log_sum_exps = logits - shares.logit(eps=1e-7)
+        keys = _gather_rows(key_states, sampled.starts).float()
+        first_queries = _gather_rows(query_states, sampled.starts).float() * scaling
+        first_log_sum_exps = (first_queries * keys.repeat_interleave(groups, 1)).sum(-1)
+        if (base_sinks := kwargs.get("s_aux")) is not None:  # a base's own, as in gpt-oss
+            log_sum_exps = torch.logaddexp(log_sum_exps, base_sinks.float()[:, None])
+            first_log_sum_exps = torch.logaddexp(first_log_sum_exps, base_sinks.float()[:, None])
         # A sampled row that only fills up the batch is left out: it sees only itself, and would pay
-        # all of its attention to itself as a first token.
+        # all of its attention to itself as a first token. So is a row whose sliding window does not
+        # reach back to the first token.
+        read = sampled.valid
+        if window is not None:
+            read = read & (sampled.rows - sampled.starts < window)
         for collected, states in (
-            (self.shares, shares),
+            (self.shares, (logits_of_first_keys - log_sum_exps).sigmoid()),
             (self.log_sum_exps, log_sum_exps),
-            (self.first_logits, first_logits),
-            (self.queries, queries.float()),
-            (self.keys, keys.float()),
+            (self.first_log_sum_exps, first_log_sum_exps),
+            (self.queries, _gather_rows(query_states, sampled.rows).float() * scaling),
+            (self.keys, keys),
         ):
-            collected.append(states.transpose(1, 2)[sampled.valid])
+            collected.append(states.transpose(1, 2)[read])
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether a row was read that sees the first token of its text."""
+        return any(len(shares) for shares in self.shares)
 
     def sink_logits(self) -> torch.Tensor:
         return closest_logits(torch.cat(self.log_sum_exps), torch.cat(self.shares))
 
     def separation(self) -> float:
-        log_sum_exps, first = torch.cat(self.log_sum_exps), torch.cat(self.first_logits)
+        log_sum_exps, first = torch.cat(self.log_sum_exps), torch.cat(self.first_log_sum_exps)
         gaps = (log_sum_exps.mean(0) - first.mean(0)) / log_sum_exps.std(0)
         return gaps.median().item()
 
@@ -223,6 +233,7 @@ class _Reader:
         value = torch.cat(self.values).mean(0).view(-1, self.attention.head_dim)
         if not self.shares:  # no text is long enough to read shares from
             return value
+        # Of no rows, which no window lets see the first token, the mean is NaN and thus no sink.
         share = self.first_share().view(len(value), -1).mean(-1)
         return value * (share > SINK_SHARE).unsqueeze(-1)
 
@@ -283,7 +294,7 @@ def calibrate(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> C
     finally:
         for reader in readers.values():
             reader.close()
-    with_shares = {index: reader for index, reader in readers.items() if reader.shares}
+    with_shares = {index: reader for index, reader in readers.items() if reader.has_shares}
     return Calibration(
         values={index: reader.mean_value() for index, reader in readers.items()},
         sink_logits={index: reader.sink_logits() for index, reader in with_shares.items()},

@@ -19,10 +19,11 @@ from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.projection import GateProjection
 from retrofit.gates.rope import turns_in_context
 from retrofit.gates.sinks import UNIT
+from retrofit.losses.sampled_attention import sampled_logits
 from retrofit.measure.attention_hooks import collect_layer_statistics
 from retrofit.models.document_attention import NAME as BY_DOCUMENT
 from retrofit.recipe import load_recipe
-from retrofit.training.calibration import calibrate, closest_logits
+from retrofit.training.calibration import Calibration, calibrate, closest_logits
 from retrofit.training.preflight import preflight
 from retrofit.training.run import train
 from retrofit.utils.errors import UserError
@@ -197,6 +198,16 @@ def test_log_sum_exp_in_blocks_is_the_whole(monkeypatch):
     logits = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).mT * SCALING
     logits = logits.masked_fill(~allowed(None, 40, 40), -torch.inf)
     torch.testing.assert_close(read_log_sum_exp(query, key, SCALING), logits.logsumexp(-1))
+
+
+def test_a_log_sum_exp_of_hundreds_keeps_its_digits_in_bfloat16():
+    """Biases of the keys make such ones, and the slot's share is a sigmoid of them."""
+    query, key, _ = ((state + 6).bfloat16() for state in states(40, 40))
+    logits = query.double() @ key.double().repeat_interleave(HEADS // KV_HEADS, 1).mT * SCALING
+    expected = logits.masked_fill(~allowed(None, 40, 40), -torch.inf).logsumexp(-1)
+    assert expected.mean() > 100
+    found = read_log_sum_exp(query, key, SCALING)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
@@ -505,7 +516,9 @@ def calibrated(model) -> None:
 
 
 def test_calibration_reads_the_mean_share_of_first_tokens(family):
-    base = tiny_model(family)
+    # A window that reaches back to the first token from the queries that are read.
+    window = {"sliding_window": 80} if family in ("gemma3_text", "gpt_oss") else {}
+    base = tiny_model(family, **window)
     model = get_peft_model(base, config_of({"sinks": "constant", "key_bias": True}))
     calibrated(model)
     layer = gate_layers(model)[1]
@@ -523,6 +536,51 @@ def test_calibration_reads_the_mean_share_of_first_tokens(family):
     if not hasattr(base.model.layers[1].self_attn, "k_norm"):
         first = torch.cat(keys).mean(0).view(2, 2, 8)[..., 8 - slow :]
         torch.testing.assert_close(gate.first_key, first)
+
+
+def read(model, length: int) -> Calibration:
+    input_ids = SEEN.repeat(1, 2)[:, :length]
+    positions = torch.arange(length).expand(2, -1)
+    return calibrate(model, [{"input_ids": input_ids, "position_ids": positions}])
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
+def test_queries_whose_window_does_not_reach_the_first_token_are_not_read(family):
+    model = get_peft_model(
+        tiny_model(family, sliding_window=80), config_of({"sinks": "constant", "key_bias": True})
+    )
+    longer, shorter = read(model, 96), read(model, 80)
+    types = getattr(model.config, "layer_types", None) or ["sliding_attention"] * 3
+    for index in (layer for layer, kind in enumerate(types) if kind == "sliding_attention"):
+        for name in ("sink_logits", "mean_queries", "first_keys", "first_shares", "values"):
+            expected = getattr(shorter, name)[index]
+            torch.testing.assert_close(getattr(longer, name)[index], expected)
+        assert longer.separations[index] == pytest.approx(shorter.separations[index], rel=1e-4)
+
+
+def test_the_log_sum_exp_of_a_head_that_pays_the_first_token_nothing_is_read(monkeypatch):
+    """As in Qwen2.5, whose biases of the keys make logits of hundreds."""
+    base = tiny_model("qwen2")
+    for layer in base.model.layers:
+        layer.self_attn.k_proj.bias.data *= 100
+    logits, fitted_on = [], []
+
+    def keep_logits(*args):
+        logits.append(sampled_logits(*args))
+        return logits[-1]
+
+    def keep_log_sum_exps(log_sum_exps, shares):
+        fitted_on.append((log_sum_exps, shares))
+        return closest_logits(log_sum_exps, shares)
+
+    monkeypatch.setattr("retrofit.training.calibration.sampled_logits", keep_logits)
+    monkeypatch.setattr("retrofit.training.calibration.closest_logits", keep_log_sum_exps)
+    read(get_peft_model(base, config_of({"sinks": "constant"})), 80)
+    assert min(shares.min() for _, shares in fitted_on) < 1e-12
+    for layer_logits, (log_sum_exps, _) in zip(logits, fitted_on, strict=True):
+        expected = layer_logits[..., 1:].double().logsumexp(-1)  # [batch, heads, rows]
+        expected = expected.transpose(1, 2).flatten(0, 1).float()
+        torch.testing.assert_close(log_sum_exps, expected, rtol=1e-5, atol=1e-3)
 
 
 def batch(padded: bool) -> dict[str, torch.Tensor]:
