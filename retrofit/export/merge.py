@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from retrofit.export.checkpoint_format import MergeMismatchError
 from retrofit.export.model_card import check_card_inputs, model_card
 from retrofit.export.registry import FormatName, format_of
+from retrofit.export.tokenizer_files import copy_tokenizer_of
 from retrofit.export.verify.passage import PASSAGE
 from retrofit.export.verify.reference import REFERENCE_FILE
 from retrofit.export.verify.report import REPORT_FILE, settings_hashes
@@ -27,7 +28,6 @@ from retrofit.utils.errors import UserError
 from retrofit.utils.files import (
     atomic_folder,
     copy,
-    copy_tokenizer,
     refuse_existing,
     write_json,
     write_text,
@@ -102,7 +102,7 @@ def merge(
         with _timed(seconds, "write"):
             checkpoint |= checkpoint_format.write(source, folder, stored_dtype, max_bytes, out.name)
             if checkpoint_format.has_tokenizer_files:
-                copy_tokenizer(source.base, folder)
+                copy_tokenizer_of(source.base, folder)
                 if checkpoint_format.is_model:
                     _write_generation_config(source, folder)
         report = _report(source, checkpoint, rounding_kl)

@@ -14,7 +14,7 @@ from retrofit.utils.errors import UserError
 
 # The text has what tokenizers treat differently: numbers, blanks, line ends, capitals, apostrophes,
 # scripts, symbols, and characters that Unicode's normal forms compose, decompose or replace.
-_TEXT = """Call me Ishmael. Some years ago, never mind how long precisely, I'd 12 dollars, DON'T ask
+SAMPLE_TEXT = """Call me Ishmael. Some years ago, never mind how long, I'd 12 dollars, DON'T ask
 In 1851 it cost $3,141.59 (or 10%); isn't that  too   much?\r\n\n\n\tdef f(x): return x+1 # y_2
 “naïve café”… Größe, Жизнь, 日本語のテキスト, مرحبا, 한국어 🙂🙂 a/b\\c x.org/?q=1&r=22 \t end
 e\u0301 o\u0308 \u1112\u1161\u11ab \u212b \ufb01 \u2460 \uff21 \u2026 \u0130 a\u0323\u0307 """
@@ -61,4 +61,4 @@ def check_tokenizer(
 
 
 def _tokens(tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(_TEXT, add_special_tokens=False).ids
+    return tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False).ids
