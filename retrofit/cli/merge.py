@@ -31,7 +31,11 @@ def main(
         str, typer.Option(help="The largest size of one safetensors file.")
     ] = "5GB",
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Publish the folder when it is whole.")
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Publish the folder when it is whole, in place of the checkpoint that is there.",
+        ),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="Publish as a private repository.")
