@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
+from transformers import AutoTokenizer
 
 from retrofit.utils.errors import UserError, one_line
 
@@ -108,7 +109,20 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(str(pre_tokenizer_name(tokenizer)))
     has_merges = not is_sentencepiece(tokenizer)
-    SpecialVocab(folder, load_merges=has_merges, n_vocab=size).add_to_gguf(writer, quiet=True)
+    special = SpecialVocab(folder, load_merges=has_merges, n_vocab=size)
+    special.chat_template = _chat_template(folder)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _chat_template(folder: Path) -> str | list[dict[str, str]] | None:
+    """Returns the chat template that transformers uses, which `SpecialVocab` may not.
+
+    Where there are several templates, the result is a list of their names and texts.
+    """
+    template = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template
+    if isinstance(template, dict):
+        return [{"name": name, "template": text} for name, text in template.items()]
+    return template
 
 
 def _scores(tokenizer: dict[str, Any], tokens: list[str]) -> list[float]:

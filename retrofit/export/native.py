@@ -103,6 +103,11 @@ def _qwen_tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str
     )
 
 
+def _gpt_oss_config(source: MergeSource) -> dict:
+    # The config of a base need not name a class, and may name one without a head.
+    return source.config.to_dict() | {"architectures": ["GptOssForCausalLM"]}
+
+
 _QWEN = StockArchitecture(
     lambda base: qwen3_5.native_config(base)["model_type"],
     qwen3_5.refusal,
@@ -116,7 +121,7 @@ _GRANITE = StockArchitecture(
 _GPT_OSS = StockArchitecture(
     lambda base: "gpt_oss",
     lambda base: None,
-    lambda source: source.config.to_dict(),
+    _gpt_oss_config,
     _gpt_oss_tensors,
 )
 

@@ -11,7 +11,7 @@ from native_checkpoints import LINEAR, YARN
 from test_granite_swa import DYNAMIC, WINDOWED_QWEN
 from tiny import DENSE, LLAMA3, tiny_model, write_tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retrofit.export import qwen3_5
 from retrofit.export.gguf_tokenizer import pre_tokenizer_name
@@ -233,6 +233,27 @@ def test_a_token_past_the_embeddings_is_left_out(tmp_path, base, in_process):
     path.write_text(json.dumps(tokenizer))
     figures = merge(make_run(tmp_path / "run", folder), tmp_path / "out", format="gguf")
     assert figures["verification"]["same_tokens"]
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_the_chat_template_is_the_one_that_transformers_uses(further, tmp_path, base, in_process):
+    folder = base("llama")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"chat_template": "of tokenizer_config.json"}
+    path.write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text("of chat_template.jinja")
+    if further:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates/tools.jinja").write_text("of tools.jinja")
+    used = AutoTokenizer.from_pretrained(folder).chat_template
+    used = used if further else {"default": used}
+    assert used["default"] == "of chat_template.jinja"
+    out = tmp_path / "out"
+    report = merge(make_run(tmp_path / "run", folder), out, format="gguf")
+    fields = GGUFReader(out / report["checkpoint"]["file"]).fields
+    assert fields["tokenizer.chat_template"].contents() == used["default"]
+    if further:
+        assert fields["tokenizer.chat_template.tools"].contents() == used["tools"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}'])

@@ -283,6 +283,20 @@ def test_constant_sinks_go_native(family, dtype, tmp_path, tiny_base, in_process
         assert figures["kl"] < 3 * figures["rounding_kl"] + 1e-7
 
 
+@pytest.mark.parametrize("architectures", [None, ["GptOssModel"]])
+def test_gpt_oss_names_its_class_though_the_base_does_not(
+    architectures, tmp_path, tiny_base, in_process
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("gpt_oss"), base)
+    config = json.loads((base / "config.json").read_text()) | {"architectures": architectures}
+    (base / "config.json").write_text(json.dumps(config))
+    report = merge(make_run(tmp_path / "run", base, **SINKS), tmp_path / "out")
+    assert report["checkpoint"]["architecture"] == "GptOssForCausalLM"
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["GptOssForCausalLM"]
+
+
 @pytest.mark.parametrize("gates", [SINKS, MIXED, BY_LAYER], ids=["constant", "mixed", "by-layer"])
 def test_every_family_carries_sinks_in_code_of_its_own(
     family, gates, tmp_path, tiny_base, in_process
@@ -501,6 +515,23 @@ def test_what_memory_cannot_hold_is_proved_from_disk(
     assert read["kl"] == pytest.approx(whole["kl"], rel=0.2, abs=1e-9)
     assert read["greedy_until"] in (None, whole["greedy_until"]) and not read["unused_gates"]
     assert len(Reference.load(tmp_path / "read/retrofit-reference.json").greedy[0]) == 2
+
+
+@pytest.mark.parametrize("shards", ["5GB", "100KB"])
+def test_other_safetensors_beside_the_base_are_not_read(
+    shards, tmp_path, tiny_base, in_process, monkeypatch
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("mistral"), base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size=shards)
+    vendor = {"layers.0.attention.wq.weight": torch.ones(1)}
+    save_file(vendor, base / "consolidated.safetensors")
+    save_file({"lm_head.weight": torch.ones(1)}, base / "adapter_model.safetensors")
+    monkeypatch.setattr(verify.streamed, "fits_in_memory", lambda _model: False)
+    figures = merge(make_run(tmp_path / "run", base), tmp_path / "out")["verification"]
+    assert figures["kl"] < 1e-9
 
 
 def test_a_bare_adapter_of_chosen_layers(tmp_path, tiny_base, in_process):

@@ -14,6 +14,8 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import get_checkpoint_shard_files
 
 STEPS = 2  # cached and greedy tokens, each of which reads all weights again
 _MAX_BYTES_IN_MEMORY = 4 * 2**30  # in float32; a larger model is streamed from disk
@@ -22,7 +24,7 @@ _MAX_BYTES_IN_MEMORY = 4 * 2**30  # in float32; a larger model is streamed from 
 def float32_weights(folder: Path) -> Mapping[str, torch.Tensor]:
     """Returns the weights of a folder by name, each read in float32 when it is asked for."""
     index: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weights_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a file is no mapping
                 index[name] = {"safetensors_file": path, "weight_name": name, "dtype": "float32"}
@@ -30,6 +32,20 @@ def float32_weights(folder: Path) -> Mapping[str, torch.Tensor]:
     if "lm_head.weight" not in index and embeddings in index:  # the embeddings are tied
         index["lm_head.weight"] = index[embeddings]
     return OffloadedWeightsLoader(index=index)
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """Returns the files that transformers loads a model from: one, or the shards of an index.
+
+    A folder may hold other safetensors, such as the same weights in a vendor's format. The folder
+    of an adapter has no files of a model.
+    """
+    if (single := folder / SAFE_WEIGHTS_NAME).is_file():
+        return [single]
+    if not (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return []
+    shards, _ = get_checkpoint_shard_files(folder, index)
+    return [Path(shard) for shard in shards]
 
 
 def load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, list[str]]]:
