@@ -125,6 +125,20 @@ class GateModel(BaseTuner):
         delattr(parent, child_name)
         _set_class(parent, family_of(parent.config.model_type).attention)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs) -> Iterator[None]:
+        """Overrides the method by which a PEFT method runs another adapter for each row of a batch.
+
+        Raises:
+            ValueError: if that is asked for.
+        """
+        if adapter_names is not None:
+            raise ValueError(
+                "all rows of a batch run with the same gates; call the model once for each adapter "
+                "in `adapter_names`, after `set_adapter` or within `disable_adapter`"
+            )
+        yield
+
     def _check_merge_allowed(self):
         raise ValueError(
             "gates cannot be merged into base weights; `retrofit merge` writes a gated checkpoint"

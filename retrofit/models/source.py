@@ -22,6 +22,7 @@ from retrofit.utils.errors import UserError
 from retrofit.utils.paths import expanded
 
 # Tensors that old checkpoints store and transformers now computes.
+_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
@@ -233,6 +234,7 @@ def open_base_weights(
     weights.refuse_other_dtypes()
     _check_complete(weights, shapes, name)
     _check_no_more(weights, {*shapes, *model.state_dict()}, model, name)
+    _check_tied(weights, config, name)
     return weights, shapes
 
 
@@ -270,6 +272,23 @@ def _check_no_more(
         raise UserError(
             f"base {name!r} stores {surplus[0]}{more}, for which its config.json has no place; "
             "download it again"
+        )
+
+
+def _check_tied(weights: StoredWeights, config: PreTrainedConfig, name: str) -> None:
+    """Checks that a head which the config ties to the embeddings is stored equal to them, or not at
+    all. transformers would not tie another one, whatever the config says.
+
+    Raises:
+        UserError: if it is another one.
+    """
+    tied = getattr(config, "tie_word_embeddings", False)
+    if not tied or not {_HEAD, _EMBEDDINGS} <= weights.keys():
+        return
+    if not torch.equal(weights[_HEAD], weights[_EMBEDDINGS]):
+        raise UserError(
+            f"base {name!r} stores a {_HEAD} that differs from its embeddings, and its config.json "
+            "ties the two; set tie_word_embeddings to false there, or download it again"
         )
 
 

@@ -65,6 +65,11 @@ def load_tokenizer_and_data(
         UserError: for a tokenizer, data or a text that cannot be used.
     """
     tokenizer = load_tokenizer(recipe.model)
+    if type(tokenizer).__module__.startswith("transformers_modules."):
+        raise UserError(
+            f"the tokenizer of {recipe.model.base} is code of its own, which no merged checkpoint "
+            "holds; take a base with a tokenizer that transformers itself reads"
+        )
     check_eos_token(tokenizer, config, recipe.model.base)
     check_planned_measurement(recipe, config, tokenizer)
     return tokenizer, load_sources(recipe.data, tokenizer)
@@ -74,10 +79,19 @@ def _check_base(recipe: Recipe, config: PreTrainedConfig) -> None:
     gates = gate_config(recipe)
     check_gateable(config, recipe.model.base, gates.layers_to_transform, gates.projection_layers)
     check_not_quantized(config, recipe.model.base)
+    _check_dtype(recipe, config)
     check_files(recipe.model, config)
     folder = Path(recipe.model.location)
     if folder.is_dir() and not getattr(config, "quantization_config", None):
         open_base_weights(folder, config, recipe.model.base)
+
+
+def _check_dtype(recipe: Recipe, config: PreTrainedConfig) -> None:
+    if recipe.model.dtype == "float16" and config.model_type == "gpt_oss":
+        raise UserError(
+            "model.dtype: transformers keeps the norms of a gpt_oss model in float32 beside "
+            "float16, and a checkpoint has one dtype; set it to bfloat16"
+        )
 
 
 def _check_attention(recipe: Recipe, config: PreTrainedConfig) -> None:

@@ -203,3 +203,9 @@ def test_input_casting_can_be_asked_off():
     expected = logits(model)
     with disable_input_dtype_casting(model):
         assert torch.equal(logits(model), expected)
+
+
+def test_another_adapter_for_each_row_is_refused():
+    model = get_peft_model(tiny_model("llama"), GateConfig())
+    with pytest.raises(ValueError, match="within `disable_adapter`"):
+        model(INPUT_IDS, adapter_names=["__base__", "default"])

@@ -7,12 +7,14 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from retrofit import GateConfig
 from retrofit.models.fingerprint import base_weights, weights_sha256
 from retrofit.models.loading import load_model
+from retrofit.models.source import open_base_weights
 from retrofit.recipe import Recipe
+from retrofit.training.preflight import preflight
 from retrofit.utils.errors import UserError
 
 INPUT_IDS = torch.arange(20)[None]
@@ -238,6 +240,30 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path):
     embeddings = load_file(path)["model.embed_tokens.weight"]
     spoil(path, lambda tensors: tensors.update({"lm_head.weight": embeddings.clone()}))
     assert torch.equal(logits(load_model(str(base))[0]), expected)
+
+
+def test_a_tied_head_that_differs_from_the_embeddings_is_refused(tmp_path):
+    """transformers would not tie it, so what is trained would not be what the config says."""
+    base = tmp_path / "tied"
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(base)
+    config = AutoConfig.from_pretrained(base)
+    open_base_weights(base, config, "tied")
+    other = torch.ones(config.vocab_size, config.hidden_size)
+    spoil(base / "model.safetensors", lambda tensors: tensors.update({"lm_head.weight": other}))
+    with pytest.raises(UserError, match="set tie_word_embeddings to false"):
+        open_base_weights(base, config, "tied")
+
+
+def test_float16_beside_norms_in_float32_is_refused_before_training(tmp_path):
+    base = tmp_path / "base"
+    tiny_model("gpt_oss").save_pretrained(base)
+    recipe = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"base": str(base), "dtype": "float16"},
+        "data": {"sources": [{"path": "text.jsonl"}]},
+    }
+    with pytest.raises(UserError, match="set it to bfloat16"):
+        preflight(Recipe.model_validate(recipe))
 
 
 def test_an_unfinished_run_says_so(run):

@@ -128,6 +128,18 @@ def test_the_command_line_names_the_flag_and_runs_nothing(
     assert "--trust-remote-code" in error and error.strip().count("\n") == 0
 
 
+def test_a_tokenizer_of_its_own_code_is_refused_before_training(base):
+    """Even if the code is trusted, since no merged checkpoint can hold it."""
+    code = "from transformers import TokenizersBackend\nclass Own(TokenizersBackend): pass\n"
+    (base / "own.py").write_text(code)
+    path = base / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (base.parent / "text.jsonl").write_text('{"text": "a sink"}\n')
+    with pytest.raises(UserError, match="code of its own, which no merged checkpoint"):
+        train(recipe_of(base.parent / "new", base, model={"trust_remote_code": True}))
+
+
 @pytest.mark.parametrize("verb", ["measure", "train", "merge", "adapter"])
 def test_a_base_with_code_is_refused_by_every_verb(run, base, sprung, verb, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: "y")  # nobody is asked either
