@@ -42,14 +42,17 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these runs")
     options = parser.parse_intermixed_args()
     grid = parse(options.grid.read_text())
-    runs = {name: grid["runs"][name] for name in options.only or grid["runs"]}
+    common = [*grid.get("common", ()), *options.overrides]
+    runs = {name: [*common, *overrides] for name, overrides in grid["runs"].items()}
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, overrides in runs.items():
-        overrides = [*grid.get("common", ()), *options.overrides, *overrides]
-        if code := train(grid["recipe"], options.out / name, overrides):
+    for name in options.only or runs:
+        if code := train(grid["recipe"], options.out / name, runs[name]):
             return code
-        results = {run: read(options.out / run) for run in grid["runs"]}
-        finished = {run: figures for run, figures in results.items() if figures}
+        finished = {
+            run: read(options.out / run)
+            for run, overrides in runs.items()
+            if is_finished(grid["recipe"], options.out / run, overrides)
+        }
         (options.out / "table.md").write_text(table(grid, finished))
         plot(finished, options.out / "frontier.png")
     print((options.out / "table.md").read_text())
@@ -59,8 +62,7 @@ def main() -> int:
 def train(recipe: str, run: Path, overrides: list[str], last_file: str = "measure.json") -> int:
     """Train a run and return its exit code, which is 0 at once if `last_file` is there already."""
     if (run / last_file).is_file():
-        wanted = load_recipe(recipe, [f"output_dir={run}", *overrides])
-        if (run / "recipe.resolved.yaml").read_text() != wanted.with_absolute_paths().to_yaml():
+        if not is_finished(recipe, run, overrides, last_file):
             print(f"error: {run} was trained with another recipe; remove it", file=sys.stderr)
             return 2
         return 0
@@ -70,10 +72,18 @@ def train(recipe: str, run: Path, overrides: list[str], last_file: str = "measur
     return subprocess.run([*RETROFIT, *command]).returncode
 
 
-def read(run: Path) -> dict | None:
-    """Returns the figures of the base and of the run, or None if the run is not finished."""
-    if not (run / "measure.json").is_file():
-        return None
+def is_finished(
+    recipe: str, run: Path, overrides: list[str], last_file: str = "measure.json"
+) -> bool:
+    """Tells whether a run is finished and was trained with this recipe."""
+    if not (run / last_file).is_file():
+        return False
+    wanted = load_recipe(recipe, [f"output_dir={run}", *overrides])
+    return (run / "recipe.resolved.yaml").read_text() == wanted.with_absolute_paths().to_yaml()
+
+
+def read(run: Path) -> dict:
+    """Returns the figures of the base and of the run."""
     base, gated = json.loads((run / "measure.json").read_text())["models"]
     tokens = json.loads((run / "run.json").read_text())["tokens"]
     return {"base": base["metrics"] | {"tokens": 0}, "run": gated["metrics"] | {"tokens": tokens}}

@@ -66,9 +66,12 @@ def main() -> int:
 
 
 def measured(base: str, runs: list[Path], text: str, path: Path) -> list[dict]:
-    """Returns the figures of the base and the runs on one text, the base first."""
+    """Returns the figures of the base and the runs on one text, the base first. They are kept until
+    a run is trained anew."""
     sources = [str(Path(base).expanduser()), *map(str, runs)]
-    if not path.is_file() or json.loads(path.read_text())["settings"]["sources"] != sources:
+    trained = max((run / "run.json").stat().st_mtime for run in runs)
+    is_kept = path.is_file() and path.stat().st_mtime >= trained
+    if not is_kept or json.loads(path.read_text())["settings"]["sources"] != sources:
         file = assets.ensure("texts") / f"{text}.jsonl"
         command = ["measure", *sources, "--text", str(file), "--json", str(path)]
         subprocess.run([*RETROFIT, *command], check=True)

@@ -15,9 +15,10 @@ import torch
 from peft import PeftModel
 from rich.progress import track
 
-from retrofit.measure import names, read_documents
+from retrofit.measure import names, prepended_token, read_documents
 from retrofit.models.loading import load_model
 from retrofit.models.run_folder import opened_as_trained
+from retrofit.utils.errors import UserError
 from retrofit.utils.process import prepare_process
 
 BATCH = 4096  # tokens
@@ -47,13 +48,18 @@ def main() -> None:
 
 def short_windows(tokenizer, text: Path, windows: int, length: int) -> torch.Tensor:
     """Returns windows of token ids from anywhere in the text, `[windows, length]`, the same for
-    every model of one tokenizer."""
+    every model of one tokenizer, which begin with its BOS token if it prepends one."""
+    bos = [] if prepended_token(tokenizer) is None else [tokenizer.bos_token_id]
+    size = length - len(bos)
     ids: list[int] = []
     for document in read_documents(text):
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    if not 0 < size < len(ids):
+        raise UserError(f"{text} has {len(ids)} tokens, and windows {length}; ask for others")
     generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(0, len(ids) - length, (windows, 1), generator=generator)
-    return torch.tensor(ids)[starts + torch.arange(length)]
+    starts = torch.randint(0, len(ids) - size, (windows, 1), generator=generator)
+    first = torch.tensor(bos, dtype=torch.long).expand(windows, -1)
+    return torch.cat([first, torch.tensor(ids)[starts + torch.arange(size)]], -1)
 
 
 @torch.inference_mode()
@@ -62,10 +68,11 @@ def largest_activations(model, windows: torch.Tensor) -> torch.Tensor:
     stream, `[windows, length]`."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     largest = []
-    for ids in track(windows.split(BATCH // windows.shape[1]), transient=True):
+    for ids in track(windows.split(max(1, BATCH // windows.shape[1])), transient=True):
+        ids = ids.to(inner.device)
         states = inner.get_decoder()(ids, use_cache=False, output_hidden_states=True).hidden_states
         largest.append(torch.stack([hidden.abs().amax(-1) for hidden in states[:-1]]).amax(0))
-    return torch.cat(largest).float()
+    return torch.cat(largest).float().cpu()
 
 
 if __name__ == "__main__":

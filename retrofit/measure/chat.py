@@ -3,6 +3,7 @@ base's. A retrofit is meant to answer as its base does, and perplexity does not 
 does: one token that comes out otherwise turns the rest of an answer.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -38,7 +39,12 @@ class Chat:
             prompt = _prompt(tokenizer, instruction)["input_ids"]
             (token_ids,) = generate_greedily(model, tokenizer, prompt, self.new_tokens).tolist()
             text = tokenizer.decode(token_ids, skip_special_tokens=True)
-            answers.append(Answer(instruction=instruction, token_ids=token_ids, text=text))
+            sha256 = hashlib.sha256(prompt.numpy().tobytes()).hexdigest()
+            answers.append(
+                Answer(
+                    instruction=instruction, prompt_sha256=sha256, token_ids=token_ids, text=text
+                )
+            )
         return ChatFigures(answers=answers)
 
 

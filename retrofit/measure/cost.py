@@ -117,5 +117,5 @@ def _cache_bytes(model: Any, input_ids: torch.Tensor) -> int:
 
 
 def _spread(ratios: list[float]) -> Ratio:
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Ratio(value=middle, low=low, high=high)

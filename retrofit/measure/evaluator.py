@@ -25,6 +25,7 @@ from retrofit.measure.texts import cut_windows, read_documents
 from retrofit.models.loading import load_model
 from retrofit.models.run_folder import opened_as_trained
 from retrofit.utils.console import PlainConsole
+from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import read_json, write_json, writing
 from retrofit.utils.paths import expanded
@@ -101,11 +102,13 @@ def measure(
         for name, source in plan.named.items():
             if not (todo := plan.todo(name)):
                 continue
-            base_dtype = plan.settings.get("dtype", dtype)
+            asked = plan.settings.get("dtype", dtype)
+            model, tokenizer = load(source, asked, **options[source])
+            # What is opened again has the dtype that `auto` stood for, as all other models have.
             reload, reload_base = (
-                partial(load, each, base_dtype, **options[each]) for each in (source, sources[0])
+                partial(load, each, dtype_name(model.dtype), **options[each])
+                for each in (source, sources[0])
             )
-            model, tokenizer = reload()
             open_base = None if source == sources[0] else reload_base
             measured = MeasuredModel(name, source, model, tokenizer, documents, reload, open_base)
             _check_positions(measured, {"--length": length, **_tokens_read(evaluations)})

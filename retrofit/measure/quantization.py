@@ -5,7 +5,6 @@ Outliers cause the cost: one activation a thousand times the usual size leaves t
 255 steps that an int8 tensor has (SmoothQuant, arXiv:2211.10438, section 3).
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -128,18 +127,18 @@ def rounded_to_fp8(values: torch.Tensor) -> torch.Tensor:
 def rounded_in_groups(values: torch.Tensor, group: int, bits: int = 4) -> torch.Tensor:
     """Rounds values `[..., channels]` to 4 or 8 bits, as the round-to-nearest baseline of GPTQ does
     with weights (arXiv:2210.17323): to even steps from the smallest to the largest value of each
-    `group` channels.
-
-    A group is smaller where `group` does not divide the number of channels.
+    `group` channels, of which the last group may have fewer.
     """
-    # [..., groups, channels of a group]
-    grouped = values.float().unflatten(-1, (-1, math.gcd(group, values.shape[-1])))
+    channels = values.shape[-1]
+    # Zeros fill up the last group. They change no step, since 0 lies between all steps.
+    padded = F.pad(values.float(), (0, -channels % group))
+    grouped = padded.unflatten(-1, (-1, group))  # [..., groups, channels of a group]
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     low, high = low.clamp(max=0), high.clamp(min=0)  # 0 stays 0
     scale = ((high - low) / _STEPS[bits]).clamp(min=1e-30)
     zero = (-low / scale).round()
     steps = ((grouped / scale).round() + zero).clamp(0, _STEPS[bits])
-    return ((steps - zero) * scale).flatten(-2).to(values.dtype)
+    return ((steps - zero) * scale).flatten(-2)[..., :channels].to(values.dtype)
 
 
 @contextmanager

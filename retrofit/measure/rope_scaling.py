@@ -49,6 +49,8 @@ def _set_rotary(decoder: Any, rotary: nn.Module) -> None:
 
 def has_rope_by_layer(config: PreTrainedConfig) -> bool:
     """Tells whether the layers of a model differ in their RoPE, or in having one."""
+    if 0 in (getattr(config, "no_rope_layers", None) or ()):  # as in SmolLM3: 0 has none
+        return True
     thetas = getattr(config, "layer_rope_theta", None)
     return thetas is not None and set(thetas) != {config.rope_parameters["rope_theta"]}
 

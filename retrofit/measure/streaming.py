@@ -90,7 +90,8 @@ class Streaming:
 
     def _check(self, measured: MeasuredModel) -> None:
         config = measured.inner.config
-        if sliding_window_of(config) is not None:
+        chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+        if sliding_window_of(config) is not None or chunked:
             raise UserError(f"streaming: the attention of {measured.name} slides by itself")
         if has_rope_by_layer(config):
             raise UserError(f"streaming: the layers of {measured.name} have a RoPE each")

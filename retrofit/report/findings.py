@@ -103,9 +103,14 @@ class Difference:
 
     @property
     def is_noise(self) -> bool:
+        """Whether the difference is less than its noise; a single sample says nothing of it."""
+        if self.samples == 1:
+            return True
         return self.stderr is not None and abs(self.value) < self.noise
 
     def formatted(self, decimals: int) -> str:
+        if self.samples == 1:
+            return f"{self.value:+.{decimals}f}, of a single one, whose noise is not known"
         if self.stderr is None:
             return f"{self.value:+.{decimals}f}"
         noise = f"± {self.stderr:.{decimals}f}{', within noise' if self.is_noise else ''}"

@@ -130,12 +130,13 @@ def _add_tasks(joined: dict[str, Any], path: Path, result: dict[str, Any]) -> No
         tasks |= model["tasks"]
     _check_same_settings(_OF_BASE, "the measurement", joined["settings"], path, result["settings"])
     settings = {key: result["settings"][key] for key in ("documents", "seed", "dtype")}
+    if skipped := result["settings"].get("skipped", 0):
+        settings["skipped"] = skipped
     known = joined["settings"].setdefault("tasks", settings)
-    for key in ("seed", "dtype"):
-        if known[key] != settings[key]:
+    for key in ("seed", "dtype", "skipped"):
+        if (before := known.get(key, 0)) != (after := settings.get(key, 0)):
             raise UserError(
-                f"tasks were measured differently: {key} is {known[key]} in one file, "
-                f"{settings[key]} in {path}"
+                f"tasks were measured differently: {key} is {before} in one file, {after} in {path}"
             )
     known["documents"] = known["documents"] | settings["documents"]
 

@@ -261,6 +261,30 @@ def test_all_models_run_in_the_dtype_of_the_base(text):
     assert result["settings"]["dtype"] == "bfloat16"
 
 
+def test_a_model_that_is_opened_again_has_the_dtype_of_all_others(text):
+    """bitsandbytes computes in bfloat16 if it is told `auto`, whatever the others compute in."""
+    asked = []
+
+    class Nothing(BaseModel):
+        pass
+
+    @dataclass
+    class OpenAgain:
+        name = "opened"
+
+        def measure(self, measured, track):
+            measured.reload()
+            return Nothing()
+
+    def load(source, dtype):
+        asked.append((source, dtype))
+        return tiny_model("llama"), tiny_tokenizer()
+
+    options = {"length": 192, "load": load, "progress": False}
+    measure(["a", "b"], text, evaluations=[OpenAgain()], **options)
+    assert asked == [("a", "auto"), *[(name, "float32") for name in ("a", "b", "b")]]
+
+
 def test_names_are_short_where_that_is_clear(text):
     def load(source, dtype):
         return tiny_model("llama"), tiny_tokenizer()
@@ -444,9 +468,16 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(text):
         measure(["base"], text, length=192, load=opening(base=model), progress=False)
 
 
-@pytest.mark.parametrize("option", ["quantization.length", "cost.prompt", "heads.length"])
-def test_an_evaluation_longer_than_the_model_reads_is_refused(text, option):
+@pytest.mark.parametrize(
+    ("option", "asked"),
+    [
+        ("quantization.length", "513 tokens of quantization.length"),
+        ("cost.prompt", r"545 tokens of cost.prompt \+ cost.new_tokens"),
+        ("heads.length", "513 tokens of heads.length"),
+    ],
+)
+def test_an_evaluation_longer_than_the_model_reads_is_refused(text, option, asked):
     (evaluation,) = chosen_evaluations([option.split(".")[0]], [f"{option}=513"])
     load = opening(base=tiny_model("llama"))
-    with pytest.raises(UserError, match=f"base has 512 .* 513 tokens of {option}; lower {option}"):
+    with pytest.raises(UserError, match=f"base has 512 .* {asked}; lower {option}"):
         measure(["base"], text, length=192, evaluations=[evaluation], load=load, progress=False)

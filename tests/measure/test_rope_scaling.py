@@ -8,9 +8,10 @@ import torch
 from native_checkpoints import as_native, trained
 from peft import get_peft_model
 from tiny import LLAMA3, SHAPE, tiny_model
+from transformers import AutoConfig
 
 from retrofit import GateConfig
-from retrofit.measure.rope_scaling import rope_scaled
+from retrofit.measure.rope_scaling import has_rope_by_layer, rope_scaled
 from retrofit.utils.errors import UserError
 
 TRAINED = SHAPE["max_position_embeddings"]
@@ -159,3 +160,10 @@ def test_what_cannot_be_stretched_is_refused_beyond_what_it_reads(family, overri
     with pytest.raises(UserError, match=message) as error, rope_scaled(model, reads + 1, "yarn"):
         pass
     assert reason in str(error.value) and f"up to {reads}" in str(error.value)
+
+
+@pytest.mark.parametrize("own", [{"no_rope_layers": [1, 0, 1]}, {"no_rope_layers": [1, 1, 1]}])
+def test_layers_without_rope_are_layers_with_another(own):
+    """As every fourth of SmolLM3, whose queries no new position may turn."""
+    config = AutoConfig.for_model("smollm3", num_hidden_layers=3, **own)
+    assert has_rope_by_layer(config) == (0 in own["no_rope_layers"])

@@ -31,6 +31,14 @@ def test_answers_part_where_the_first_token_differs(model, places):
     assert parted_after(BASE, model) == places
 
 
+def test_answers_to_other_prompts_are_not_compared():
+    """A chat template may put the date into them."""
+    dated = [answer.model_copy(update={"prompt_sha256": "today"}) for answer in BASE.answers]
+    today = ChatFigures(answers=dated)
+    assert parted_after(today, today) == [None, None, None]
+    assert parted_after(BASE, today) == [] and list(PART.findings(BASE, today)) == []
+
+
 def test_what_is_said_of_them():
     (same,) = PART.findings(BASE, BASE)
     assert same[:2] == ("same", "3 of 3 answers are the same")

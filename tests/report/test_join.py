@@ -151,6 +151,17 @@ def test_tasks_of_few_documents_have_the_noise_of_few(write, answers):
     assert found.outcome == "same" and len(found.items) == 2
 
 
+def test_tasks_of_other_documents_are_refused(write, answers):
+    other = copy.deepcopy(answers)
+    other["settings"] |= {"documents": {"piqa": 500}, "skipped": 500}
+    for model in other["models"]:
+        model["tasks"] = {"piqa": model["tasks"]["lambada"]}
+    measured = without_tasks(synthetic_result("gates"))
+    paths = [write("A.json", measured), write("a.json", answers), write("b.json", other)]
+    with pytest.raises(UserError, match="skipped is 0 in one file, 500 in"):
+        join(paths)
+
+
 def test_tasks_of_other_models_or_alone_are_refused(write, answers):
     measured, alone = write("A.json", synthetic_result("gates")), write("tasks.json", answers)
     with pytest.raises(UserError, match="holds only tasks"):

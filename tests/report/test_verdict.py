@@ -41,7 +41,9 @@ def test_paired_differences_against_their_formula():
     found = paired(base, model)
     assert found.value == pytest.approx(mean)
     assert found.stderr == pytest.approx(math.sqrt(variance / 4))
-    assert paired([3.0], [3.5]) == Difference(0.5, None, 1)
+    single = paired([3.0], [3.5])
+    assert single == Difference(0.5, None, 1)
+    assert single.is_noise and "noise is not known" in single.formatted(2), "of a single window"
     with pytest.raises(ValueError):
         paired([3.0], [3.0, 3.0])
 
@@ -240,6 +242,8 @@ def test_cost_is_worse_only_where_the_interval_says_so(result):
     assert found["better"] == "decode takes 0.90 times as long (0.85 to 0.95)"
     assert "prefill takes 1.03" in found["worse"] and "weights 538 MB -> 807 MB" in found["worse"]
     assert "cache a token" in found["same"]
+    model["cost"]["prefill_ratio"] = {"value": 1.002, "low": 1.001, "high": 1.003}
+    assert "prefill takes 1.00" in of(judged(base, model), "cost")["same"], "it is within 1%"
 
 
 def test_a_part_that_one_of_them_lacks_is_not_compared(result):

@@ -15,9 +15,14 @@ _SHOWN = 8  # Instructions whose answers are printed; the JSON has all of them.
 
 
 class Answer(Figures):
-    """What a model answers to one instruction, greedily."""
+    """What a model answers to one instruction, greedily.
+
+    A chat template may put other text around the instruction, such as the date; `prompt_sha256` is
+    the hash of the tokens of all of it.
+    """
 
     instruction: str
+    prompt_sha256: str | None = None
     token_ids: list[int]
     text: str
 
@@ -29,15 +34,19 @@ class ChatFigures(Figures):
 
 
 def parted_after(base: ChatFigures, model: ChatFigures) -> list[int | None]:
-    """For each instruction that both answered, how many tokens their answers share from the start
-    on; `None` where the answers are the same."""
-    answers = {answer.instruction: answer.token_ids for answer in base.answers}
+    """For each prompt that both answered, how many tokens their answers share from the start on;
+    `None` where the answers are the same."""
+    answers = {_prompt_of(answer): answer.token_ids for answer in base.answers}
     pairs = [
-        (answers[answer.instruction], answer.token_ids)
+        (answers[_prompt_of(answer)], answer.token_ids)
         for answer in model.answers
-        if answer.instruction in answers
+        if _prompt_of(answer) in answers
     ]
     return [None if before == after else _shared(before, after) for before, after in pairs]
+
+
+def _prompt_of(answer: Answer) -> tuple[str, str | None]:
+    return answer.instruction, answer.prompt_sha256
 
 
 def _shared(before: Sequence[int], after: Sequence[int]) -> int:

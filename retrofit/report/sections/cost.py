@@ -78,7 +78,8 @@ def _cell(value: float | None, format_value: Callable[[float], str]) -> str:
 def _findings(base: CostFigures, model: CostFigures) -> Iterator[Item]:
     for field, phase in _RATIOS.items():
         if ratio := getattr(model, field):
-            slower, faster = ratio.low > 1, ratio.high < 1
+            is_same = abs(ratio.value - 1) <= COST_UNCHANGED
+            slower, faster = not is_same and ratio.low > 1, not is_same and ratio.high < 1
             text = f"{phase} takes {ratio.value:.2f} times as long"
             text = f"{text} ({ratio.low:.2f} to {ratio.high:.2f})"
             values = f"{ratio.value:.2f} times the base's"
