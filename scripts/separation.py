@@ -5,8 +5,8 @@
 Nothing is trained. `share` is the attention that the base's heads pay the first token; the first
 layer above 0.1 has the first sink. `separation` is by how much the log-sum-exps of first tokens are
 below those of other queries, in standard deviations of the latter, the median over heads. If it is
-below 2 in any layer below the first sink, those of these layers where it is below 3 get a
-projection (`gate.projection_layers=auto`).
+below 2 in any layer below the first sink, all layers below it get a projection
+(`gate.projection_layers=auto`).
 """
 
 import argparse

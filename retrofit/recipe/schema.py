@@ -125,8 +125,8 @@ class Gate(Section):
         None
     )
     """The layers that have the projection instead of sinks, the others having sinks alone; `auto`
-    takes those that have to prevent the sink and whose sinks could not. `null` gives every layer
-    both. Without both there is nothing to choose."""
+    takes those that have to prevent the sink, if the sinks of one of them could not. `null` gives
+    every layer both. Without both there is nothing to choose."""
     activation: Activation = "sigmoid"
     """The activation of the projection; all but `sigmoid` are ablations."""
     position: Position = "G1"

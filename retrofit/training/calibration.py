@@ -52,10 +52,10 @@ TOKENS_PER_ROW = 32
 LEAST_ROWS = 32
 # A slot tells first tokens apart if their log-sum-exps are far enough below those of other queries,
 # in standard deviations of the latter: the median over the heads of a layer. In the layers below
-# its sink, SmolLM2-135M is at 2.7 to 7.1 and does without projections, Qwen2.5-Coder-0.5B at -0.5
-# to 2.2, and its 1.5B at 0.3 and 2.8. So one layer with less than `BLURRED` shows that a model
-# needs projections, and then each layer with less than `SEPARATION` gets one.
-SEPARATION = 3.0
+# its sink, SmolLM2-135M is at 2.7 to 7.1 and does without projections, and the first layer of both
+# sizes of Qwen2.5-Coder is below 0.5. So one layer with less than `BLURRED` shows that a model
+# needs projections, and then all layers below its sink get one. In Qwen2.5-Coder-1.5B, whose other
+# such layer is not blurred, a projection in the first alone left a seventh of the sink.
 BLURRED = 2.0
 LEAST_SHARE = 1e-3  # the share that the slot of a head without a sink starts from
 
@@ -129,16 +129,14 @@ class Calibration:
 
     @property
     def projection_layers(self) -> list[int]:
-        """The layers below the first sink whose slots do not tell first tokens apart; none if they
-        are only a little blurred."""
+        """The layers below the first sink, if the slots of one of them do not tell first tokens
+        apart; otherwise none."""
         with_sink = [
             index for index, share in self.first_shares.items() if share.mean() > SINK_SHARE
         ]
         first_sink = min(with_sink, default=0)
         below = {index: gap for index, gap in self.separations.items() if index < first_sink}
-        if min(below.values(), default=BLURRED) >= BLURRED:
-            return []
-        return [index for index, separation in below.items() if separation < SEPARATION]
+        return list(below) if min(below.values(), default=BLURRED) < BLURRED else []
 
     @property
     def learning_rates(self) -> dict[int, float]:
