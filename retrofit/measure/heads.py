@@ -5,6 +5,9 @@ few heads do the work (arXiv:2602.01203). Heads are ranked by their load, and th
 set to zero before `o_proj`. For comparison, as many random heads are zeroed, the same ones in every
 model. The less the least loaded heads cost compared with the random ones, the fewer heads do the
 work.
+
+In a merged checkpoint the centers of the gates are part of a bias, so a head that is set to zero
+still puts out its center. Compare runs with runs, and merged checkpoints with each other.
 """
 
 import random
