@@ -40,7 +40,7 @@ from peft import PeftModel
 from retrofit.adapters._family import GatedAttention
 from retrofit.gates import gate_layers, gates_off
 from retrofit.gates.rope import attention_scaling
-from retrofit.losses.sampled_attention import SampledRows, sample_rows, sampled_logits
+from retrofit.losses.sampled_attention import NEAR, SampledRows, sample_rows, sampled_logits
 
 STEP = 0.8  # the most that a step at the highest learning rate moves a gate's logit by
 # A head has a sink if it pays the first token a greater share of its attention than this. Evenly
@@ -65,8 +65,8 @@ class Calibration:
     """Statistics of a base that its gates and their learning rates start from.
 
     Each attribute is a mapping from the index of a layer. `sink_logits`, `mean_queries`,
-    `first_keys`, `first_shares` and `separations` lack layers in which no query that is far enough
-    from the start of its text sees the first token: all of them if every text is short.
+    `first_keys`, `first_shares` and `separations` are empty if no text is long enough to read them
+    from.
 
     Attributes:
         values: the mean value state of documents' first tokens, 0 for heads that do not attend to
@@ -191,9 +191,9 @@ class _Reader:
             first_log_sum_exps = torch.logaddexp(first_log_sum_exps, base_sinks.float()[:, None])
         # A sampled row that only fills up the batch is left out: it sees only itself, and would pay
         # all of its attention to itself as a first token. So is a row whose sliding window does not
-        # reach back to the first token.
+        # reach back to the first token, unless the window is too short for any row to do so.
         read = sampled.valid
-        if window is not None:
+        if window is not None and window > NEAR:
             read = read & (sampled.rows - sampled.starts < window)
         for collected, states in (
             (self.shares, (logits_of_first_keys - log_sum_exps).sigmoid()),
@@ -206,7 +206,7 @@ class _Reader:
 
     @property
     def has_shares(self) -> bool:
-        """Whether a row was read that sees the first token of its text."""
+        """Whether any row was read."""
         return any(len(shares) for shares in self.shares)
 
     def sink_logits(self) -> torch.Tensor:
@@ -229,9 +229,8 @@ class _Reader:
 
     def mean_value(self) -> torch.Tensor:
         value = torch.cat(self.values).mean(0).view(-1, self.attention.head_dim)
-        if not self.shares:  # no text is long enough to read shares from
+        if not self.has_shares:  # no text is long enough to read shares from
             return value
-        # Of no rows, which no window lets see the first token, the mean is NaN and thus no sink.
         share = self.first_share().view(len(value), -1).mean(-1)
         return value * (share > SINK_SHARE).unsqueeze(-1)
 

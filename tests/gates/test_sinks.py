@@ -516,9 +516,7 @@ def calibrated(model) -> None:
 
 
 def test_calibration_reads_the_mean_share_of_first_tokens(family):
-    # A window that reaches back to the first token from the queries that are read.
-    window = {"sliding_window": 80} if family in ("gemma3_text", "gpt_oss") else {}
-    base = tiny_model(family, **window)
+    base = tiny_model(family)
     model = get_peft_model(base, config_of({"sinks": "constant", "key_bias": True}))
     calibrated(model)
     layer = gate_layers(model)[1]
