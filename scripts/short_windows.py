@@ -18,7 +18,6 @@ from rich.progress import track
 from retrofit.measure import names, prepended_token, read_documents
 from retrofit.models.loading import load_model
 from retrofit.models.run_folder import opened_as_trained
-from retrofit.utils.errors import UserError
 from retrofit.utils.process import prepare_process
 
 BATCH = 4096  # tokens
@@ -55,7 +54,7 @@ def short_windows(tokenizer, text: Path, windows: int, length: int) -> torch.Ten
     for document in read_documents(text):
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     if not 0 < size < len(ids):
-        raise UserError(f"{text} has {len(ids)} tokens, and windows {length}; ask for others")
+        raise SystemExit(f"error: {text} has {len(ids)} tokens; lower --length {length} to fewer")
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(0, len(ids) - size, (windows, 1), generator=generator)
     first = torch.tensor(bos, dtype=torch.long).expand(windows, -1)

@@ -55,26 +55,22 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         UserError: if the upload fails. The folder stays as it is, and the message says how to go
             on.
     """
-    api = HfApi()
+    api, is_model = HfApi(), (folder / "config.json").is_file()  # a GGUF file has no config
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message="retrofit merge",
-            delete_patterns=_published_checkpoint(api, repo_id) if _is_model(folder) else None,
+            delete_patterns=_published_checkpoint(api, repo_id) if is_model else None,
         )
     except (HTTPError, OSError) as error:
+        replacing = " --delete '*.safetensors'" if is_model else ""
         raise UserError(
             f"{folder} is merged, but not pushed ({one_line(error)}); go on with "
-            f"`hf upload {repo_id} {folder} --delete '*.safetensors'`"
+            f"`hf upload {repo_id} {folder}{replacing}`"
         ) from error
     return str(url)
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether transformers loads the folder, which it does not if it holds a GGUF file."""
-    return (folder / "config.json").is_file()
 
 
 def _published_checkpoint(api: HfApi, repo_id: str) -> list[str]:

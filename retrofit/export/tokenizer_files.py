@@ -36,12 +36,13 @@ def copy_tokenizer_of(base: Path, folder: Path) -> None:
     if config.pop("auto_map", None):
         write_json(path, config)
     expected = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    if type(_load(folder)) is not type(expected):
+    found = _load(folder)
+    if type(found) is not type(expected):
         # The name that all versions of transformers know for a tokenizer.json as it stands.
         as_it_stands = type(expected) is TokenizersBackend
         name = "PreTrainedTokenizerFast" if as_it_stands else type(expected).__name__
         write_json(path, config | {"tokenizer_class": name})
-    found = _load(folder)
+        found = _load(folder)
     for text in _sample_texts(expected):
         if found(text)["input_ids"] != expected(text)["input_ids"]:
             raise MergeMismatchError(

@@ -130,7 +130,7 @@ def rounded_in_groups(values: torch.Tensor, group: int, bits: int = 4) -> torch.
     `group` channels, of which the last group may have fewer.
     """
     channels = values.shape[-1]
-    # Zeros fill up the last group. They change no step, since 0 lies between all steps.
+    # Zeros fill up the last group. They do not change its steps, whose range always includes 0.
     padded = F.pad(values.float(), (0, -channels % group))
     grouped = padded.unflatten(-1, (-1, group))  # [..., groups, channels of a group]
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)

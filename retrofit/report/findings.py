@@ -110,7 +110,7 @@ class Difference:
 
     def formatted(self, decimals: int) -> str:
         if self.samples == 1:
-            return f"{self.value:+.{decimals}f}, of a single one, whose noise is not known"
+            return f"{self.value:+.{decimals}f}, of one window or sample: its noise is not known"
         if self.stderr is None:
             return f"{self.value:+.{decimals}f}"
         noise = f"± {self.stderr:.{decimals}f}{', within noise' if self.is_noise else ''}"

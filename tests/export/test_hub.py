@@ -61,12 +61,19 @@ def test_no_access_is_told_before_the_work(hub, monkeypatch, name, error, messag
     assert not hub
 
 
-def test_a_failed_upload_keeps_the_folder_and_says_how_to_go_on(hub, monkeypatch, tmp_path):
+@pytest.mark.parametrize("is_model", [True, False])
+def test_a_failed_upload_keeps_the_folder_and_says_how_to_go_on(
+    hub, monkeypatch, tmp_path, is_model
+):
+    """A GGUF file, which has no config.json, takes the place of no other weights."""
+    if is_model:
+        (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, *a, **k: [])
     monkeypatch.setattr(HfApi, "upload_folder", failing(OSError("broken\npipe")))
-    with pytest.raises(
-        UserError, match="merged, but not pushed .*`hf upload me/gated .*--delete"
-    ) as raised:
+    message = "merged, but not pushed .*`hf upload me/gated "
+    with pytest.raises(UserError, match=message) as raised:
         push(tmp_path, "me/gated", private=False)
+    assert ("--delete" in str(raised.value)) == is_model
     assert "\n" not in str(raised.value) and tmp_path.is_dir()
 
 
