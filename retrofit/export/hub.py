@@ -65,10 +65,11 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
             delete_patterns=_published_checkpoint(api, repo_id) if is_model else None,
         )
     except (HTTPError, OSError) as error:
-        replacing = " --delete '*.safetensors'" if is_model else ""
+        command = f"hf upload {repo_id} {folder}"
+        command += " --private" if private else ""
+        command += " --delete '*.safetensors'" if is_model else ""
         raise UserError(
-            f"{folder} is merged, but not pushed ({one_line(error)}); go on with "
-            f"`hf upload {repo_id} {folder}{replacing}`"
+            f"{folder} is merged, but not pushed ({one_line(error)}); go on with `{command}`"
         ) from error
     return str(url)
 

@@ -163,12 +163,12 @@ def quantized(model: Any, rounding: Rounding) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.get_decoder().layers.modules():
             if isinstance(module, nn.Linear):
-                stack.enter_context(_replaced(module, rounding))
+                stack.enter_context(layer_rounded(module, rounding))
         yield
 
 
 @contextmanager
-def _replaced(module: nn.Linear, rounding: Rounding) -> Iterator[None]:
+def layer_rounded(module: nn.Linear, rounding: Rounding) -> Iterator[None]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         x, weight = rounding(x, module.weight)
         return F.linear(x, weight, module.bias)

@@ -72,8 +72,9 @@ def test_a_failed_upload_keeps_the_folder_and_says_how_to_go_on(
     monkeypatch.setattr(HfApi, "upload_folder", failing(OSError("broken\npipe")))
     message = "merged, but not pushed .*`hf upload me/gated "
     with pytest.raises(UserError, match=message) as raised:
-        push(tmp_path, "me/gated", private=False)
+        push(tmp_path, "me/gated", private=is_model)
     assert ("--delete" in str(raised.value)) == is_model
+    assert ("--private" in str(raised.value)) == is_model
     assert "\n" not in str(raised.value) and tmp_path.is_dir()
 
 

@@ -55,6 +55,8 @@ def _shared(before: Sequence[int], after: Sequence[int]) -> int:
 
 
 def _summary(parted: Sequence[int | None]) -> str:
+    if not parted:
+        return "no prompt is the same; the chat template may put the date into them"
     places = [place for place in parted if place is not None]
     same = f"{len(parted) - len(places)} of {len(parted)} answers are the same"
     return f"{same}; the others part after {median(places):.0f} tokens" if places else same
@@ -62,11 +64,14 @@ def _summary(parted: Sequence[int | None]) -> str:
 
 def _findings(base: ChatFigures, model: ChatFigures) -> Iterator[Item]:
     """Answers that differ are neither better nor worse for that."""
-    if parted := parted_after(base, model):
-        count, same = len(parted), parted.count(None)
-        name, values = "Chat answers that are the base's", f"{same} of {count}"
-        marks = Marks(name, count, same, same, same, values)
-        yield Item("same" if same == count else "moved", _summary(parted), marks)
+    parted = parted_after(base, model)
+    count, same = len(parted), parted.count(None)
+    if not parted:
+        yield Item("moved", _summary(parted))
+        return
+    name, values = "Chat answers that are the base's", f"{same} of {count}"
+    marks = Marks(name, count, same, same, same, values)
+    yield Item("same" if same == count else "moved", _summary(parted), marks)
 
 
 def _sections(shown: Sequence[Measured[ChatFigures]]) -> list[Section]:
