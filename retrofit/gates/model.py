@@ -93,10 +93,17 @@ class GateModel(BaseTuner):
             layers: indices of gated layers. Without any, the adapter has only sink logits.
 
         Raises:
-            UserError: if one of these layers has no gate of the adapter.
+            UserError: if one of these layers has no gate of the adapter, or the config lacks one of
+                the kinds.
         """
         _check_gated(self.model, adapter_name, layers)
-        config = self.peft_config[adapter_name]
+        config = copy(self.peft_config[adapter_name])  # the caller's may serve another model
+        if config.sinks == "none" or config.granularity == "none":
+            raise UserError(
+                "a choice of projection layers takes a config with both kinds of gates: set sinks, "
+                "and a granularity other than none"
+            )
+        self.peft_config[adapter_name] = config
         config.projection_layers = layers or None
         if not layers:
             config.granularity = "none"

@@ -44,7 +44,7 @@ from retrofit.training.trainer import GateTrainer
 from retrofit.training.trainer_state import gather_gates, rows_per_step
 from retrofit.utils.console import say
 from retrofit.utils.dtypes import dtype_name
-from retrofit.utils.errors import CheckError, UserError
+from retrofit.utils.errors import CheckError
 from retrofit.utils.files import (
     atomic_file,
     missing_parents,
@@ -141,7 +141,8 @@ def _train(
         reason = "they have nothing to train on within data.sequence_length"
         say(f"data: {count} rows of {path} are left out, since {reason}", console)
     trainer.remove_callback(PrinterCallback)
-    _calibrate(trainer, recipe, console, resumed=checkpoint is not None)
+    for line in trainer.initialize_gates(resumed=checkpoint is not None):
+        say(line, console)
     if ranks.is_main_process:
         with writing(run):
             run.mkdir(parents=True, exist_ok=True)
@@ -199,38 +200,9 @@ def gate_trainer(
             args=args or training_arguments(recipe, Path(recipe.output_dir)),
             sources=sources or load_sources(recipe.data, tokenizer),
             processing_class=tokenizer,
-            objective=recipe.objective,
+            recipe=recipe,
             callbacks=callbacks,
-            first_tokens=recipe.data.first_tokens,
         )
-
-
-def _calibrate(trainer: GateTrainer, recipe: Recipe, console: Console, resumed: bool) -> None:
-    """Sets the gates' constants and the learning rates that come from calibration."""
-    has_auto_rate = recipe.train.learning_rate == "auto"
-    chooses_layers = recipe.gate.chooses_projection_layers
-    # A resumed run reads the constants from its checkpoint.
-    needs_constants = (recipe.gate.centered or recipe.gate.sinks != "none") and not resumed
-    if not (has_auto_rate or chooses_layers or needs_constants):
-        return
-    calibration = trainer.calibrate()
-    if chooses_layers:
-        layers = calibration.projection_layers
-        trainer.choose_projection_layers(layers)
-        if layers:
-            named = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-            say(f"a projection instead of sink logits in {named}", console)
-    if needs_constants:
-        if recipe.gate.sinks != "none" and not calibration.sink_logits:
-            raise UserError(
-                "data: of the first 64 documents none has two tokens beyond its 64th, which sink "
-                "logits are fitted on; train on longer texts, or set gate.sinks to none"
-            )
-        calibration.initialize_gates(trainer.model)
-        if summary := calibration.summary():
-            say(f"gates start from what the texts show: {summary}", console)
-    if has_auto_rate:
-        trainer.learning_rates = calibration.learning_rates
 
 
 def _fingerprint(model: torch.nn.Module, recipe: Recipe) -> dict:

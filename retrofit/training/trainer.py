@@ -25,10 +25,10 @@ from retrofit.gates import GateLayer, gate_layers
 from retrofit.losses.distillation import add_objectives
 from retrofit.losses.layer_losses import add_layer_losses
 from retrofit.models.document_attention import attend_by_document
-from retrofit.recipe import Objective
+from retrofit.recipe import Recipe
 from retrofit.training.calibration import Calibration, calibrate
 from retrofit.training.divergence import check_finite
-from retrofit.training.trainer_state import SafetensorsCheckpoints
+from retrofit.training.trainer_state import SafetensorsCheckpoints, rows_per_step
 from retrofit.utils.errors import UserError
 
 # The learning rate of sink logits and key biases. They are stored in tens of nats, so a step moves
@@ -44,11 +44,12 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         args: TRL's settings; `max_length` is the length of a row.
         sources: the data; each source is tokenized and packed by itself, then their rows are mixed.
         processing_class: the tokenizer.
-        objective: the weights of the losses.
+        recipe: the losses, how gates and learning rates start, and `data.first_tokens`.
         callbacks: callbacks beside the Trainer's own.
-        first_tokens: how many tokens of a packed row become documents of one or two tokens.
 
     Attributes:
+        learning_rates: the rate of each layer; empty for one rate, and before
+            `initialize_gates`.
         left_out: how many rows of a source, by its path, have nothing to train on within a row's
             length.
 
@@ -66,10 +67,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         args: SFTConfig,
         sources: list[LoadedSource],
         processing_class: PreTrainedTokenizerBase,
-        objective: Objective,
+        recipe: Recipe,
         callbacks: list[TrainerCallback] | None = None,
-        first_tokens: int = 0,
     ):
+        self.recipe = recipe
         self.sources, self._embedded = sources, embedded_tokens(model.config)
         self.left_out: Counter[str] = Counter()
         super().__init__(
@@ -82,16 +83,17 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         self._check_engine()
         if args.packing:
             self.data_collator = PackedRows(
-                processing_class.pad_token_id, _takes_lengths(self.model), first_tokens
+                processing_class.pad_token_id, _takes_lengths(self.model), recipe.data.first_tokens
             )
             attend_by_document(self.model.get_base_model())
         for layer in gate_layers(self.model).values():
             layer.float()  # undoes TRL's cast of trainable weights to bf16 on a quantized base
+        objective = recipe.objective
         add_objectives(self.model.get_base_model(), objective)
-        self.objective = objective
         has_losses = objective.reads_layers
         self.layer_losses = add_layer_losses(self.model, objective) if has_losses else None
-        self.learning_rates: dict[int, float] = {}  # by layer; empty for one rate
+        self.learning_rates: dict[int, float] = {}
+        self._are_gates_initialized = False
         self._losses: list[torch.Tensor] = []  # one of each micro-batch of the step so far
         self._compiled = False
         self._last_log: tuple[float, int] | None = None  # time in seconds, tokens seen
@@ -125,9 +127,50 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         (calibration,) = broadcast_object_list(calibrations)
         return calibration
 
-    def choose_projection_layers(self, layers: list[int]) -> None:
-        """Gives these layers a projection instead of sink logits, and the others sink logits."""
+    def initialize_gates(self, resumed: bool = False) -> list[str]:
+        """Sets what the recipe leaves to calibration: the layers that get a projection, the
+        constants of the gates, and the learning rates.
+
+        Args:
+            resumed: whether the constants come from a checkpoint instead.
+
+        Returns:
+            What calibration chose and found, in lines.
+
+        Raises:
+            UserError: if no text is long enough to fit sink logits on.
+        """
+        self._are_gates_initialized = True
+        gate, has_auto_rate = self.recipe.gate, self.recipe.train.learning_rate == "auto"
+        needs_constants = (gate.centered or gate.sinks != "none") and not resumed
+        if not (has_auto_rate or gate.chooses_projection_layers or needs_constants):
+            return []
+        calibration, lines = self.calibrate(), []
+        if gate.chooses_projection_layers:
+            lines += self._choose_projection_layers(calibration.projection_layers)
+        if needs_constants:
+            if gate.sinks != "none" and not calibration.sink_logits:
+                raise UserError(
+                    "data: of the first 64 documents none has two tokens beyond its 64th, which "
+                    "sink logits are fitted on; train on longer texts, or set gate.sinks to none"
+                )
+            calibration.initialize_gates(self.model)
+            if summary := calibration.summary():
+                lines.append(f"gates start from what the texts show: {summary}")
+        if has_auto_rate:
+            self.learning_rates = calibration.learning_rates
+        return lines
+
+    def _choose_projection_layers(self, layers: list[int]) -> list[str]:
         self.model.base_model.choose_projection_layers(self.model.active_adapter, layers)
+        named = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        return [f"a projection instead of sink logits in {named}"] if layers else []
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Trains, from gates that calibration has initialized."""
+        if not self._are_gates_initialized:
+            self.initialize_gates(resumed=bool(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _first_batches(self, documents: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the first batches of a run on one rank, until they hold `documents` documents."""
@@ -211,7 +254,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
     def _check_length(self, rows, args: SFTConfig, packing: bool) -> None:
         if not hasattr(rows, "__len__"):  # a stream
             return
-        needed = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        needed = rows_per_step(args)
         if len(rows) < needed:
             packed = f" of {args.max_length} tokens" if packing else ""
             raise UserError(

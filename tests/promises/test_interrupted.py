@@ -139,7 +139,10 @@ import subprocess
 run = subprocess.run
 subprocess.run = lambda command, **given: (run if command[1] == "-c" else wait)(command, **given)
 """
-WHILE_LOADING = "import retrofit.training.run; retrofit.training.run._calibrate = wait\n"
+WHILE_LOADING = """
+from retrofit.training.trainer import GateTrainer
+GateTrainer.initialize_gates = wait
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from tiny import tiny_model
 
 from retrofit import GateConfig
@@ -14,7 +15,7 @@ from retrofit.models.loading import load_model
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.training import calibration
 from retrofit.training.calibration import Calibration, calibrate
-from retrofit.training.run import train
+from retrofit.training.run import gate_trainer, train
 from retrofit.utils.errors import UserError
 
 BOTH = {"sinks": "constant", "key_bias": True, "granularity": "headwise"}
@@ -79,6 +80,17 @@ def test_a_choice_of_layers_that_are_not_gated_is_refused():
     assert model.peft_config["default"].projection_layers is None
 
 
+def test_a_choice_of_layers_takes_both_kinds_of_gates_and_leaves_the_config_alone():
+    config = GateConfig(**BOTH)
+    for _ in range(2):  # the same config serves two models
+        model = get_peft_model(tiny_model("llama"), config)
+        model.base_model.choose_projection_layers("default", [])
+        assert model.peft_config["default"].granularity == "none"
+    assert (config.granularity, config.projection_layers) == ("headwise", None)
+    with pytest.raises(UserError, match="takes a config with both kinds"):
+        model.base_model.choose_projection_layers("default", [0])
+
+
 @pytest.fixture
 def recipe(tiny_base, tmp_path):
     text = tmp_path / "text.jsonl"
@@ -109,6 +121,16 @@ def test_a_base_whose_slots_suffice_gets_no_projection_and_a_stock_checkpoint(
     assert config["granularity"] == "none" and config["projection_layers"] is None
     report = merge(run, tmp_path / "out")
     assert report["checkpoint"]["model_type"] == "granite_swa"
+
+
+def test_the_trainer_by_itself_starts_as_train_does(recipe):
+    run = train(recipe("run"))
+    trainer = gate_trainer(recipe("other"))
+    trainer.train()
+    assert set(trainer.learning_rates) == {0, 1, 2}
+    trained = load_file(run / "adapter/adapter_model.safetensors")
+    for name, tensor in get_peft_model_state_dict(trainer.model).items():
+        torch.testing.assert_close(tensor, trained[name], rtol=0, atol=0)
 
 
 def test_a_projection_in_a_layer_that_is_not_gated_is_refused(recipe):
