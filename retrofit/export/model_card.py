@@ -127,7 +127,7 @@ def _what_was_done(report: dict) -> str:
         f"layers: {_gates(gate)}, so that a head may say nothing without parking its attention on "
         f"the first token. Only the {gate['parameters']:,} gate weights were trained{length}, from "
         "gates that change nothing; every weight of the base stayed as it "
-        f"was.{quantized} Made with [retrofit](https://pypi.org/project/gate-retrofit/)."
+        f"was.{quantized} Made with retrofit."
     )
 
 

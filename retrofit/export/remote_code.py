@@ -96,7 +96,7 @@ _SERVE_PLUGIN = """
 vLLM (0.32) runs it on its own classes, without this code, once it has a plugin:
 
 ```bash
-pip install --no-deps gate-retrofit  # into vLLM's environment, which has all that it needs
+pip install --no-deps PATH_TO_RETROFIT  # its repository, into vLLM's environment
 vllm serve {name}
 ```"""
 

@@ -18,7 +18,7 @@ class Key:
     Attributes:
         name: the key as an override spells it, such as `train.max_steps`; a key of the items of a
             list has `[]` in it.
-        values: what it may be, such as `integer > 0 or null`.
+        values: what it may be, such as `integer above 0 or null`.
         default: its default as YAML; `None` if it has to be given.
         meaning: what it does.
     """

@@ -29,7 +29,7 @@ def prepare_process(keep_freed_memory: bool = False) -> None:
 
 
 def _quieten() -> None:
-    # The user cannot mend deprecations inside TRL and transformers.
+    # The user cannot fix deprecations inside TRL and transformers.
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -5,7 +5,7 @@ the rest of this package, the plugin imports only `retrofit.stored_names`. So th
 installed in vLLM's environment without its dependencies: vLLM needs an older transformers than
 training does.
 
-    pip install --no-deps gate-retrofit
+    pip install --no-deps PATH_TO_RETROFIT
     vllm serve CHECKPOINT
 """
 

@@ -308,7 +308,7 @@ def test_every_family_carries_sinks_in_code_of_its_own(
     assert figures["max_logprob_difference"] < 1e-4 or experts
     card = (tmp_path / "out/README.md").read_text()
     served = gates["sinks"] == "constant" and family != "gpt_oss"
-    assert ("--no-deps gate-retrofit" in card and "vllm serve" in card) == served
+    assert ("--no-deps PATH_TO_RETROFIT" in card and "vllm serve" in card) == served
     assert "--model-impl transformers" not in card
 
 

@@ -43,7 +43,7 @@ _ENGINES = {
 }
 # The module that each engine needs, and how to install it.
 _REQUIRED_MODULES = {
-    "transformers": ("transformers", "pip install gate-retrofit"),
+    "transformers": ("transformers", "pip install transformers"),
     "llama.cpp": ("xllamacpp", "pip install gguf xllamacpp"),
     "vllm": ("vllm", "name a Python that has it with --python"),
 }
