@@ -46,7 +46,10 @@ def main(
     from retrofit.export.hub import check_access, push
     from retrofit.export.merge import merge
     from retrofit.utils.console import say
+    from retrofit.utils.errors import UserError
 
+    if private and not push_to_hub:
+        raise UserError("--private has no effect without --push-to-hub")
     if push_to_hub:
         check_access(push_to_hub)
     report = merge(

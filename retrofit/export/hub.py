@@ -67,7 +67,7 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
     except (HTTPError, OSError) as error:
         command = f"hf upload {repo_id} {folder}"
         command += " --private" if private else ""
-        command += " --delete '*.safetensors'" if is_model else ""
+        command += " --delete 'model*.safetensors'" if is_model else ""
         raise UserError(
             f"{folder} is merged, but not pushed ({one_line(error)}); go on with `{command}`"
         ) from error
