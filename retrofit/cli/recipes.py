@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from retrofit.utils.files import refuse_existing, write_text, writing
+from retrofit.utils.files import write_text, writing
+from retrofit.utils.output_path import refuse_existing
 from retrofit.utils.text_files import read_text
 
 app = typer.Typer(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from retrofit.export import qwen3_5
+from retrofit.export.base_layers import Tensors, copied_settings, read_layer
 from retrofit.export.checkpoint_format import LOAD_CODE, TRUST_OPTION, CheckpointFormat
 from retrofit.export.constant_head import add_center
 from retrofit.models.base_config import head_dim_of
@@ -27,12 +28,6 @@ from retrofit.utils.files import temporary_folder, write_json
 def _config(source: MergeSource, dtype: torch.dtype) -> dict:
     config = source.config
     rope = dict(config.rope_parameters)
-    copied = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
-        "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
-        "initializer_range", "use_cache", "attention_dropout", "tie_word_embeddings",
-        "bos_token_id", "eos_token_id", "pad_token_id",
-    )  # fmt: skip
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -40,7 +35,7 @@ def _config(source: MergeSource, dtype: torch.dtype) -> dict:
             "AutoConfig": "configuration_qwen3.Qwen3Config",
             "AutoModelForCausalLM": "modeling_qwen3.Qwen3ForCausalLM",
         },
-        **{name: getattr(config, name, None) for name in copied},
+        **copied_settings(config),
         "head_dim": head_dim_of(config),
         "rope_theta": rope.pop("rope_theta"),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
@@ -65,7 +60,7 @@ def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, tor
     ungated = torch.zeros(config.num_attention_heads * width, config.hidden_size)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layer = qwen3_5.read_layer(config, weights, prefix, dtype, with_bias=_is_biased(source))
+        layer = read_layer(config, weights, prefix, dtype, with_bias=_is_biased(source))
         if index in source.gates.centers:
             add_center(layer, source.gates.centers[index], dtype)
         _pack_gate(layer, source.gates.matrices.get(index, ungated), config.num_key_value_heads)
@@ -73,7 +68,7 @@ def _tensors(source: MergeSource, dtype: torch.dtype) -> Iterator[tuple[str, tor
             yield prefix + name, tensor.to(dtype)
 
 
-def _pack_gate(layer: qwen3_5.Tensors, gate: torch.Tensor, num_key_value_heads: int) -> None:
+def _pack_gate(layer: Tensors, gate: torch.Tensor, num_key_value_heads: int) -> None:
     """Appends the gate's rows to those of the queries in `q_proj`, and doubles `o_proj`."""
     layer["self_attn.o_proj.weight"] = 2 * layer["self_attn.o_proj.weight"]
     query = layer["self_attn.q_proj.weight"]

@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from retrofit.adapters._family import sliding_window_of
+from retrofit.export.base_layers import copied_settings, has_bias, read_layer
 from retrofit.export.constant_head import add_center
-from retrofit.export.qwen3_5 import has_bias, read_layer
 from retrofit.models.base_config import head_dim_of
 
 NO_SINK = -1e4  # the logit of no sink: `sigmoid(LSE + 1e4)` is 1, and every float dtype holds it
@@ -51,16 +51,10 @@ def granite_config(config: PreTrainedConfig, biased: bool) -> dict:
         biased: whether the gates have centers or key biases.
     """
     head_dim, window = head_dim_of(config), sliding_window_of(config)
-    copied = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
-        "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
-        "initializer_range", "use_cache", "attention_dropout", "tie_word_embeddings",
-        "bos_token_id", "eos_token_id", "pad_token_id", "original_max_position_embeddings",
-    )  # fmt: skip
     return {
         "architectures": ["GraniteSWAForCausalLM"],
         "model_type": "granite_swa",
-        **{name: getattr(config, name) for name in copied if hasattr(config, name)},
+        **copied_settings(config),
         "head_dim": head_dim,
         "attention_multiplier": head_dim**-0.5,
         "embedding_multiplier": 1.0,

@@ -28,10 +28,10 @@ from retrofit.utils.errors import UserError
 from retrofit.utils.files import (
     atomic_folder,
     copy,
-    refuse_existing,
     write_json,
     write_text,
 )
+from retrofit.utils.output_path import refuse_existing
 from retrofit.utils.paths import expanded
 
 __all__ = ["MergeMismatchError", "merge"]

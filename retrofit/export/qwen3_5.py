@@ -26,6 +26,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from retrofit.adapters._family import sliding_window_of
+from retrofit.export.base_layers import (
+    Tensors,
+    copied_settings,
+    has_bias,
+    has_qk_norm,
+    read_layer,
+)
 from retrofit.export.constant_head import add_center, add_constant_head
 from retrofit.export.exact_norms import (
     Scales,
@@ -35,8 +42,6 @@ from retrofit.export.exact_norms import (
     scale,
 )
 from retrofit.models.base_config import head_dim_of
-
-Tensors = dict[str, torch.Tensor]
 
 _MAPPED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 _NO_TARGET = {
@@ -87,14 +92,9 @@ def native_config(
     rope = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
     constant = _adds_constant(config, centered)
     biased = constant or has_bias(config)
-    copied = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
-        "max_position_embeddings", "initializer_range", "use_cache", "attention_dropout",
-        "bos_token_id", "eos_token_id", "pad_token_id",
-    )  # fmt: skip
     return {
         **(_experts_config(config) if _has_experts(config) else _DENSE),
-        **{name: getattr(config, name) for name in copied if hasattr(config, name)},
+        **copied_settings(config),
         "num_attention_heads": config.num_attention_heads + constant * _groups(config),
         "num_key_value_heads": config.num_key_value_heads + constant,
         "head_dim": head_dim_of(config),
@@ -166,15 +166,6 @@ def _has_experts(config: PreTrainedConfig) -> bool:
     return config.model_type == "qwen3_moe"
 
 
-def _has_qk_norm(config: PreTrainedConfig) -> bool:
-    return config.model_type in ("qwen3", "qwen3_moe")
-
-
-def has_bias(config: PreTrainedConfig) -> bool:
-    """Tells whether the base has biases in its attention."""
-    return config.model_type == "qwen2" or getattr(config, "attention_bias", False)
-
-
 def _adds_constant(config: PreTrainedConfig, centered: bool) -> bool:
     """Tells whether the output of attention needs a constant part.
 
@@ -189,7 +180,7 @@ def _groups(config: PreTrainedConfig) -> int:
 
 
 def _residual_shift(config: PreTrainedConfig, scales: Scales) -> int:
-    return 0 if _has_qk_norm(config) else scales.residual_shift
+    return 0 if has_qk_norm(config) else scales.residual_shift
 
 
 def _eps(config: PreTrainedConfig, shift: int) -> float:
@@ -202,44 +193,7 @@ def _stays_tied(config: PreTrainedConfig) -> bool:
 
     Scaling the residual stream scales only the input embeddings, which unties them.
     """
-    return config.tie_word_embeddings and _has_qk_norm(config)
-
-
-def read_layer(
-    config: PreTrainedConfig,
-    base: Mapping[str, torch.Tensor],
-    prefix: str,
-    dtype: torch.dtype,
-    with_bias: bool,
-) -> Tensors:
-    """Returns the tensors of one layer by name.
-
-    Matrices are in `dtype`, in which powers of two scale them exactly, and in half the time of
-    float32. Vectors are in float32, because their sums and quotients are not exact. Tensors that
-    the base stores in the right dtype are not copied, and must not be changed in place.
-
-    Args:
-        config: the config of the base.
-        base: the base's tensors by name.
-        prefix: the prefix of the layer's names, which the result leaves out.
-        dtype: the dtype of the matrices.
-        with_bias: whether to return biases of all four projections, with zeros for missing ones.
-    """
-    names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    # These are the projections of the MLP, or those of all experts and their router.
-    names += [name.removeprefix(prefix) for name in base if name.startswith(f"{prefix}mlp.")]
-    names += [f"self_attn.{name}_proj.weight" for name in "qkvo"]
-    if _has_qk_norm(config):
-        names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-    layer = {}
-    for name in names:
-        layer[name] = base[prefix + name].to(torch.float32 if "norm" in name else dtype)
-    if with_bias:
-        for name in (f"self_attn.{name}_proj.bias" for name in "qkvo"):
-            # Qwen3_5 has all four biases or none. Qwen2 has none on o_proj, and Llama none at all.
-            zeros = torch.zeros(len(layer[name.replace("bias", "weight")]))
-            layer[name] = base.get(prefix + name, zeros).float()
-    return layer
+    return config.tie_word_embeddings and has_qk_norm(config)
 
 
 def _map_layer(
@@ -259,7 +213,7 @@ def _map_layer(
         scales: the scales of a family without q and k norms.
     """
     shift = _residual_shift(config, scales)
-    if _has_qk_norm(config):
+    if has_qk_norm(config):
         balance_qk_norms(layer)
     else:
         add_constant_qk_norms(layer, head_dim_of(config), _eps(config, shift), scales, dtype)

@@ -131,7 +131,7 @@ class GateConfig(PeftConfig):
             )
 
     def of_layer(self, index: int) -> "GateConfig":
-        """The config of the gate of one layer, where `projection_layers` has been heeded."""
+        """The config of the gate of one layer, after `projection_layers` is applied."""
         if self.projection_layers is None:
             return self
         config = copy(self)

@@ -42,8 +42,7 @@ def vanilla_load(
     Returns:
         `[batch, heads, rows]` in float32, in [0, 1].
     """
-    index = starts[:, None, :, None].expand(-1, weights.shape[1], -1, -1)
-    return total - weights.gather(-1, index).squeeze(-1).float()
+    return total - weights.take_along_dim(starts[:, None, :, None], -1).squeeze(-1).float()
 
 
 def sink_load(weights: torch.Tensor) -> torch.Tensor:

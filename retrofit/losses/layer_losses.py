@@ -217,8 +217,7 @@ class LayerLosses:
             return load
         # The gates of the sampled rows, [batch, num_rows, heads, channels], which multiply if there
         # are several adapters.
-        rows = sampled.rows.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
-        inputs = hidden_states.gather(1, rows)
+        inputs = hidden_states.take_along_dim(sampled.rows.unsqueeze(-1), 1)
         # A call would also run the hooks that watch the gates of the whole batch.
         scores = math.prod(gate.forward(inputs) for gate in projections)
         if kind == "gated" and sink is None:

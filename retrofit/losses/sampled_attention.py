@@ -146,10 +146,10 @@ def sampled_logits(
     """
     batch, heads, length, head_dim = query_states.shape
     kv_heads, num_rows = key_states.shape[1], sampled.rows.shape[1]
-    index = sampled.rows.view(batch, 1, num_rows, 1).expand(-1, heads, -1, head_dim)
+    queries = query_states.take_along_dim(sampled.rows[:, None, :, None], 2)
     # The query heads of a group are folded into its rows, [batch, kv_heads, group * num_rows,
     # head_dim], so that keys are not repeated for every query head.
-    queries = query_states.gather(2, index).reshape(batch, kv_heads, -1, head_dim)
+    queries = queries.reshape(batch, kv_heads, -1, head_dim)
     # Biases of the keys can make logits of hundreds, which bfloat16 would round by up to a nat.
     logits = (queries.float() * scaling) @ key_states.float().mT
     return logits.view(batch, heads, num_rows, length) + sampled.mask_bias(length, sliding_window)

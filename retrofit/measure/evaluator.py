@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from retrofit.data.vocabulary import check_texts, embedded_tokens, prepended_token
-from retrofit.measure.evaluation import Evaluation, MeasuredModel, Track
+from retrofit.measure.evaluation import Evaluation, MeasuredModel, Track, unwrapped
 from retrofit.measure.metrics import NEAR, TAIL, PredictionStatistics
 from retrofit.measure.predictions import predictions_of
 from retrofit.measure.sinks import measure_sinks
@@ -37,7 +37,7 @@ _SAME_LOGITS = 0.02  # the largest difference that rounding could make, relative
 
 def measure(
     sources: Sequence[str],
-    text: Path,
+    text: str | Path,
     *,
     length: int = 512,
     windows: int = 16,
@@ -77,47 +77,25 @@ def measure(
             long for a model, tokenizers differ, the text holds a token that a model has no
             embedding for, a model changes its logits after the head, or outputs are not finite.
     """
-    if length < NEAR + TAIL:
-        raise UserError(f"length must be at least {NEAR + TAIL} tokens, not {length}")
-    for name, count in (("windows", windows), ("batch_size", batch_size)):
-        if count < 1:
-            raise UserError(f"{name} must be at least 1, not {count}")
-    if any(not source.strip() for source in sources):
-        raise UserError("the name of a model is empty; give its folder or its hub id")
-    if len(set(sources)) < len(sources):
-        raise UserError(f"{max(sources, key=sources.count)} is named twice")
-    options = opened_as_trained(sources)
+    _check_arguments(sources, length, windows, batch_size)
+    opened = opened_as_trained(sources)
+    text = expanded(text)
     documents = read_documents(text)
-    identity = {
-        "text": text.name,
-        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
-        "length": length,
-        "windows": windows,
-        "asked_dtype": dtype,
-        "versions": {name: version(name) for name in ("torch", "transformers", "gate-retrofit")},
-    }
-    plan = _Plan(sources, evaluations, KeptFigures(resume, identity), options)
+    identity = _identity(text, length, windows, dtype)
+    plan = _Plan(sources, evaluations, KeptFigures(resume, identity), opened)
     base: PredictionStatistics | None = None
     with Progress(console=PlainConsole(stderr=True), disable=not progress) as bar:
         for name, source in plan.named.items():
             if not (todo := plan.todo(name)):
                 continue
-            asked = plan.settings.get("dtype", dtype)
-            model, tokenizer = load(source, asked, **options[source])
-            # What is opened again has the dtype that `auto` stood for, as all other models have.
-            reload, reload_base = (
-                partial(load, each, dtype_name(model.dtype), **options[each])
-                for each in (source, sources[0])
-            )
-            open_base = None if source == sources[0] else reload_base
-            measured = MeasuredModel(name, source, model, tokenizer, documents, reload, open_base)
+            openers = {each: partial(load, each, **opened[each]) for each in (source, sources[0])}
+            measured = _open(name, plan.settings.get("dtype", dtype), openers, documents)
             _check_positions(measured, {"--length": length, **_tokens_read(evaluations)})
-            check_texts(tokenizer, embedded_tokens(measured.inner.config), documents)
-            input_ids = cut_windows(documents, tokenizer, length, windows)
+            input_ids = cut_windows(documents, measured.tokenizer, length, windows)
             _check_same_tokens(measured, input_ids, plan)
             _check_logits(measured, input_ids[:1, :_FEW_TOKENS])
             if not plan.settings:
-                plan.settings = _settings(identity, measured, input_ids, options[source])
+                plan.settings = _settings(identity, measured, input_ids, opened[source])
             track = _track(bar, name)
             if _SINKS in todo:
                 with _finite_figures_expected(_SINKS, name):
@@ -130,9 +108,46 @@ def measure(
                     with _finite_figures_expected(evaluation.name, name):
                         figures = evaluation.measure(measured, track)
                     plan.put(name, evaluation.name, {evaluation.name: _ready_for_json(figures)})
-            del model, measured  # before the next one is loaded
+            del measured  # before the next one is loaded
             gc.collect()
     return plan.result()
+
+
+def _check_arguments(sources: Sequence[str], length: int, windows: int, batch_size: int) -> None:
+    if length < NEAR + TAIL:
+        raise UserError(f"length must be at least {NEAR + TAIL} tokens, not {length}")
+    for name, count in (("windows", windows), ("batch_size", batch_size)):
+        if count < 1:
+            raise UserError(f"{name} must be at least 1, not {count}")
+    if any(not source.strip() for source in sources):
+        raise UserError("the name of a model is empty; give its folder or its hub id")
+    if len(set(sources)) < len(sources):
+        raise UserError(f"{max(sources, key=sources.count)} is named twice")
+
+
+def _identity(text: Path, length: int, windows: int, dtype: str) -> dict[str, Any]:
+    """Returns what all figures depend on, beside the models and the settings of an evaluation."""
+    return {
+        "text": text.name,
+        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "length": length,
+        "windows": windows,
+        "asked_dtype": dtype,
+        "versions": {name: version(name) for name in ("torch", "transformers", "gate-retrofit")},
+    }
+
+
+def _open(
+    name: str, dtype: str, openers: Mapping[str, Callable], documents: Sequence[str]
+) -> MeasuredModel:
+    """Opens the source that `openers` has first. If it has another one, that is the base."""
+    source, *base = openers
+    model, tokenizer = openers[source](dtype)
+    check_texts(tokenizer, embedded_tokens(unwrapped(model).config), documents)
+    # What is opened again has the dtype that `auto` stood for, as all other models have.
+    again = {each: partial(opener, dtype_name(model.dtype)) for each, opener in openers.items()}
+    open_base = again[base[0]] if base else None
+    return MeasuredModel(name, source, model, tokenizer, documents, again[source], open_base)
 
 
 @contextmanager
@@ -313,7 +328,7 @@ def _check_logits(measured: MeasuredModel, input_ids: torch.Tensor) -> None:
     if (logits - expected).abs().max() > _SAME_LOGITS * expected.abs().max():
         raise UserError(
             f"{measured.name} changes its logits after the output head, as by scaling or capping "
-            "them, and no figure heeds that"
+            "them, which the figures would ignore"
         )
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 from retrofit.gates import GateConfig
 from retrofit.models.pickles import refuse_pickles
 from retrofit.models.safetensors_io import StoredWeights
-from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.errors import UserError, one_line, validation_message
 from retrofit.utils.files import read_json
 
 _Index = Annotated[int, Field(ge=0)]
@@ -90,7 +90,8 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
             peft_type = config.get("peft_type")
             raise UserError(f"{adapter} holds a {peft_type} adapter, not gates") from None
         key = first["loc"][0] if first["loc"] else "the whole"
-        raise UserError(f"{path}: {key}: {first['msg'].lower()}, not {first['input']!r}") from None
+        problem = f"{validation_message(first)}, not {first['input']!r}"
+        raise UserError(f"{path}: {key}: {problem}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
     known = {field.name for field in fields(GateConfig)}

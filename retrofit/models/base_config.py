@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from retrofit.adapters import family_of
 from retrofit.models.opening import opening
-from retrofit.utils.errors import UserError
+from retrofit.utils.errors import UserError, validation_message
 
 # The suffixes of files that a model reads from its folder.
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
@@ -115,7 +115,9 @@ class _ModelConfig(_ConfigPart):
     @classmethod
     def _caps_no_logits(cls, value: float | None) -> float | None:
         if value is not None:
-            raise ValueError("no loss heeds a cap of the logits; take a base without one")
+            raise ValueError(
+                "capped logits are not supported by the losses; take a base without a cap"
+            )
         return value
 
     @model_validator(mode="after")
@@ -290,8 +292,7 @@ def _check(schema: type[_ConfigPart], settings: Any, base: str) -> None:
         schema.model_validate(settings)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        message = first["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:]
+        message = validation_message(first)
         if first["loc"]:
             message = f"{first['loc'][0]}: {message}, not {str(first['input'])[:60]!r}"
         raise UserError(f"the config.json of {base}: {message}") from None

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from retrofit.recipe.schema import RESOLVED, Recipe, Section, short_repr
-from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.errors import UserError, one_line, validation_message
 from retrofit.utils.paths import expanded
 from retrofit.utils.strict_yaml import parse, parse_value
 from retrofit.utils.text_files import read_text
@@ -104,8 +104,7 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key!r}{_hint(str(unknown), _known_keys(section))}"
     if first["type"] == "missing":
         return f"{key} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    message = validation_message(first)
     if others and first["type"] == "literal_error" and _is_same_field(first, others[0]):
         key = key.rpartition(".")[0]
         message += f" or {others[0]['msg'].removeprefix('Input should be ')}"

@@ -259,8 +259,7 @@ def closest_logits(log_sum_exps: torch.Tensor, shares: torch.Tensor) -> torch.Te
 
 def _gather_rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Returns the rows `[batch, num_rows]` of states `[batch, heads, T, head_dim]`."""
-    index = rows[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
-    return states.gather(2, index)
+    return states.take_along_dim(rows[:, None, :, None], 2)
 
 
 @torch.no_grad()

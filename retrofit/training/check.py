@@ -14,9 +14,10 @@ from retrofit.models.gated_model import gated_model
 from retrofit.models.opening import opening
 from retrofit.recipe import Gate, Recipe
 from retrofit.training.preflight import load_tokenizer_and_data, preflight
+from retrofit.training.resuming import RUN_EXISTS
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
-from retrofit.utils.output_path import check_new
+from retrofit.utils.output_path import refuse_existing
 from retrofit.utils.paths import expanded
 
 _BYTES = {  # of one weight in each format
@@ -56,7 +57,7 @@ def check(recipe: Recipe, gpu_gigabytes: float | None = None) -> list[Check]:
         UserError: for anything else that would stop `retrofit train` before its first step, or if
             that step takes more memory than the device has.
     """
-    check_new(expanded(recipe.output_dir))
+    refuse_existing(expanded(recipe.output_dir), RUN_EXISTS)
     config = preflight(recipe)
     base_weights, gate_weights, projections = _count_weights(config, recipe)
     tokenizer, sources = load_tokenizer_and_data(recipe, config)

@@ -12,8 +12,10 @@ from retrofit.recipe import RESOLVED, Recipe, load_recipe
 from retrofit.training.checkpoints import last_checkpoint
 from retrofit.utils.console import say
 from retrofit.utils.errors import UserError
-from retrofit.utils.output_path import check_new, refuse_unwritable
+from retrofit.utils.output_path import refuse_existing, refuse_unwritable
 from retrofit.utils.paths import expanded
+
+RUN_EXISTS = "choose another output_dir, or go on with retrofit train --resume"
 
 
 class FinishedError(UserError):
@@ -32,7 +34,7 @@ def check_folder(run: Path, recipe: Recipe, resume: bool, console: Console) -> P
         FinishedError: if the run is trained already.
     """
     if not resume:
-        check_new(run)
+        refuse_existing(run, RUN_EXISTS)
         return None
     resolved = run / RESOLVED
     if _has_no_files(run):

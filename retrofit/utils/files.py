@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.utils.errors import UserError, one_line
-from retrofit.utils.output_path import refuse_unwritable
+from retrofit.utils.output_path import refuse_existing
 
 # Suffixes of pickles. They are never copied, because a pickle runs code when it is opened.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -102,17 +102,6 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
     if (templates := folder / _FURTHER_TEMPLATES).is_dir():
         (to / _FURTHER_TEMPLATES).mkdir(exist_ok=True)
         copy(templates, to / _FURTHER_TEMPLATES, "*.jinja")
-
-
-def refuse_existing(out: Path) -> None:
-    """Refuses an output path that would overwrite something.
-
-    Raises:
-        UserError: if `out` exists, or cannot be created.
-    """
-    refuse_unwritable(out)
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists; remove it or choose another folder")
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Checks of output paths, made before a command works for minutes."""
 
-import errno
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from retrofit.utils.errors import UserError
@@ -31,7 +31,8 @@ def refuse_unwritable(path: Path) -> None:
         os.fsencode(path).decode()  # raises if the name is not UTF-8
         longest_name = f"{path.name}{'-' * _MOST_ADDED_CHARACTERS}"
         for longest in (path.parent / longest_name, path / _LONGEST_BELOW):
-            _exists(longest)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                longest.lstat()
     except ValueError:
         raise UserError(
             f"{str(path)!r} is not a file name: it is not UTF-8, or holds a NUL byte"
@@ -48,32 +49,15 @@ def refuse_unwritable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: no permission to write in {parent}")
 
 
-def check_new(run: Path) -> None:
-    """Refuses a run folder that exists or cannot be created.
+def refuse_existing(out: Path, hint: str = "remove it, or choose another name") -> None:
+    """Refuses an output path that would overwrite something.
 
     Raises:
-        UserError: if it exists or cannot be created.
+        UserError: if `out` exists, with the hint what to do then, or if it cannot be created.
     """
-    refuse_unwritable(run)
-    if os.path.lexists(run):
-        raise UserError(
-            f"{run} exists; choose another output_dir, or go on with retrofit train --resume"
-        )
-
-
-def _exists(path: Path) -> bool:
-    """Tells whether something, if only a broken link, has this path.
-
-    Raises:
-        OSError: if the system cannot tell, for example because the name is too long.
-    """
-    try:
-        path.lstat()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise
-        return False
-    return True
+    refuse_unwritable(out)
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists; {hint}")
 
 
 def check_output_files(written: Sequence[Path | None], read: Sequence[Path]) -> None:

@@ -38,7 +38,8 @@ from retrofit.memory.estimate import estimate, this_device
 from retrofit.models.safetensors_io import write_shards
 from retrofit.recipe import load_recipe
 from retrofit.training.preflight import preflight
-from retrofit.utils.files import copy_tokenizer, refuse_existing
+from retrofit.utils.files import copy_tokenizer
+from retrofit.utils.output_path import refuse_existing
 
 LLAMA_31_8B: dict[str, Any] = {
     "vocab_size": 128256,
