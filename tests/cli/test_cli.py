@@ -235,6 +235,7 @@ def test_an_interrupted_measurement_says_how_to_go_on(tmp_path, tiny_base, capsy
             "is a file, and name and split are of datasets on the hub",
         ),
         (["merge", "{tmp}/gone", "--out", "{tmp}/merged"], "{tmp}/gone"),
+        (["merge", "{tmp}/gone", "--out", "{tmp}/m", "--private"], "--private has no effect"),
         (["measure", "{tmp}/a\nb", "--text", "{tmp}/text.jsonl"], "{tmp}/a\\nb"),
         (["measure", "$NOT_SET/base", "--text", "{tmp}/text.jsonl"], "names no model: base: "),
         (["measure", " ", "--text", "{tmp}/text.jsonl"], "the name of a model is empty"),
