@@ -188,7 +188,10 @@ class NormedGatedAttention(GatedAttention):
 
 
 def sliding_window_of(config: PreTrainedConfig) -> int | None:
-    """The sliding window in tokens, or `None` if no layer of the model uses one."""
+    """The sliding window in tokens, or `None` if no layer of the model uses one. The attention of a
+    Llama does not read the setting, which its config may have all the same."""
+    if config.model_type in ("llama", "gated_llama"):
+        return None
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and "sliding_attention" not in layer_types:
         return None

@@ -141,8 +141,8 @@ def check_supported(kwargs: dict, *further: str) -> None:
     for name in (*_UNSUPPORTED, *further):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"gates with sinks do not heed {name!r}, which attention was called with; "
-                "continuous batching does so, for one"
+                f"gates with sinks do not support the attention argument {name!r}, which "
+                "continuous batching passes, for example"
             )
 
 

@@ -75,8 +75,9 @@ def main(
     from retrofit.measure import measure
     from retrofit.measure.registry import chosen_evaluations, names_in
     from retrofit.models.loading import load_model
+    from retrofit.models.run_folder import trained_on_others
     from retrofit.report import table, write_results
-    from retrofit.utils.console import PlainConsole
+    from retrofit.utils.console import PlainConsole, say
 
     flags = {
         "streaming": streaming,
@@ -89,6 +90,8 @@ def main(
     }
     names = [name for name, is_set in flags.items() if is_set or everything]
     evaluations = chosen_evaluations([*names, *names_in(parts or "")], settings or ())
+    for line in trained_on_others(models):
+        say(line, PlainConsole(stderr=True))
     # Finished parts are kept beside the first file that the command writes.
     output = json or report
     resume_folder = output and output.with_name(f".{output.name}.parts")

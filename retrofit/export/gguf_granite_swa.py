@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from retrofit.export import granite_swa
-from retrofit.export.gguf_contents import Contents, add_shape
+from retrofit.export.gguf_contents import Contents, add_shape, rope_refusal
 from retrofit.models.source import MergeSource
 
 _ARCH = "granite_swa"
@@ -33,7 +33,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:
         return f"llama.cpp's granite_swa is not known to scale RoPE by {rope_type!r} as it does"
-    return None
+    return rope_refusal(config.rope_parameters)
 
 
 def contents(source: MergeSource, kind: str) -> Contents:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from retrofit.export import qwen3_5
 from retrofit.export.exact_norms import Scales
-from retrofit.export.gguf_contents import Contents, add_shape
+from retrofit.export.gguf_contents import Contents, add_shape, rope_refusal
 from retrofit.models.source import MergeSource
 
 # The largest weight of each kind; that of Q8_0 is 127 times the float16 scale of its block.
@@ -41,7 +41,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
             return "llama.cpp's qwen35moe makes the weights of a token's experts sum to 1"
     if config.rope_parameters.get("rope_type") == "llama3":
         return "llama.cpp's qwen35 leaves out the llama3 scaling of RoPE, and does not say so"
-    return None
+    return rope_refusal(config.rope_parameters)
 
 
 def contents(source: MergeSource, kind: str) -> Contents:

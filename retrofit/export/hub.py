@@ -1,5 +1,6 @@
 """Publishes a merged checkpoint on the Hugging Face hub."""
 
+import shlex
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFo
 from huggingface_hub.utils import validate_repo_id
 
 from retrofit.utils.errors import UserError, one_line
+from retrofit.utils.files import FURTHER_TEMPLATES, TOKENIZER_FILES
 
 # The files that a checkpoint consists of. One that is left from an earlier push may be loaded
 # instead of what is pushed: model.safetensors is preferred to shards, chat_template.jinja to the
@@ -20,8 +22,8 @@ _CHECKPOINT_FILES = (
     "*.safetensors.index.json",
     "*.py",
     "adapter_config.json",
-    "chat_template.*",
-    "additional_chat_templates/*",
+    *TOKENIZER_FILES,
+    f"{FURTHER_TEMPLATES}/*",
 )
 
 
@@ -65,11 +67,12 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
             delete_patterns=_published_checkpoint(api, repo_id) if is_model else None,
         )
     except (HTTPError, OSError) as error:
-        command = f"hf upload {repo_id} {folder}"
-        command += " --private" if private else ""
-        command += " --delete 'model*.safetensors'" if is_model else ""
+        command = ["hf", "upload", repo_id, str(folder)]
+        command += ["--private"] if private else []
+        command += ["--delete", "model*.safetensors"] if is_model else []
         raise UserError(
-            f"{folder} is merged, but not pushed ({one_line(error)}); go on with `{command}`"
+            f"{folder} is merged, but not pushed ({one_line(error)}); go on with "
+            f"`{shlex.join(command)}`"
         ) from error
     return str(url)
 

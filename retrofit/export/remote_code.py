@@ -46,6 +46,7 @@ _FORMER_CODE = {
         "326e543cd9ca8c60a47f3e913562331158947198605d5b9fc74e48a3a2f5b5a7",
         "0357394efcf010e738b8b1889963987591848d1474134b7aaefcec4917bc0904",
         "412ca69409ef9a30503fb7d5ba4c06d3789d5fe2d25cd1b4d54b53578cc99804",
+        "231958d25d9bfd31ffc482b37bef18d3a2b43d2547dbd24657fbb0b2f3f2cd35",
     ),
     "gpt_oss": (
         "21b96b9065addd137687851a933505eabbba7b3c0e1a10451c94372e09586ffd",
@@ -53,6 +54,7 @@ _FORMER_CODE = {
         "b8a61ff34ab0320f197f6fdee622c416e934a10efdab1d1945a6d0117cdd32fc",
         "b46ac923c3b1d338b5b07a1e5362308704ebd1b891fe2a840d6d43e5b5743ef7",
         "4479204153dc19a4a4e653273936596acbca8ccec2efdd70b3d624ea8a4d8986",
+        "8784b26ca5889c29073973c92ba1b7822cf1b4705597d6c793daaaba445e715d",
     ),
     "llama": (
         "01eab4e8655b39847e6510d1e5f0f2fb8d78c3605a85c8d84b48935f2ec1a934",
@@ -60,6 +62,7 @@ _FORMER_CODE = {
         "49a06a9b9aa063538945d3ba65aeca8f0d0ade3b545135febe96d4f45f64c58c",
         "6ae95b238fda67381f299ac382b190639e9de18e07c0fca2b6d5a547b2646e3e",
         "e01b8781cd982d1b143520e28d2f479f966138eb28403f8dfd520917ee03937e",
+        "514156e44838f4a0269712d2e76ff115368d96c1364445e8dfec540af80f9c34",
     ),
     "mistral": (
         "6c616ab62bd4769228e23e8553ab1196f54463d7b67d0840f75cc1d5a9f46fcd",
@@ -67,6 +70,7 @@ _FORMER_CODE = {
         "c2ca4f9106379f331dd1949344d9b8910fe69ddcb6af08fe2d829d7092057287",
         "299b263b225367defd14d2d0d27c3f6e8d956bc5cfce8d08374a42fa3b94aa1e",
         "74f2997212eefa7e8d141a1d48b04d785980ae0e2e52d95796539ff5c2d34f76",
+        "1b928dd2b916ef75a6ef13b5965c886b66b67dcdbad3e47866ca61e82555a730",
     ),
     "qwen2": (
         "a5083eeae4daf5493168df3fd807768b1b62335d599f0b05e4bb4bf9b2436c72",
@@ -74,6 +78,7 @@ _FORMER_CODE = {
         "42b30558da8089695155ce9fbb7445cac1c2dece76d38eb51e66ab3a7e1870ee",
         "20b3b1ed28f4b46835a4998928980766d84268c70ab91c621546cb3325b1064f",
         "5101eb413574b96cb3f5aea118d4bfbaa01098d2f45415c4c0d3c27fc6e7b0cb",
+        "a0ffaba110a145087d63caed2e00690606e5986cef15b371833a997f8bdf81ec",
     ),
     "qwen3": (
         "e6e355cfd79fe48a50bbc4a0f2d6845fcfb587dc1ca59e16c0e37412eb7ff0ac",
@@ -81,6 +86,7 @@ _FORMER_CODE = {
         "c4c182b6c72b3e2fe447d19686edf61c44433a2cd18f06db9b95839bd5f6616a",
         "4a10192eeb73da79fb3bd4f1fcab128c80e5ffaec75fa967d6da3c50b872f08a",
         "a006453cb21a3a642ba893e912a4777efdf427f7f36c233a64f21bdee76cf174",
+        "76a0a5349521606cbc1eec9543cb8fe82b0a4a8514953d84574867e328ae1039",
     ),
     "qwen3_moe": (
         "61286a02129860da1fe42acbf7b10dee0efa599506180dd060d7f2f57175483b",
@@ -88,6 +94,7 @@ _FORMER_CODE = {
         "f0e070bff019873890d29ecc6a0e72d7f3be3ec7f13438b190943e94ef6a8d2b",
         "aacdeaf6f22b41aaf1fa22998ed298e090650f527758f6cdbb39d8232a40465a",
         "ac918db2297dd805be70daa96683ec7c1c57108191e7f874de11a321e86f72a9",
+        "f1bb8277226ad5566215ef46f2bf2cc864e65b66562b432aa2d6f46f71f3e72a",
     ),
 }
 
@@ -135,8 +142,13 @@ def _text(name: str) -> str:
 
 
 def _config(source: MergeSource, dtype: torch.dtype) -> dict:
-    """Returns the base's `config.json`, its keys unchanged, with the settings of the gates."""
+    """Returns the base's `config.json` with the settings of the gates."""
     config = json.loads((source.base / "config.json").read_text())
+    rope = source.config.rope_parameters
+    if config.pop("rope_scaling", None) and "rope_type" in rope:
+        # The former settings of RoPE do not open without the code, which a tokenizer does not need.
+        config.pop("rope_theta", None)
+        config["rope_parameters"] = dict(rope)
     config |= {name: dtype_name(dtype) for name in ("dtype", "torch_dtype") if name in config}
     gates = source.gates
     return config | {

@@ -38,7 +38,7 @@ class Heads:
     """Measures what a model loses without some of its heads.
 
     Attributes:
-        shares: the shares of all heads to zero.
+        shares: the shares of all heads to zero, at least one head.
         length: tokens of a window.
         windows: how many windows at most.
         batch_size: windows in a forward pass.
@@ -100,7 +100,7 @@ class Heads:
         """Returns perplexity and KL divergence without the first heads of `order`, by share."""
         figures = []
         for share in self.shares:
-            with zeroed(model, order[: round(share * len(order))]):
+            with zeroed(model, order[: max(1, round(share * len(order)))]):
                 predictions = predict(
                     model, track(batches, f"without {share:.0%} of heads, {kind}"), whole
                 )

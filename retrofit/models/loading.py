@@ -35,7 +35,7 @@ from retrofit.models.run_folder import (
 from retrofit.models.safetensors_io import StoredWeights, read_index, weights_file
 from retrofit.models.source import check_ungated, has_published_gates, local_copy
 from retrofit.models.tokenizer_file import check_tokenizer
-from retrofit.recipe import Dtype, Model, Quantization, load_recipe
+from retrofit.recipe import RESOLVED, Dtype, Model, Quantization, load_recipe
 from retrofit.stored_names import current_name
 from retrofit.utils.errors import UserError, validation_problem
 from retrofit.utils.files import temporary_folder
@@ -266,14 +266,22 @@ def _local_folder(spec: Model) -> Path:
 
 def _base_of(folder: Path, adapter: Path, trusted: bool) -> Model:
     """Returns the base of a run as its recipe names it, or of a bare adapter as its config does."""
-    if (resolved := folder / "recipe.resolved.yaml").is_file():
+    if (resolved := folder / RESOLVED).is_file():
         spec = load_recipe(str(resolved)).model
+        _check_there(spec.base, f"model.base in {resolved}")
         with opening(spec.base):
             return with_consent(spec, trusted)
     adapter_config = read_adapter_config(adapter)
     if not (base := adapter_config.get("base_model_name_or_path")):
         raise UserError(f"{adapter} does not say which base its gates were trained on")
+    _check_there(base, f"base_model_name_or_path in {adapter / 'adapter_config.json'}")
     return _spec_of(base, revision=adapter_config.get("revision"), trust_remote_code=trusted)
+
+
+def _check_there(base: str, where: str) -> None:
+    """Refuses the path of a base that has moved since gates were trained on it."""
+    if base.startswith(("/", "~")) and not expanded(base).exists():
+        raise UserError(f"the base of these gates is no longer at {base}; change {where}")
 
 
 def _spec_of(base: str, **settings: Any) -> Model:

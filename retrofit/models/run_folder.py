@@ -127,11 +127,7 @@ def opened_as_trained(sources: Sequence[str]) -> dict[str, dict[str, Any]]:
         UserError: if two runs were trained on base weights of different forms, or on different
             revisions of one base.
     """
-    bases: dict[str, dict[str, Any]] = {}
-    for source in sources:
-        folder, adapter = run_and_adapter(expanded(source))
-        if (adapter / "adapter_config.json").is_file() and (facts := facts_of(folder)):
-            bases[source] = facts["base"]
+    bases = _bases(sources)
     options: dict[str, dict[str, Any]] = {source: {} for source in sources}
     for source in options.keys() - bases.keys():
         of_source = {run: base for run, base in bases.items() if base.get("name_or_path") == source}
@@ -139,6 +135,37 @@ def opened_as_trained(sources: Sequence[str]) -> dict[str, dict[str, Any]]:
             if (value := _common(name, among)) is not None:
                 options[source][name] = value
     return options
+
+
+def trained_on_others(sources: Sequence[str]) -> list[str]:
+    """Returns a line for each run that names another base than the model it is compared with.
+
+    Args:
+        sources: what `load_model` opens; the first is what the others are compared with.
+    """
+    base, bases = sources[0], _bases(sources)
+    if base in bases:  # runs among themselves
+        return []
+    return [
+        f"{run} was trained on {named}, not on {base}: unless these are copies of each other, what "
+        "comes out is not the effect of its gates"
+        for run, facts in bases.items()
+        if (named := facts.get("name_or_path")) and not _is_same_place(named, base)
+    ]
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    return one == other or os.path.realpath(expanded(one)) == os.path.realpath(expanded(other))
+
+
+def _bases(sources: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns what each source that is a run says of its base."""
+    bases: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        folder, adapter = run_and_adapter(expanded(source))
+        if (adapter / "adapter_config.json").is_file() and (facts := facts_of(folder)):
+            bases[source] = facts["base"]
+    return bases
 
 
 def _common(name: str, bases: dict[str, dict[str, Any]]) -> str | None:

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
+from datasets.config import HF_DATASETS_CACHE
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -30,10 +32,12 @@ from retrofit.training.calibration import Calibration, calibrate
 from retrofit.training.divergence import check_finite
 from retrofit.training.trainer_state import SafetensorsCheckpoints, rows_per_step
 from retrofit.utils.errors import UserError
+from retrofit.utils.files import writing
 
 # The learning rate of sink logits and key biases. They are stored in tens of nats, so a step moves
 # them by up to 0.2.
 CONSTANTS_RATE = 2e-2
+_TOKENS = "labelled_tokens"  # a sum of each batch, beside those of `lm` and `kl`
 
 
 class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
@@ -224,7 +228,7 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         prepared = []
         for source in self.sources:
             self.completion_only_loss = source.completion_only
-            with naming_source(source.path):
+            with naming_source(source.path), writing(Path(HF_DATASETS_CACHE)):
                 rows = self._tokenized(source, processing_class, args, packing, name)
             check_any_left(rows, source.path)
             if not packing and isinstance(rows, Dataset) and len(rows) < len(source.rows):
@@ -299,10 +303,10 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
 
     def _record(self, outputs, movements: list[torch.Tensor]) -> None:
         metrics = self._metrics["train"]
-        tokens = outputs.num_tokens.clamp(min=1)
         # These stay on the device until they are logged, so that nothing waits for it.
-        metrics["lm"].append(outputs.lm / tokens)
-        metrics["kl"].append(outputs.kl / tokens)
+        metrics["lm"].append(outputs.lm)
+        metrics["kl"].append(outputs.kl)
+        metrics[_TOKENS].append(outputs.num_tokens)
         if movements:
             metrics["gate_movement"].append(torch.stack(movements).mean())
 
@@ -319,7 +323,8 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
     def _means_since_last_log(self) -> dict[str, float]:
         """Returns means over what was recorded since the last log, and over ranks.
 
-        The losses inside the layers are those of the last batch.
+        `lm` and `kl` are means over labelled tokens, however many a batch has of them. The losses
+        inside the layers are those of the last batch.
         """
         recorded = self._metrics["train"]
         means = {name: sum(values) / len(values) for name, values in recorded.items()}
@@ -330,7 +335,11 @@ class GateTrainer(SafetensorsCheckpoints, SFTTrainer):
         means_here = torch.stack(
             [torch.as_tensor(value, device=device).float() for value in means.values()]
         )
-        return dict(zip(means, self.accelerator.reduce(means_here, "mean").tolist(), strict=True))
+        reduced = self.accelerator.reduce(means_here, "mean").tolist()
+        logged = dict(zip(means, reduced, strict=True))
+        if (tokens := logged.pop(_TOKENS, None)) is not None:
+            logged |= {name: logged[name] / max(tokens, 1) for name in ("lm", "kl")}
+        return logged
 
     def create_model_card(self, *args, **kwargs):
         """Writes no card. TRL would write a draft beside each checkpoint; merging writes the real

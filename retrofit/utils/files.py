@@ -20,9 +20,9 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 # Tokenizer files are copied, because saving a loaded tokenizer would rewrite its class and drop
 # files.
-_TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
-              "special_tokens_map.json", "chat_template*")  # fmt: skip
-_FURTHER_TEMPLATES = "additional_chat_templates"
+TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
+                   "special_tokens_map.json", "chat_template*")  # fmt: skip
+FURTHER_TEMPLATES = "additional_chat_templates"
 
 
 @contextmanager
@@ -37,7 +37,11 @@ def writing(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # The tokenizers library raises a bare Exception, with the error of the system in its text.
+        is_bare = type(error) is Exception and "os error" in str(error)
+        if not (is_bare or isinstance(error, OSError | SafetensorError)):
+            raise
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{path} cannot be written: {reason}") from error
 
@@ -98,10 +102,10 @@ def copy(folder: Path, to: Path, *patterns: str) -> None:
 
 def copy_tokenizer(folder: Path, to: Path) -> None:
     """Copies the files of a tokenizer, and the folder of its further chat templates."""
-    copy(folder, to, *_TOKENIZER)
-    if (templates := folder / _FURTHER_TEMPLATES).is_dir():
-        (to / _FURTHER_TEMPLATES).mkdir(exist_ok=True)
-        copy(templates, to / _FURTHER_TEMPLATES, "*.jinja")
+    copy(folder, to, *TOKENIZER_FILES)
+    if (templates := folder / FURTHER_TEMPLATES).is_dir():
+        (to / FURTHER_TEMPLATES).mkdir(exist_ok=True)
+        copy(templates, to / FURTHER_TEMPLATES, "*.jinja")
 
 
 @contextmanager

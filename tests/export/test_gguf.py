@@ -127,6 +127,8 @@ def without_gates(source, scales):
         ("qwen3_moe", {"norm_topk_prob": False}, "sum to 1"),
         ("llama", {"gates": MIXED}, "sinks that read the input, .*--format remote-code"),
         ("llama", {"gates": SINKS, "rope_parameters": DYNAMIC}, "scale RoPE by 'dynamic'"),
+        ("llama", {"gates": SINKS, "rope_parameters": YARN | {"beta_fast": 16}}, "YaRN's 'beta_fa"),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "YaRN's 'attention_fac"),
         ("gpt_oss", {"gates": SINKS}, "has no experts"),
     ],
 )

@@ -1,5 +1,7 @@
 """`retrofit merge --push-to-hub`, against a hub that is played."""
 
+import shlex
+
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_api
 from huggingface_hub.errors import LocalTokenNotFoundError
@@ -66,16 +68,24 @@ def test_a_failed_upload_keeps_the_folder_and_says_how_to_go_on(
     hub, monkeypatch, tmp_path, is_model
 ):
     """A GGUF file, which has no config.json, takes the place of no other weights."""
+    folder = tmp_path / "my model"
+    folder.mkdir()
     if is_model:
-        (tmp_path / "config.json").write_text("{}")
+        (folder / "config.json").write_text("{}")
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, *a, **k: [])
     monkeypatch.setattr(HfApi, "upload_folder", failing(OSError("broken\npipe")))
     message = "merged, but not pushed .*`hf upload me/gated "
     with pytest.raises(UserError, match=message) as raised:
-        push(tmp_path, "me/gated", private=is_model)
+        push(folder, "me/gated", private=is_model)
+    assert shlex.split(str(raised.value).split("`")[1])[:4] == [
+        "hf",
+        "upload",
+        "me/gated",
+        str(folder),
+    ]
     assert ("--delete" in str(raised.value)) == is_model
     assert ("--private" in str(raised.value)) == is_model
-    assert "\n" not in str(raised.value) and tmp_path.is_dir()
+    assert "\n" not in str(raised.value) and folder.is_dir()
 
 
 @pytest.fixture

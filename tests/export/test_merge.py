@@ -65,6 +65,46 @@ def windowed(tmp_path_factory, tiny_base) -> tuple[Path, dict]:
     return folder / "out", merge(folder / "run", folder / "out", format="remote-code")
 
 
+@pytest.fixture
+def edited_base(tiny_base, tmp_path):
+    """A base whose config.json has other settings."""
+
+    def edited(family: str, remove: tuple[str, ...] = (), **settings) -> Path:
+        base = Path(shutil.copytree(tiny_base(family), tmp_path / "base"))
+        config = json.loads((base / "config.json").read_text()) | settings
+        config = {name: value for name, value in config.items() if name not in remove}
+        (base / "config.json").write_text(json.dumps(config))
+        return base
+
+    return edited
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [
+        ("llama", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+        ("qwen3", {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}),
+    ],
+)  # fmt: skip
+def test_a_base_with_the_former_settings_of_rope_merges_with_its_code(
+    edited_base, tmp_path, family, scaling
+):
+    """Published checkpoints have them, and without the code they keep a tokenizer from opening."""
+    rope = {"rope_theta": 10000.0, "rope_scaling": scaling}
+    base = edited_base(family, ("rope_parameters",), **rope)
+    run = make_run(tmp_path / "run", base, **SINKS)
+    report = merge(run, tmp_path / "out", format="remote-code")
+    assert report["verification"]["max_logprob_difference"] < 1e-4
+    AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+
+
+def test_a_window_that_the_attention_of_a_llama_does_not_read_is_left_out(edited_base, tmp_path):
+    run = make_run(tmp_path / "run", edited_base("llama", sliding_window=16), **SINKS)
+    merge(run, tmp_path / "out")
+    assert {*AutoConfig.from_pretrained(tmp_path / "out").layer_types} == {"full_attention"}
+
+
 def load_in_fresh_process(folder: Path, **options) -> subprocess.CompletedProcess:
     code = (
         "import sys\n"

@@ -271,3 +271,18 @@ def test_an_unfinished_run_says_so(run):
     (run / "adapter" / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="unfinished run; finish it with --resume"):
         load_model(str(run))
+
+
+def test_a_base_that_has_moved_is_named_with_the_file_that_says_where_it_is(run):
+    run.with_name("base").rename(run.with_name("elsewhere"))
+    with pytest.raises(
+        UserError, match=r"no longer at .*base; change model.base in .*resolved.yaml"
+    ):
+        load_model(str(run))
+    with pytest.raises(UserError, match=r"no longer at .*; change base_model_name_or_path in "):
+        config = run / "adapter/adapter_config.json"
+        settings = json.loads(config.read_text()) | {"base_model_name_or_path": "/gone"}
+        config.write_text(json.dumps(settings))
+        bare = run.with_name("bare")
+        (run / "adapter").rename(bare)
+        load_model(str(bare))

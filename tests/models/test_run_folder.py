@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from retrofit.models.run_folder import opened_as_trained
+from retrofit.models.run_folder import opened_as_trained, trained_on_others
 from retrofit.utils.errors import UserError
 
 
@@ -39,3 +39,15 @@ def test_runs_of_different_bases_are_not_compared(run, name, value):
     runs = [run("one", **base), run("other", **base | {name: value})]
     with pytest.raises(UserError, match=f"of {name} {base[name]} and .* {value}; compare them"):
         opened_as_trained(["some/base", *runs])
+
+
+def test_a_run_beside_a_base_that_is_not_its_own_is_named(run, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    base, hub = (
+        run("one", name_or_path=str(tmp_path / "base")),
+        run("hub", name_or_path="some/base"),
+    )
+    (line,) = trained_on_others([str(tmp_path / "link"), base, hub, "merged"])
+    assert line.startswith(f"{hub} was trained on some/base, not on {tmp_path / 'link'}: unless")
+    assert trained_on_others(["some/base", hub]) == trained_on_others([base, hub]) == []

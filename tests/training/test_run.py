@@ -1,7 +1,9 @@
 """`retrofit train` on tiny models: what it writes, what it learns from, and that it can resume."""
 
+import errno
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -34,6 +36,7 @@ from retrofit.training import callbacks
 from retrofit.training.callbacks import DeadGateError, GradientCheck, Interrupt
 from retrofit.training.divergence import DivergedError
 from retrofit.training.run import gate_trainer, train
+from retrofit.training.trainer import GateTrainer
 from retrofit.training.trainer_state import accumulation_steps
 from retrofit.utils.errors import UserError
 
@@ -492,6 +495,35 @@ def test_pairs_and_chats_mix_unpacked(make_recipe, tmp_path):
     trainer = gate_trainer(make_recipe(sources=sources, data={"packing": False}))
     assert set(trainer.train_dataset.column_names) == {"input_ids", "labels"}
     assert len(trainer.train_dataset) == 20
+
+
+def test_what_is_logged_is_a_mean_over_tokens_however_they_are_split(make_recipe, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "hi", "completion": "yo" * (1 + 9 * (index % 2))} for index in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    logged = []
+    for rows, batches in ((4, 1), (1, 4)):
+        split = {"batch_size": rows, "gradient_accumulation_steps": batches, "max_steps": 1}
+        data, objective = {"packing": False}, {"lm": 1.0, "kl": 1.0}
+        recipe = make_recipe(
+            name=f"by-{rows}", sources=[{"path": str(path)}], data=data, objective=objective,
+            train=split,
+        )  # fmt: skip
+        trainer = gate_trainer(recipe)
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    assert logged[0]["lm"] == pytest.approx(logged[1]["lm"], rel=1e-5)
+    assert logged[1]["lm"] + logged[1]["kl"] == pytest.approx(logged[1]["loss"], abs=1e-4)
+
+
+def test_a_full_disk_under_the_rows_is_one_line(make_recipe, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(GateTrainer, "_tokenized", full)
+    with pytest.raises(UserError, match="datasets cannot be written: No space left on device"):
+        train(make_recipe())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from retrofit.utils.files import atomic_folder, write_json
+from retrofit.utils.errors import UserError
+from retrofit.utils.files import atomic_folder, write_json, writing
 
 
 @pytest.mark.parametrize("name", ["*", "?ut", "[o]ut", "o*"])
@@ -20,3 +21,15 @@ def test_json_is_what_every_reader_takes(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"loss": value})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [("No space left on device (os error 28)", UserError), ("no such token", Exception)],
+)
+def test_a_full_disk_under_a_tokenizer_is_one_line(tmp_path, message, expected):
+    """The tokenizers library raises a bare Exception, which may be about something else."""
+    error = Exception(message)
+    with pytest.raises(expected, match=message[:10]) as raised, writing(tmp_path):
+        raise error
+    assert type(raised.value) is expected
