@@ -1,15 +1,19 @@
 """Tell apart what makes W8A8 with one scale a tensor expensive.
 
-    python scripts/w8a8_parts.py BASE [RUN ...] --text moby-dick.jsonl
+    python scripts/w8a8_parts.py BASE [RUN ...] --text moby-dick.jsonl [--by-layer]
 
 Each row rounds a part of what `w8a8_per_tensor` of `retrofit measure --quantization` rounds:
 weights alone, which are the same in a base and in its retrofit; inputs alone; the inputs of one
 linear layer of each block alone; and everything but `down_proj`. Figures are the rise of perplexity
 over the same model unquantized.
+
+With `--by-layer`, the inputs of `down_proj` are rounded in one layer at a time. Beside the rise are
+the largest of these inputs, in the mean over windows, and in how many windows it is on the first
+token.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,22 +41,60 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--by-layer", action="store_true")
     options = parser.parse_args()
-    rises: dict[str, list[float]] = {}
+    rows: dict[str, list[str]] = {}
     opened = opened_as_trained(options.models)
     for source in options.models:
         model, tokenizer = load_model(source, options.dtype, **opened[source])
         documents = read_documents(options.text)
         windows = cut_windows(documents, tokenizer, options.length, options.windows).split(BATCH)
-        unquantized = predict(model, windows).perplexity
-        for part in track(parts(), description=source, transient=True):
-            with partly_quantized(unwrapped(model), *parts()[part]):
-                rise = predict(model, windows).perplexity / unquantized - 1
-            rises.setdefault(part, []).append(rise)
+        measured = by_layer if options.by_layer else by_part
+        for part, cell in measured(model, windows).items():
+            rows.setdefault(part, []).append(cell)
     print(f"| rounded | {' | '.join(names(options.models))} |")
     print(f"|---|{'--:|' * len(options.models)}")
-    for part, row in rises.items():
-        print(f"| {part} | {' | '.join(f'{rise:+.1%}' for rise in row)} |")
+    for part, cells in rows.items():
+        print(f"| {part} | {' | '.join(cells)} |")
+
+
+def by_part(model: Any, windows: Sequence[torch.Tensor]) -> dict[str, str]:
+    """Returns the rise of perplexity for each of `parts`."""
+    unquantized = predict(model, windows).perplexity
+    rises = {}
+    for part, (weights, inputs) in track(parts().items(), transient=True):
+        with partly_quantized(unwrapped(model), weights, inputs):
+            rises[part] = f"{predict(model, windows).perplexity / unquantized - 1:+.1%}"
+    return rises
+
+
+def by_layer(model: Any, windows: Sequence[torch.Tensor]) -> dict[str, str]:
+    """Returns for each layer what rounding the inputs of its `down_proj` costs, and their size."""
+    unquantized = predict(model, windows).perplexity
+    cells = {}
+    for index, layer in enumerate(track(unwrapped(model).get_decoder().layers, transient=True)):
+        largest, positions = largest_inputs(model, layer.mlp.down_proj, windows)
+        with layer_rounded(layer.mlp.down_proj, _rounding(weight=False, inputs=True)):
+            rise = predict(model, windows).perplexity / unquantized - 1
+        first = f"{(positions == 0).sum()} of {len(positions)}"
+        cells[f"layer {index}"] = f"{rise:+.2%}, {largest.mean():.1f}, {first}"
+    return cells
+
+
+def largest_inputs(
+    model: Any, module: nn.Linear, windows: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the largest input of a linear layer in each window, and its position, `[windows]`."""
+    largest: list[torch.Tensor] = []
+
+    def read(_module, args):
+        largest.append(args[0].abs().amax(-1).float())  # [batch, T]
+
+    handle = module.register_forward_pre_hook(read)
+    predict(model, windows)
+    handle.remove()
+    values, positions = torch.cat(largest).max(-1)
+    return values, positions
 
 
 def parts() -> dict[str, tuple[frozenset[str], frozenset[str]]]:
