@@ -329,7 +329,7 @@ def test_sinks_refuse_what_would_change_attention_beside_them(attention, name):
     model = get_peft_model(tiny_model("llama"), GateConfig(sinks="constant")).get_base_model()
     model.set_attn_implementation(attention)
     module = model.model.layers[0].self_attn
-    with pytest.raises(ValueError, match=f"do not heed '{name}'"):
+    with pytest.raises(ValueError, match=f"do not support the attention argument '{name}'"):
         sink_attention(
             eager_attention_forward,
             module.attn_gate.sink(torch.zeros(1, 5, 64)),

@@ -870,7 +870,7 @@ def one_token(run, base, tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (out_exists, "out exists; remove it or choose another"),
+        (out_exists, "out exists; remove it, or choose another"),
         (not_a_run, "is not a finished run: it has no adapter/adapter_config.json"),
         (lora, "holds a LORA adapter, not gates"),
         (no_base, "no base model at '.*nowhere'; name its folder or hub id with --base"),

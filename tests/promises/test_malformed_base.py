@@ -208,7 +208,7 @@ OF_OTHER_TYPES = {
     "a cap of the logits": (
         "gemma3_text",
         {"final_logit_softcapping": 30.0},
-        "no loss heeds a cap",
+        "capped logits are not supported",
     ),
     "a cap of 0": ("gemma3_text", {"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
     "all of it dropped": ("llama", {"attention_dropout": 2.0}, "attention_dropout: .*less than 1"),
