@@ -168,7 +168,7 @@ def test_an_adapter_whose_run_json_is_gone_is_no_run(run):
         ({"layers_to_transform": [True]}, "layers_to_transform: input should be a valid integer"),
         ({"layers_to_transform": [0, 1, 99]}, "gates in layer 99 of "),
         ({"modules_to_save": "lm_head"}, "modules_to_save: input should be a valid list"),
-        ({"task_type": "POETRY"}, "'poetry' is no task of PEFT's"),
+        ({"task_type": "POETRY"}, "'POETRY' is no task of PEFT's"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path: input should be a valid str"),
         ({"revision": 3}, "revision: input should be a valid string"),
         ({"peft_type": "LORA"}, "holds a LORA adapter, not gates"),
