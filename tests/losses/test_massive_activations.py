@@ -11,7 +11,7 @@ from retrofit import GateConfig
 from retrofit.adapters import family_of
 from retrofit.data.collator import PackedRows
 from retrofit.losses.massive_activations import MARGIN, excess_activation
-from retrofit.training.trainer import count_documents
+from retrofit.training.calibrated_start import count_documents
 
 POSITION_IDS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, -1, -1, -1]])
 
