@@ -25,13 +25,39 @@ from torch import nn
 from retrofit.measure import cut_windows, names, read_documents
 from retrofit.measure.evaluation import unwrapped
 from retrofit.measure.predictions import predict
-from retrofit.measure.quantization import Rounding, layer_rounded, rounded
+from retrofit.measure.quantization import Rounding, layer_rounded, quantized, rounded
 from retrofit.models.loading import load_model
 from retrofit.models.run_folder import opened_as_trained
 from retrofit.utils.process import prepare_process
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BATCH = 4  # windows
+
+
+def per_tensor(values: torch.Tensor) -> torch.Tensor:
+    return rounded(values, (-2, -1))
+
+
+def weights_alone(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, per_tensor(w)
+
+
+def inputs_alone(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return per_tensor(x), w
+
+
+def both(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return per_tensor(x), per_tensor(w)
+
+
+# What is rounded, and in which linear layers of each block.
+PARTS: dict[str, tuple[Rounding, tuple[str, ...]]] = {
+    "weights and inputs": (both, LAYERS),
+    "weights alone": (weights_alone, LAYERS),
+    "inputs alone": (inputs_alone, LAYERS),
+    **{f"inputs of {name} alone": (inputs_alone, (name,)) for name in LAYERS},
+    "weights and inputs of all but down_proj": (both, LAYERS[:-1]),
+}
 
 
 def main() -> None:
@@ -59,77 +85,42 @@ def main() -> None:
 
 
 def by_part(model: Any, windows: Sequence[torch.Tensor]) -> dict[str, str]:
-    """Returns the rise of perplexity for each of `parts`."""
+    """Returns the rise of perplexity for each of `PARTS`."""
     unquantized = predict(model, windows).perplexity
     rises = {}
-    for part, (weights, inputs) in track(parts().items(), transient=True):
-        with partly_quantized(unwrapped(model), weights, inputs):
+    for part, (rounding, layers) in track(PARTS.items(), transient=True):
+        with quantized(unwrapped(model), rounding, layers):
             rises[part] = f"{predict(model, windows).perplexity / unquantized - 1:+.1%}"
     return rises
 
 
 def by_layer(model: Any, windows: Sequence[torch.Tensor]) -> dict[str, str]:
     """Returns for each layer what rounding the inputs of its `down_proj` costs, and their size."""
-    unquantized = predict(model, windows).perplexity
+    modules = [layer.mlp.down_proj for layer in unwrapped(model).get_decoder().layers]
+    with ExitStack() as stack:
+        inputs = [stack.enter_context(largest_inputs(module)) for module in modules]
+        unquantized = predict(model, windows).perplexity
     cells = {}
-    for index, layer in enumerate(track(unwrapped(model).get_decoder().layers, transient=True)):
-        largest, positions = largest_inputs(model, layer.mlp.down_proj, windows)
-        with layer_rounded(layer.mlp.down_proj, _rounding(weight=False, inputs=True)):
+    for index, module in enumerate(track(modules, transient=True)):
+        with layer_rounded(module, inputs_alone):
             rise = predict(model, windows).perplexity / unquantized - 1
+        largest, positions = torch.cat(inputs[index]).max(-1)
         first = f"{(positions == 0).sum()} of {len(positions)}"
         cells[f"layer {index}"] = f"{rise:+.2%}, {largest.mean():.1f}, {first}"
     return cells
 
 
-def largest_inputs(
-    model: Any, module: nn.Linear, windows: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the largest input of a linear layer in each window, and its position, `[windows]`."""
-    largest: list[torch.Tensor] = []
-
-    def read(_module, args):
-        largest.append(args[0].abs().amax(-1).float())  # [batch, T]
-
-    handle = module.register_forward_pre_hook(read)
-    predict(model, windows)
-    handle.remove()
-    values, positions = torch.cat(largest).max(-1)
-    return values, positions
-
-
-def parts() -> dict[str, tuple[frozenset[str], frozenset[str]]]:
-    """Returns the layers whose weights, and those whose inputs, each part rounds."""
-    every, none = frozenset(LAYERS), frozenset[str]()
-    alone = {f"inputs of {name} alone": (none, frozenset({name})) for name in LAYERS}
-    without = frozenset({"down_proj"})
-    return {
-        "weights and inputs": (every, every),
-        "weights alone": (every, none),
-        "inputs alone": (none, every),
-        **alone,
-        "weights and inputs of all but down_proj": (every - without, every - without),
-    }
-
-
 @contextmanager
-def partly_quantized(model: Any, weights: frozenset[str], inputs: frozenset[str]) -> Iterator[None]:
-    """Run the model with some of its linear layers on rounded weights, and some on rounded inputs,
-    with one scale for each weight matrix and one for each sequence."""
-    with ExitStack() as stack:
-        for name, module in model.get_decoder().layers.named_modules():
-            if isinstance(module, nn.Linear):
-                layer = name.rpartition(".")[2]
-                stack.enter_context(
-                    layer_rounded(module, _rounding(layer in weights, layer in inputs))
-                )
-        yield
-
-
-def _rounding(weight: bool, inputs: bool) -> Rounding:
-    def per_tensor(values: torch.Tensor, asked: bool) -> torch.Tensor:
-        return rounded(values, (-2, -1)) if asked else values
-
-    return lambda x, w: (per_tensor(x, inputs), per_tensor(w, weight))
+def largest_inputs(module: nn.Linear) -> Iterator[list[torch.Tensor]]:
+    """Collect the largest input of each token, `[batch, T]` for each batch that runs."""
+    largest: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(
+        lambda _module, args: largest.append(args[0].abs().amax(-1).float())
+    )
+    try:
+        yield largest
+    finally:
+        handle.remove()
 
 
 if __name__ == "__main__":

@@ -39,17 +39,19 @@ def add_shape(writer: GGUFWriter, config: dict, block_count: int) -> None:
     _add_rope(writer, config["rope_parameters"])
 
 
-# The settings of YaRN that llama.cpp fixes, and at what.
-_FIXED_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-_UNKNOWN_YARN = ("attention_factor", "mscale", "mscale_all_dim")
+# The settings of YaRN that no GGUF file is written with, and the only values that llama.cpp has.
+_FIXED_YARN = {
+    "beta_fast": 32, "beta_slow": 1, "truncate": True,
+    "attention_factor": None, "mscale": None, "mscale_all_dim": None,
+}  # fmt: skip
 
 
 def rope_refusal(rope: dict) -> str | None:
     """Returns why no GGUF file holds a base's scaling of RoPE, or `None` if one does."""
     if rope.get("rope_type") != "yarn":
         return None
-    for name in (*_FIXED_YARN, *_UNKNOWN_YARN):
-        if rope.get(name) not in (None, _FIXED_YARN.get(name)):
+    for name, fixed in _FIXED_YARN.items():
+        if rope.get(name) not in (None, fixed):
             return f"a GGUF file of this architecture does not hold YaRN's {name!r}, which is set"
     return None
 

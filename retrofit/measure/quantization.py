@@ -5,7 +5,7 @@ Outliers cause the cost: one activation a thousand times the usual size leaves t
 255 steps that an int8 tensor has (SmoothQuant, arXiv:2211.10438, section 3).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -155,13 +155,22 @@ def cache_rounded(model: Any, group: int, bits: int) -> Iterator[None]:
 
 
 @contextmanager
-def quantized(model: Any, rounding: Rounding) -> Iterator[None]:
-    """Run the model with every `nn.Linear` of its decoder layers on rounded inputs and weights.
+def quantized(
+    model: Any, rounding: Rounding, names: Collection[str] | None = None
+) -> Iterator[None]:
+    """Run the model with the `nn.Linear` of its decoder layers on rounded inputs and weights.
 
     Each layer rounds its weight when it runs, so no second copy of all weights is held.
+
+    Args:
+        model: a transformers model.
+        rounding: how inputs and weights are rounded.
+        names: the names of those that are rounded, such as `down_proj`; `None` for all.
     """
     with ExitStack() as stack:
-        for module in model.get_decoder().layers.modules():
+        for path, module in model.get_decoder().layers.named_modules():
+            if names is not None and path.rpartition(".")[2] not in names:
+                continue
             if isinstance(module, nn.Linear):
                 stack.enter_context(layer_rounded(module, rounding))
         yield
