@@ -27,7 +27,7 @@ import transformers
 
 import assets
 from retrofit.measure import names
-from retrofit.models.run_folder import opened_as_trained
+from retrofit.models.run_folder import opened_as_trained, trained_on_others
 from retrofit.utils.dtypes import dtype_name
 from retrofit.utils.errors import UserError
 from retrofit.utils.files import write_json
@@ -112,6 +112,8 @@ def compare(
         if len(numbers) < 2:
             raise UserError(f"--skip {skip} leaves fewer than two documents of {task}")
     as_trained = opened_as_trained(sources)
+    for line in trained_on_others(sources):
+        print(line, file=sys.stderr)
     for name, source in zip(names(sources), sources, strict=True):
         print(name, file=sys.stderr)
         lm = RetrofitLM(source, dtype, batch_size=batch_size, **as_trained[source])

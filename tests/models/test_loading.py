@@ -279,10 +279,9 @@ def test_a_base_that_has_moved_is_named_with_the_file_that_says_where_it_is(run)
         UserError, match=r"no longer at .*base; change model.base in .*resolved.yaml"
     ):
         load_model(str(run))
-    with pytest.raises(UserError, match=r"no longer at .*; change base_model_name_or_path in "):
-        config = run / "adapter/adapter_config.json"
-        settings = json.loads(config.read_text()) | {"base_model_name_or_path": "/gone"}
-        config.write_text(json.dumps(settings))
-        bare = run.with_name("bare")
-        (run / "adapter").rename(bare)
+    bare = (run / "adapter").rename(run.with_name("bare"))
+    config = bare / "adapter_config.json"
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": "/gone"}
+    config.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"no longer at /gone; change base_model_name_or_path in "):
         load_model(str(bare))
